@@ -1,0 +1,94 @@
+"""What is checked before the first step, on one batch, so that nothing wrong is trained in silence.
+
+Every check raises `UserError` with the site's name and what to write instead.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.subsample_messenger import _Subsample
+
+from trainer.errors import UserError
+from trainer.svi.latents import AtZero, is_latent, refuse_latent
+from trainer.svi.objective import Term
+from trainer.svi.plates import Batch, PlatedModel, inside
+
+_CHECK_ROWS = 256
+
+
+def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> None:
+    """Every observed site stands in the data plate or is named as global; no latent is discrete."""
+    with AtZero(batch.dtype, batch.valid.device):
+        trace = poutine.trace(model).get_trace(batch)
+    plate = model.plate
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    observed = {name: site for name, site in sites.items() if site["is_observed"]}
+    if not observed:
+        raise UserError("the model observes nothing: pass a column as obs= to one of its pyro.sample sites.")
+    if plate not in sites and not set(observed) <= set(global_sites):
+        raise UserError(
+            f'the model has no plate "{plate}": put its observed sites in `with pyro.plate("{plate}", len(x)):`, '
+            "or name your own plate with plate=NAME."
+        )
+    for name, site in observed.items():
+        if not isinstance(site["fn"], _Subsample) and not inside(site, plate) and name not in global_sites:
+            raise UserError(
+                f'observed site "{name}" stands outside plate "{plate}", so it would not be scaled with the data: '
+                f'move it into `with pyro.plate("{plate}", len(x)):`, or name it in global_sites=[{name}].'
+            )
+    for site in sites.values():
+        if is_latent(site):
+            refuse_latent(site, plate, can_be_local=True)
+
+
+def check_finite(terms: dict[str, Term]) -> None:
+    """Every term at the start is finite."""
+    bad = [name for name, term in terms.items() if not torch.isfinite(term.value)]
+    if bad:
+        raise UserError(
+            f"the ELBO is not finite at the start, at site(s) {', '.join(bad)}: look for values outside the "
+            "distribution's support (log of a negative number, a count below zero) or priors that are too wide."
+        )
+
+
+def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batch) -> None:
+    """At a fixed z the batch's log-likelihood is the sum of its halves' and does not change when rows are permuted.
+
+    What a Markov chain, a model that centres its batch or a BatchNorm would fail.
+    """
+    rows = min(int(batch.valid), _CHECK_ROWS)
+    if rows < 2:
+        return
+
+    def at(index: torch.Tensor) -> torch.Tensor:
+        part = Batch(
+            {name: column[index] for name, column in batch.columns.items()},
+            batch.valid.new_tensor(len(index)),
+            torch.ones_like(batch.scale),
+            None if batch.row_id is None else batch.row_id[index],
+        )
+        return sum(term.value for term in evaluate(part).values() if term.scaled)
+
+    index = torch.arange(rows, device=batch.valid.device)
+    whole = at(index)
+    halves = at(index[: rows // 2]), at(index[rows // 2 :])
+    turned = at(index.flip(0).roll(rows // 3))
+    tolerance = 1e-4 * (1 + abs(whole) + abs(halves[0]) + abs(halves[1]))
+    if abs(turned - whole) > tolerance or abs(halves[0] + halves[1] - whole) > tolerance:
+        raise UserError(
+            f"the model is not exchangeable over rows: the log-likelihood of {rows} rows is {float(whole):.6g} nats, "
+            f"{float(turned):.6g} with the rows permuted and {float(halves[0] + halves[1]):.6g} as the sum of its "
+            "halves; make a whole sequence or group one row (svi shard group_by=COLUMN), and take out what looks "
+            "across the batch (centring, BatchNorm, dropout)."
+        )
+
+
+def finite_or_raise(values: dict[str, Any], step: int) -> None:
+    """Raises FloatingPointError naming the sites whose ``values`` (floats) are not finite, and the step."""
+    bad = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+    if bad:
+        raise FloatingPointError(
+            f"not finite at step {step}: {', '.join(bad)}; lower optimizer.lr, or look for extreme values in the data."
+        )

@@ -1,0 +1,191 @@
+"""Guides: what q(z) is, how it is drawn from given noise, and what it adds to the ELBO.
+
+A guide has one method beyond its parameters, `draw(model, params, noise, batch, kl) -> Draw`: the model's trace at
+z ~ q, with the entropy terms of q by site. `MeanField` is ours; `PyroGuide` carries Pyro's autoguides and the user's own.
+
+Mean-field Gaussian in unconstrained space: Kucukelbir, Tran, Ranganath, Gelman and Blei, "Automatic differentiation
+variational inference", JMLR 18 (2017), eq. 6. Sticking the landing: Roeder, Wu and Duvenaud (NeurIPS 2017).
+
+Shapes: D unconstrained global latents; B rows; noise.elements [E], noise.rows [B, n].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import transforms
+
+from trainer.errors import UserError
+from trainer.svi.latents import (
+    AtZero,
+    FromUnconstrained,
+    LatentSite,
+    Site,
+    is_latent,
+    refuse_latent,
+    total,
+    total_log_prob,
+)
+from trainer.svi.noise_mode import NoiseMode
+from trainer.svi.plates import Batch, PlatedModel, inside
+
+KL = Literal["analytic", "monte_carlo", "sticking_the_landing"]
+LOG_2PI = math.log(2 * math.pi)
+
+
+class Noise(NamedTuple):
+    """The noise of one evaluation."""
+
+    elements: Tensor
+    """[E] standard normals for what stands outside the data plate."""
+    rows: Tensor | None
+    """[B, n] standard normals for what stands inside it."""
+    seed: int
+    """For draws that are no transformation of a normal (Gamma, Dirichlet), in an eager program."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One z ~ q: the model's trace, and by site the entropy of q (or -log q(z)) and log p where it is known exactly."""
+
+    trace: poutine.Trace
+    entropy: dict[str, Tensor]
+    log_prior: dict[str, Tensor]
+    """float64 [] E_q log p(u) (or log p(u) at the draw) per latent site, in nats, scaled and masked."""
+    local: frozenset[str]
+    """Sites of q inside the data plate."""
+
+
+class Guide(Protocol):
+    noise_size: tuple[int, int]
+    """(E, n): normals an evaluation takes outside the data plate, and per row inside it."""
+
+    def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw: ...
+
+
+class MeanField:
+    """u = loc + scale * eps, z = biject_to(support)(u), factorised over the D scalars; starts at u = 0.
+
+    Supports may depend on other latents: the transform is taken from the site as the model reaches it.
+    """
+
+    def __init__(self, model: PlatedModel, batch: Batch, init_scale: float = 0.1):
+        if not init_scale > 0:
+            raise UserError(f"guide.init_scale={init_scale} must be positive.")
+        self.dtype, self.device = batch.dtype, batch.valid.device
+        zero = AtZero(self.dtype, self.device)
+        with zero:
+            self.trace = poutine.trace(model).get_trace(batch)
+        self.sites: tuple[LatentSite, ...] = tuple(zero.sites)
+        if not self.sites:
+            raise UserError("the model has no latent site for the guide to hold: add a pyro.sample without obs=.")
+        for site in self.sites:
+            refuse_latent(self.trace.nodes[site.name], model.plate, can_be_local=False)
+        self.init_scale = init_scale
+        self.size = sum(site.size for site in self.sites)
+        self.noise_size = (self.size, 0)
+
+    def init(self) -> dict[str, Tensor]:
+        """{"guide.loc": zeros [D], "guide.log_scale": log(init_scale) [D]}."""
+        loc = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        return {"guide.loc": loc, "guide.log_scale": torch.full_like(loc, math.log(self.init_scale))}
+
+    def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
+        loc, log_scale = params["guide.loc"], params["guide.log_scale"]
+        eps = noise.elements
+        u = loc + log_scale.exp() * eps
+        with FromUnconstrained(self.sites, u) as latents:
+            trace = poutine.trace(model).get_trace(batch)
+        if kl == "analytic":
+            entropy_each = log_scale + 0.5 * (1 + LOG_2PI)
+        elif kl == "monte_carlo":
+            entropy_each = 0.5 * eps * eps + log_scale + 0.5 * LOG_2PI
+        else:  # only the path through z carries a gradient
+            loc_, log_scale_ = loc.detach(), log_scale.detach()
+            entropy_each = 0.5 * ((u - loc_) * (-log_scale_).exp()) ** 2 + log_scale_ + 0.5 * LOG_2PI
+        entropy, log_prior = {}, {}
+        for site in self.sites:
+            span = slice(site.start, site.start + site.size)
+            node = trace.nodes[site.name]
+            entropy[site.name] = entropy_each[span].sum(dtype=torch.float64)
+            q = (loc[span].view(site.shape), log_scale[span].exp().view(site.shape))
+            exact = _expected_normal_log_prob(node, q) if kl == "analytic" else None
+            log_prior[site.name] = total(node, exact) if exact is not None else latents.log_prior(node)
+        return Draw(trace, entropy, log_prior, frozenset())
+
+
+def _expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | None:
+    """E_q log p(u) [batch shape] where the prior of u is Normal too (LogNormal qualifies, in log space); else None."""
+    fn, event_dims = site["fn"], 0
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        if isinstance(fn, dist.MaskedDistribution):
+            return None
+        if isinstance(fn, torch.distributions.Independent):
+            event_dims += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
+    if isinstance(fn, torch.distributions.LogNormal) and isinstance(fn.transforms[-1], transforms.ExpTransform):
+        fn = fn.base_dist
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+    if not isinstance(fn, torch.distributions.Normal):
+        return None
+    loc, scale = q
+    each = -0.5 * (((loc - fn.loc) ** 2 + scale**2) / fn.scale**2) - fn.scale.log() - 0.5 * LOG_2PI
+    return each.sum(tuple(range(-event_dims, 0))) if event_dims else each
+
+
+class PyroGuide:
+    """An autoguide of Pyro's, or the user's own guide: any callable of a batch with reparameterised sample sites.
+
+    Its random numbers are replaced by the given noise (:class:`NoiseMode`), so that antithetic pairs, ranks and resumed
+    runs work as with the mean-field guide.
+    """
+
+    def __init__(self, guide: Any, plate: str = "data"):
+        self.guide, self.plate = guide, plate
+        self.noise_size = (0, 0)
+
+    def measure(self, batch: Batch) -> None:
+        """Runs the guide once to learn how many normals it takes. Raises UserError for sites it cannot hold."""
+        with NoiseMode.measuring(batch) as mode, mode.sites(self.plate):
+            trace = poutine.trace(self.guide).get_trace(batch)
+        for site in trace.nodes.values():
+            if is_latent(site):
+                refuse_latent(site, self.plate, can_be_local=True)
+                if not site["fn"].has_rsample:
+                    raise UserError(
+                        f'the guide\'s site "{site["name"]}" ({type(site["fn"]).__name__}) has no reparameterised '
+                        "gradient: use a distribution with rsample."
+                    )
+        self.noise_size = mode.used
+
+    def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
+        if kl == "sticking_the_landing":
+            raise UserError(
+                "objective.kl=sticking_the_landing needs guide=mean_field: use kl=monte_carlo with this guide."
+            )
+        with NoiseMode(noise.elements, noise.rows, noise.seed, batch) as mode, mode.sites(self.plate):
+            q = poutine.trace(self.guide).get_trace(batch)
+        trace = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
+        entropy, log_prior = {}, {}
+        for name, site in q.nodes.items():
+            if is_latent(site):
+                entropy[name] = -total_log_prob(site)
+        for name, site in trace.nodes.items():
+            if is_latent(site):
+                if name not in q.nodes:
+                    raise UserError(
+                        f'latent site "{name}" of the model is missing from the guide: sample it there too.'
+                    )
+                if inside(site, self.plate) != inside(q.nodes[name], self.plate):
+                    raise UserError(
+                        f'site "{name}" stands inside plate "{self.plate}" in only one of model and guide: '
+                        "declare the plate in both."
+                    )
+                log_prior[name] = total_log_prob(site)
+        local = frozenset(name for name in entropy if inside(q.nodes[name], self.plate))
+        return Draw(trace, entropy, log_prior, local)

@@ -1,0 +1,130 @@
+"""Latent sites: where they live in the flat unconstrained vector, and the log densities of a trace's sites.
+
+z = biject_to(support)(u). Shapes: D unconstrained scalars in all.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from trainer.errors import UserError
+from trainer.svi.plates import inside
+
+Site = Message | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    name: str
+    shape: tuple[int, ...]
+    """Unconstrained shape."""
+    start: int
+    """Where the site begins in the flat vector of D."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class AtZero(Messenger):
+    """Sets every latent to the image of u = 0, so that no prior has to be sampled (improper ones cannot), and lists them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.sites: list[LatentSite] = []
+        self.end = 0
+
+    def _pyro_sample(self, msg: Message) -> None:
+        fn = msg["fn"]
+        if not is_latent(msg) or msg["done"] or is_discrete(fn):
+            return
+        transform = biject_to(fn.support)
+        site = LatentSite(str(msg["name"]), tuple(transform.inverse_shape(fn.shape())), self.end)
+        self.sites.append(site)
+        self.end += site.size
+        msg["value"], msg["done"] = transform(torch.zeros(site.shape, **self.options)), True
+
+
+def is_latent(site: Site) -> bool:
+    """Whether a message or trace node is a latent sample site (a plate's index site is not)."""
+    return site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution has no continuous support."""
+    return bool(getattr(fn, "has_enumerate_support", False) or getattr(fn.support, "is_discrete", False))
+
+
+def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
+    """Raises UserError for a latent that no guide, or not this one, can hold."""
+    name = str(site["name"])
+    if is_discrete(site["fn"]):
+        raise UserError(
+            f'latent site "{name}" is discrete, which a reparameterised gradient cannot pass: sum it out '
+            "(dist.MixtureSameFamily, or torch.logsumexp of the branches in a pyro.factor)."
+        )
+    if not can_be_local and inside(site, plate):
+        if name.endswith("_unobserved"):
+            raise UserError(
+                f'obs_mask= at site "{name.removesuffix("_unobserved")}" makes a latent of every missing row: '
+                "use poutine.mask around the observed site instead."
+            )
+        raise UserError(
+            f'latent site "{name}" stands inside plate "{plate}", one value per row, which the mean-field guide cannot '
+            "hold: integrate it out, or give an amortised guide with guide._target_=module.guide."
+        )
+
+
+class FromUnconstrained(Messenger):
+    """Gives every latent site its value from the flat ``u`` [D], through the bijection of its support there and then."""
+
+    def __init__(self, sites: tuple[LatentSite, ...], u: Tensor):
+        super().__init__()
+        self.sites = {site.name: site for site in sites}
+        self.u = u
+        self.jacobian: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Message) -> None:
+        site = self.sites.get(str(msg["name"]))
+        if site is None or msg["is_observed"]:
+            return
+        u = self.u[site.start : site.start + site.size].view(site.shape)
+        transform = biject_to(msg["fn"].support)
+        value = transform(u)
+        if not isinstance(msg["fn"].support, type(constraints.real)):
+            jacobian = transform.log_abs_det_jacobian(u, value)
+            self.jacobian[site.name] = jacobian.reshape(*msg["fn"].batch_shape, -1).sum(-1)
+        msg["value"], msg["done"] = value, True
+
+    def log_prior(self, site: Site) -> Tensor:
+        """log p(z) + log |dz/du|, scaled and masked."""
+        density = log_prob(site)
+        return total(site, density + self.jacobian[site["name"]] if site["name"] in self.jacobian else density)
+
+
+def log_prob(site: Site) -> Tensor:
+    """log p of a site's value [batch shape], before scale and mask."""
+    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+def total(site: Site, values: Tensor) -> Tensor:
+    """Sum of ``values`` [batch shape] under the site's scale and mask, float64 []."""
+    mask, scale = site["mask"], site["scale"]
+    if mask is not None and mask is not True:
+        values = torch.where(torch.as_tensor(mask, device=values.device), values, values.new_zeros(()))
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        return (values * scale).sum(dtype=torch.float64)
+    return values.sum(dtype=torch.float64) * scale
+
+
+def total_log_prob(site: Site) -> Tensor:
+    """Scaled and masked log p of a site, float64 [] (summed in float64: float32 spacing at 1e9 nats is 64)."""
+    return total(site, log_prob(site))

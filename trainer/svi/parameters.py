@@ -1,0 +1,171 @@
+"""Every trainable number as one flat vector: the guide's, the model's modules', and those of `pyro.param`.
+
+`Parameters.capture` runs model and guide once on a batch and records what they own; afterwards `install(theta)` is a pure
+substitution: modules are swapped with `torch.func.functional_call`, `pyro.param` sites answer from the vector.
+
+Shapes: theta [P], unconstrained.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+from trainer.errors import UserError
+
+_OF_MODULE = "$$$"  # Pyro's mark between a module's name and its parameter's in `pyro.module`
+
+
+class Parameters:
+    """Names, shapes and constraints of all that is trained, and the modules that own some of it."""
+
+    def __init__(self, initial: dict[str, Tensor], modules: nn.ModuleDict, constrained: dict[str, Any]):
+        self.initial, self.modules, self.constrained = initial, modules, constrained
+        self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
+        self._in_modules = {name for name, _ in modules.named_parameters()}
+
+    @classmethod
+    def capture(cls, run: Callable[[], tuple[dict[str, Tensor], tuple[Any, ...]]]) -> "Parameters":
+        """Runs model and guide once on a batch and records the parameters that they touch.
+
+        ``run()`` gives the guide's own flat parameters and the user's callables, whose nn.Modules are found.
+        """
+        modules = nn.ModuleDict()
+        recorder = _Record()
+        with _settings(), _recording_modules(modules), recorder:
+            guide_params, callables = run()
+        for fn in callables:
+            _add_module(modules, fn)
+        owned = {name: value.detach().clone() for name, value in modules.named_parameters() if value.requires_grad}
+        known = {id(value) for value in modules.parameters()}
+        for name, ident in recorder.of_modules.items():
+            if ident not in known:
+                raise UserError(
+                    f'the module of parameter "{name}" could not be found: register it as pyro.module(...), '
+                    "with `import pyro`."
+                )
+        return cls({**guide_params, **owned, **recorder.initial}, modules, recorder.constraints)
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def flatten(self, values: dict[str, Tensor]) -> Tensor:
+        """theta [P] from {name: unconstrained tensor}."""
+        return torch.cat([values[name].reshape(-1) for name in self.shapes])
+
+    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        """{name: view of theta [P] in its unconstrained shape}."""
+        pieces = theta.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
+
+    def call(self, values: dict[str, Tensor], fn: Callable[[dict[str, Tensor]], Any]) -> Any:
+        """``fn(values)`` with every module and every `pyro.param` holding ``values`` for the time of the call."""
+        own = {name: values[name] for name in self._in_modules if name in values}
+        with _settings(), _Answer(values, self.constrained):
+            return torch.func.functional_call(
+                _Scope(self.modules), {f"modules_.{k}": v for k, v in own.items()}, (fn, values)
+            )
+
+    def constrain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values as the model sees them."""
+        return {
+            name: transform_to(self.constrained[name])(value) if name in self.constrained else value
+            for name, value in values.items()
+        }
+
+
+class _Scope(nn.Module):
+    """A module whose forward is any function, so that functional_call can swap the parameters below it."""
+
+    def __init__(self, modules: nn.ModuleDict):
+        super().__init__()
+        self.modules_ = modules
+
+    def forward(self, fn: Callable[[Any], Any], values: Any) -> Any:
+        return fn(values)
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    with pyro.settings.context(module_local_params=True):
+        yield
+
+
+def _add_module(modules: nn.ModuleDict, fn: Any, name: str = "model") -> None:
+    """Adds the nn.Module of a callable: itself, the object of a bound method, or what a partial wraps."""
+    if isinstance(fn, nn.Module):
+        known = {id(module) for module in modules.modules()}
+        if id(fn) not in known:
+            modules[name if name not in modules else f"{name}_{len(modules)}"] = fn
+    elif inspect.ismethod(fn):
+        _add_module(modules, fn.__self__, name)
+    elif hasattr(fn, "func"):
+        _add_module(modules, fn.func, name)
+
+
+@contextmanager
+def _recording_modules(modules: nn.ModuleDict) -> Iterator[None]:
+    original = pyro.module
+
+    def module(name: str, nn_module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        _add_module(modules, nn_module, name.replace(".", "_"))
+        return original(name, nn_module, *args, **kwargs)
+
+    with ExitStack() as stack:
+        for place in (pyro, pyro.primitives):
+            stack.callback(setattr, place, "module", original)
+            place.module = module
+        yield
+
+
+class _Record(Messenger):
+    """Notes each `pyro.param` site: its constraint and its first unconstrained value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial: dict[str, Tensor] = {}
+        self.constraints: dict[str, Any] = {}
+        self.of_modules: dict[str, int] = {}
+
+    def _pyro_param(self, msg: Message) -> None:
+        name = str(msg["name"])
+        if _OF_MODULE in name:
+            msg["value"], msg["done"] = msg["args"][1], True
+            self.of_modules[name] = id(msg["args"][1])
+            return
+        if name not in self.initial:
+            if len(msg["args"]) < 2:
+                raise UserError(f'pyro.param("{name}") has no initial value: give one, pyro.param("{name}", value).')
+            value = msg["args"][1]
+            value = value() if callable(value) else value
+            constraint = msg["kwargs"].get("constraint") or constraints.real
+            self.constraints[name] = constraint
+            self.initial[name] = transform_to(constraint).inv(value.detach()).clone()
+        msg["value"], msg["done"] = transform_to(self.constraints[name])(self.initial[name]), True
+
+
+class _Answer(Messenger):
+    """Answers `pyro.param` sites from ``values``."""
+
+    def __init__(self, values: dict[str, Tensor], constrained: dict[str, Any]):
+        super().__init__()
+        self.values, self.constrained = values, constrained
+
+    def _pyro_param(self, msg: Message) -> None:
+        name = str(msg["name"])
+        if _OF_MODULE in name:  # swapped in its module already
+            value = msg["args"][1]
+        elif name in self.constrained:
+            value = transform_to(self.constrained[name])(self.values[name])
+        else:
+            raise UserError(f'pyro.param("{name}") appears only after the first batch: declare it on every call.')
+        msg["value"], msg["done"] = value, True

@@ -1,0 +1,146 @@
+"""The data plate: a model written for data in memory, evaluated on a minibatch as the full data would have it.
+
+The handler runs inside the model's own call (`PlatedModel`), because a guide's prototype blocks handlers outside it.
+Inside the data plate every site's scale is multiplied by N / (rows of the global batch), and padded rows are masked.
+Source of the scaling: Hoffman, Blei, Wang and Paisley, "Stochastic variational inference", JMLR 14 (2013), eq. 31.
+
+Shapes: B rows of a batch (padding included), the first `valid` of which count.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from trainer.errors import UserError
+
+
+class Batch(NamedTuple):
+    """One draw's rows at one step. Padded rows repeat a real row, so nothing they compute is infinite."""
+
+    columns: dict[str, Tensor]
+    """Each [B, ...]."""
+    valid: Tensor
+    """int64 []: how many rows, from the first, count."""
+    scale: Tensor
+    """float64 []: N / (valid rows of the global batch)."""
+    row_id: Tensor | None = None
+    """int64 [B]: the rows' numbers in the source, where the guide has local latents."""
+
+    @property
+    def size(self) -> int:
+        """Rows, padding included."""
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 where a column is, else torch's default."""
+        wide = any(column.dtype == torch.float64 for column in self.columns.values())
+        return torch.float64 if wide else torch.get_default_dtype()
+
+
+class DataPlate(Messenger):
+    """Gives the plate ``name`` its indices, its scale and its mask for one batch."""
+
+    def __init__(self, name: str, batch: Batch):
+        super().__init__()
+        self.name, self.batch = name, batch
+
+    def _process_message(self, msg: Message) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            if msg["name"] == self.name:
+                self._subsample(msg)
+            return
+        if msg["type"] != "sample":
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == self.name:
+                self._scale_and_mask(msg, frame)
+
+    def _subsample(self, msg: Message) -> None:
+        fn, rows = msg["fn"], self.batch.size
+        if msg["value"] is not None:
+            raise UserError(
+                f'plate("{self.name}", ..., subsample=...) chooses its own rows: drop subsample=, '
+                "the trainer gives the model its rows."
+            )
+        declared = fn.size if fn.subsample_size is None else fn.subsample_size
+        if declared != rows:
+            raise UserError(
+                f'plate("{self.name}") takes {declared} rows where the batch has {rows}: '
+                f'write pyro.plate("{self.name}", len(x)) with a column x.'
+            )
+        indices = torch.arange(rows, device=self.batch.valid.device)
+        msg["value"] = indices if fn.size == rows else indices.as_subclass(_ForeignIndices)
+        msg["done"] = True
+
+    def _scale_and_mask(self, msg: Message, frame: Any) -> None:
+        if frame.dim is None:
+            raise UserError(
+                f'plate("{self.name}") is used as a loop around site "{msg["name"]}": '
+                f'write `with pyro.plate("{self.name}", len(x)):` and use whole columns.'
+            )
+        declared = (frame.full_size or frame.size) / frame.size  # what Pyro has put into the scale already
+        msg["scale"] = msg["scale"] * (self.batch.scale / declared)
+        mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(
+            (-1,) + (1,) * (-frame.dim - 1)
+        )
+        msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
+
+
+class _ForeignIndices(Tensor):
+    """Indices of a plate declared with N rows: they number the batch, so indexing anything with them is a mistake."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__len__", "size", "__get__", "dim"):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise UserError(
+            "the model indexes with the data plate's own indices, but its columns are the batch already: "
+            'use the columns as they are, in pyro.plate("data", len(x)).'
+        )
+
+
+class PlatedModel:
+    """A model (or guide) as a callable of one :class:`Batch`, under the data plate's handler."""
+
+    def __init__(self, fn: Callable[..., Any], columns: Iterable[str], plate: str = "data"):
+        self.fn, self.plate = fn, plate
+        self.arguments = arguments(fn, columns)
+
+    def __call__(self, batch: Batch) -> Any:
+        with DataPlate(self.plate, batch):
+            return self.fn(**{name: batch.columns[name] for name in self.arguments})
+
+
+def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns that ``fn`` takes by name; an argument with a default that is no column keeps its default.
+
+    Raises UserError for a required argument that is no column.
+    """
+    columns = tuple(columns)
+    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    taken = []
+    for name, parameter in inspect.signature(call).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return tuple(dict.fromkeys([*taken, *columns]))
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        if name in columns:
+            taken.append(name)
+        elif parameter.default is parameter.empty:
+            raise UserError(
+                f'the model needs an argument "{name}" that is no column of the data ({", ".join(columns)}): '
+                f"pack it with columns.{name}=..., or give it with model.{name}=..."
+            )
+    return tuple(taken)
+
+
+def inside(site: Message | dict[str, Any], plate: str) -> bool:
+    """Whether ``site`` of a trace stands in the data plate."""
+    return any(frame.name == plate for frame in site["cond_indep_stack"])

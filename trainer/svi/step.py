@@ -1,0 +1,155 @@
+"""One optimisation step as one pure function: `step(state, noise, batch, active) -> (state, terms, grad_norm)`.
+
+Every rank evaluates the draws whose lanes it holds, sums are all-reduced, and every rank makes the same update from the
+same gradient. Global terms count once over all ranks; terms inside the data plate are sums over the rows that each
+rank holds, at scale N / (rows of the global batch). Robbins and Monro (1951); Hoffman et al. (2013).
+
+Shapes: P parameters, S sites, A lane groups of this rank, R = pairs draws per group, B rows of a group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.svi.guides import Guide, Noise
+from trainer.svi.objective import Kind, Objective, elbo_terms
+from trainer.svi.optim import Optimizer, Slots
+from trainer.svi.parameters import Parameters
+from trainer.svi.plates import Batch, PlatedModel
+from trainer.svi.schedules import Schedule
+
+
+class State(NamedTuple):
+    """All that changes while training."""
+
+    step: Tensor
+    """int64 []: steps taken; the only truth about progress."""
+    theta: Tensor
+    """[P] unconstrained parameters."""
+    slots: Slots
+    """The optimiser's vectors, each [P]."""
+    average: Tensor
+    """[P] mean of the iterates since `average_from`."""
+    averaged: Tensor
+    """int64 []: how many iterates that is."""
+
+
+class StepNoise(NamedTuple):
+    elements: Tensor
+    """[A, R, E]."""
+    rows: Tensor | None
+    """[A, R, B, n]."""
+    seeds: tuple[tuple[int, ...], ...]
+    """[A][R] seeds for draws that are no transformation of a normal."""
+
+
+class StepBatch(NamedTuple):
+    columns: dict[str, Tensor]
+    """Each [A, B, ...]."""
+    valid: Tensor
+    """int64 [A]."""
+    batch_rows: Tensor
+    """int64 []: valid rows of the global batch, over all ranks."""
+    row_id: Tensor | None
+    """int64 [A, B]."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model with its guide, objective and parameters, over N rows."""
+
+    model: PlatedModel
+    guide: Guide
+    parameters: Parameters
+    objective: Objective
+    num_obs: float
+    sites: tuple[str, ...]
+    """The names of the terms, in order."""
+    kinds: tuple[Kind, ...]
+
+    def terms(self, theta: Tensor, noise: StepNoise, batch: StepBatch, share: float) -> Tensor:
+        """This rank's part of the ELBO's terms [S], float64 full-data nats; ``share`` of a group in what counts once."""
+        scale = self.num_obs / batch.batch_rows.double()
+        objective = self.objective
+        weight = 1.0 / (objective.pairs * len(objective.signs))
+
+        def all_groups(values: dict[str, Tensor]) -> Tensor:
+            total = torch.zeros(len(self.sites), dtype=torch.float64, device=theta.device)
+            for a in range(len(batch.valid)):
+                rows = None if batch.row_id is None else batch.row_id[a]
+                group = Batch({k: v[a] for k, v in batch.columns.items()}, batch.valid[a], scale, rows)
+                for r in range(objective.pairs):
+                    for sign in objective.signs:
+                        here = Noise(
+                            sign * noise.elements[a, r],
+                            None if noise.rows is None else sign * noise.rows[a, r],
+                            noise.seeds[a][r],
+                        )
+                        terms = elbo_terms(self.model, self.guide, values, here, group, objective.kl)
+                        each = [terms[s].value * (weight if terms[s].scaled else weight * share) for s in self.sites]
+                        total = total + torch.stack(each)
+            return total
+
+        return self.parameters.call(self.parameters.unflatten(theta), all_groups)
+
+
+@dataclass(frozen=True)
+class Update:
+    """How a gradient becomes the next state."""
+
+    optimizer: Optimizer
+    schedule: Schedule
+    horizon: int
+    """Steps of the whole run: the schedule's end."""
+    average_from: int
+    """First step whose iterate enters the average; `horizon` for none."""
+
+    def init(self, theta: Tensor) -> State:
+        zero = torch.zeros((), dtype=torch.int64, device=theta.device)
+        return State(zero, theta.clone(), self.optimizer.init(theta), theta.clone(), zero.clone())
+
+    def __call__(self, state: State, grad: Tensor, num_obs: float) -> State:
+        count = state.step + 1
+        lr = self.optimizer.lr * self.schedule(state.step, self.horizon)
+        theta, slots = self.optimizer.update(grad, state.slots, state.theta, lr, count, num_obs)
+        theta = theta.to(state.theta.dtype)
+        slots = tuple(new.to(old.dtype) for new, old in zip(slots, state.slots))
+        averaging = state.step >= self.average_from
+        averaged = state.averaged + averaging
+        mean = state.average + (theta - state.average) / averaged.clamp(min=1)
+        return State(count, theta, slots, torch.where(averaging, mean, theta), averaged)
+
+
+def step(
+    inference: Inference,
+    update: Update,
+    reduce: Callable[[Tensor], Tensor],
+    world_size: int,
+    state: State,
+    noise: StepNoise,
+    batch: StepBatch,
+    active: Tensor,
+) -> tuple[State, Tensor, Tensor]:
+    """The state after one step (or the same state, bit for bit, where ``active`` (bool []) is False), this rank's terms
+    [S] in full-data nats and the norm of the gradient of loss / N (over all ranks).
+
+    ``reduce`` sums a tensor over the ranks; the terms are left for the caller to reduce once a chunk.
+    """
+    theta = state.theta.detach().requires_grad_()
+    with torch.enable_grad():
+        terms = inference.terms(theta, noise, batch, share=1.0 / (world_size * len(batch.valid)))
+        loss = -terms.sum() / inference.num_obs
+        (grad,) = torch.autograd.grad(loss, theta)
+    grad = reduce(grad)
+    new = update(state, grad, inference.num_obs)
+    kept = State(*(_choose(active, a, b) for a, b in zip(new, state)))
+    return kept, terms.detach(), grad.double().norm()
+
+
+def _choose(active: Tensor, new: Tensor | Slots, old: Tensor | Slots) -> Tensor | Slots:
+    if isinstance(new, tuple):
+        return tuple(torch.where(active, n, o) for n, o in zip(new, old))
+    return torch.where(active, new, old)
