@@ -69,7 +69,7 @@ def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batc
             torch.ones_like(batch.scale),
             None if batch.row_id is None else batch.row_id[index],
         )
-        return sum(term.value for term in evaluate(part).values() if term.scaled)
+        return torch.stack([term.value for term in evaluate(part).values() if term.scaled]).sum()
 
     index = torch.arange(rows, device=batch.valid.device)
     whole = at(index)

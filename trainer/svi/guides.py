@@ -1,7 +1,7 @@
 """Guides: what q(z) is, how it is drawn from given noise, and what it adds to the ELBO.
 
 A guide has one method beyond its parameters, `draw(model, params, noise, batch, kl) -> Draw`: the model's trace at
-z ~ q, with the entropy terms of q by site. `MeanField` is ours; `PyroGuide` carries Pyro's autoguides and the user's own.
+z ~ q, with the entropy terms of q by site. `MeanField` is ours; `PyroGuide` carries Pyro's autoguides and users' own.
 
 Mean-field Gaussian in unconstrained space: Kucukelbir, Tran, Ranganath, Gelman and Blei, "Automatic differentiation
 variational inference", JMLR 18 (2017), eq. 6. Sticking the landing: Roeder, Wu and Duvenaud (NeurIPS 2017).
@@ -151,6 +151,7 @@ class PyroGuide:
 
     def measure(self, batch: Batch) -> None:
         """Runs the guide once to learn how many normals it takes. Raises UserError for sites it cannot hold."""
+        self.guide(batch)  # an autoguide makes its parameters in its first call
         with NoiseMode.measuring(batch) as mode, mode.sites(self.plate):
             trace = poutine.trace(self.guide).get_trace(batch)
         for site in trace.nodes.values():

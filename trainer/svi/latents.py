@@ -17,7 +17,8 @@ from torch.distributions import biject_to, constraints
 from trainer.errors import UserError
 from trainer.svi.plates import inside
 
-Site = Message | dict[str, Any]
+Site = Any
+"""A node of a Pyro trace, or a message on its way there."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LatentSite:
 
 
 class AtZero(Messenger):
-    """Sets every latent to the image of u = 0, so that no prior has to be sampled (improper ones cannot), and lists them."""
+    """Sets every latent to the image of u = 0, so that no prior is sampled (improper ones cannot be), and lists them."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -43,7 +44,7 @@ class AtZero(Messenger):
         self.end = 0
 
     def _pyro_sample(self, msg: Message) -> None:
-        fn = msg["fn"]
+        fn: Any = msg["fn"]
         if not is_latent(msg) or msg["done"] or is_discrete(fn):
             return
         transform = biject_to(fn.support)
@@ -84,7 +85,7 @@ def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
 
 
 class FromUnconstrained(Messenger):
-    """Gives every latent site its value from the flat ``u`` [D], through the bijection of its support there and then."""
+    """Gives every latent site its value from the flat ``u`` [D], through the bijection of its support at that moment."""
 
     def __init__(self, sites: tuple[LatentSite, ...], u: Tensor):
         super().__init__()
@@ -97,11 +98,12 @@ class FromUnconstrained(Messenger):
         if site is None or msg["is_observed"]:
             return
         u = self.u[site.start : site.start + site.size].view(site.shape)
-        transform = biject_to(msg["fn"].support)
+        fn: Any = msg["fn"]
+        transform = biject_to(fn.support)
         value = transform(u)
-        if not isinstance(msg["fn"].support, type(constraints.real)):
+        if not isinstance(fn.support, type(constraints.real)):
             jacobian = transform.log_abs_det_jacobian(u, value)
-            self.jacobian[site.name] = jacobian.reshape(*msg["fn"].batch_shape, -1).sum(-1)
+            self.jacobian[site.name] = jacobian.reshape(*fn.batch_shape, -1).sum(-1)
         msg["value"], msg["done"] = value, True
 
     def log_prior(self, site: Site) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise as an argument: Philox4x32-10 in integer torch operations, so that every draw is a function of where it is used.
+"""Noise as an argument: Philox4x32-10 in integer torch operations; a draw is a function of where it is used.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. A counter names a draw
 (seed, step, draw, element or row); nothing is carried from one draw to the next, so ranks, chunks and resumed runs
@@ -48,7 +48,7 @@ def element_noise(seed: int, step: Tensor, draws: Tensor, count: int, dtype: tor
 
 
 def row_noise(seed: int, step: Tensor, draws: Tensor, row_id: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Standard normals [R, B, count] for the local latents of rows ``row_id`` [R, B]: they follow the row, not its place."""
+    """Standard normals [R, B, count] for the local latents of rows ``row_id`` [R, B], whatever their place."""
     quad = torch.arange(-(-count // 4), device=draws.device)
     row = row_id[..., None]
     high = ((row >> 32) & 0xFFFF) | (quad << 16)

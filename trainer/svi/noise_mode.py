@@ -1,7 +1,7 @@
 """Noise for guides that draw for themselves: every random operation takes its normals from the given ones, in order.
 
-A dispatch mode sees `normal_`, `randn`, `rand` and their kin below every library, so Pyro's autoguides, flows and users'
-guides need no change. What is no transformation of normals (Gamma, Dirichlet) is drawn from torch's generator, seeded
+A dispatch mode sees `normal_`, `randn`, `rand` and their kin below every library, so Pyro's autoguides and users' own
+need no change. What is no transformation of normals (Gamma, Dirichlet) is drawn from torch's generator, seeded
 by (run, step, draw).
 """
 
@@ -24,7 +24,7 @@ _FRESH = {_aten.randn.default: "normal", _aten.rand.default: "uniform"}
 
 
 class NoiseMode(TorchDispatchMode):
-    """Serves normals from ``elements`` [E], and inside the data plate from ``rows`` [B, n], the batch axis found by size."""
+    """Serves normals from ``elements`` [E], and inside the data plate from ``rows`` [B, n]."""
 
     def __init__(self, elements: Tensor, rows: Tensor | None, seed: int, batch: Batch):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Optimisers as pure functions of flat vectors, their updates equal to `torch.optim`'s (which the tests hold against them).
+"""Optimisers as pure functions of flat vectors, their updates equal to `torch.optim`'s (the tests' oracle).
 
 The gradient is that of loss / N, so `eps` (given for the full-data loss, as in the papers) is divided by N: with
 Adam's usual 1e-8 against gradients of size 1/N, a latent known from its prior alone would hardly move.
@@ -30,7 +30,7 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class Adam:
-    """Kingma and Ba (2015), algorithm 1; ``weight_decay`` as in torch.optim.Adam (added to the gradient of loss / N)."""
+    """Kingma and Ba (2015), algorithm 1; ``weight_decay`` is added to the gradient of loss / N, as torch does."""
 
     lr: float = 0.02
     beta1: float = 0.9

@@ -1,6 +1,6 @@
 """Every trainable number as one flat vector: the guide's, the model's modules', and those of `pyro.param`.
 
-`Parameters.capture` runs model and guide once on a batch and records what they own; afterwards `install(theta)` is a pure
+`Parameters.capture` runs model and guide once on a batch and records what they own; afterwards `call` is a pure
 substitution: modules are swapped with `torch.func.functional_call`, `pyro.param` sites answer from the vector.
 
 Shapes: theta [P], unconstrained.
@@ -71,9 +71,8 @@ class Parameters:
         """``fn(values)`` with every module and every `pyro.param` holding ``values`` for the time of the call."""
         own = {name: values[name] for name in self._in_modules if name in values}
         with _settings(), _Answer(values, self.constrained):
-            return torch.func.functional_call(
-                _Scope(self.modules), {f"modules_.{k}": v for k, v in own.items()}, (fn, values)
-            )
+            swapped = {f"inner.{name}": value for name, value in own.items()}
+            return torch.func.functional_call(_Scope(self.modules), swapped, (fn, values))
 
     def constrain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The values as the model sees them."""
@@ -88,7 +87,7 @@ class _Scope(nn.Module):
 
     def __init__(self, modules: nn.ModuleDict):
         super().__init__()
-        self.modules_ = modules
+        self.inner = modules
 
     def forward(self, fn: Callable[[Any], Any], values: Any) -> Any:
         return fn(values)
@@ -143,8 +142,8 @@ class _Record(Messenger):
             self.of_modules[name] = id(msg["args"][1])
             return
         if name not in self.initial:
-            if len(msg["args"]) < 2:
-                raise UserError(f'pyro.param("{name}") has no initial value: give one, pyro.param("{name}", value).')
+            if len(msg["args"]) < 2:  # a module's own attribute, found with its module
+                return
             value = msg["args"][1]
             value = value() if callable(value) else value
             constraint = msg["kwargs"].get("constraint") or constraints.real

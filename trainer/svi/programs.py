@@ -43,6 +43,11 @@ class Program(Protocol):
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult: ...
 
 
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return tensor
+
+
 @dataclass(frozen=True)
 class Eager:
     """The pure step, called for each active slot; inert slots are not evaluated, which is what they come to."""
@@ -53,7 +58,7 @@ class Eager:
     groups: Sequence[int]
     """The numbers of this rank's lane groups among all P: they number the draws."""
     world_size: int = 1
-    reduce: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
+    reduce: Callable[[Tensor], Tensor] = alone
 
     def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
         """The noise of step ``at``: a function of (seed, step, draw, element or row) alone."""

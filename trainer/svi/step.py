@@ -71,7 +71,7 @@ class Inference:
     kinds: tuple[Kind, ...]
 
     def terms(self, theta: Tensor, noise: StepNoise, batch: StepBatch, share: float) -> Tensor:
-        """This rank's part of the ELBO's terms [S], float64 full-data nats; ``share`` of a group in what counts once."""
+        """This rank's part of the ELBO's terms [S], float64 nats; ``share``: a group's part in what counts once."""
         scale = self.num_obs / batch.batch_rows.double()
         objective = self.objective
         weight = 1.0 / (objective.pairs * len(objective.signs))
@@ -145,11 +145,15 @@ def step(
         (grad,) = torch.autograd.grad(loss, theta)
     grad = reduce(grad)
     new = update(state, grad, inference.num_obs)
-    kept = State(*(_choose(active, a, b) for a, b in zip(new, state)))
-    return kept, terms.detach(), grad.double().norm()
+    return _choose(active, new, state), terms.detach(), grad.double().norm()
 
 
-def _choose(active: Tensor, new: Tensor | Slots, old: Tensor | Slots) -> Tensor | Slots:
-    if isinstance(new, tuple):
-        return tuple(torch.where(active, n, o) for n, o in zip(new, old))
-    return torch.where(active, new, old)
+def _choose(active: Tensor, new: State, old: State) -> State:
+    """``new`` where ``active``, else ``old``, bit for bit."""
+    return State(
+        torch.where(active, new.step, old.step),
+        torch.where(active, new.theta, old.theta),
+        tuple(torch.where(active, n, o) for n, o in zip(new.slots, old.slots)),
+        torch.where(active, new.average, old.average),
+        torch.where(active, new.averaged, old.averaged),
+    )
