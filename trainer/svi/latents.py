@@ -35,7 +35,7 @@ class LatentSite:
 
 
 class AtZero(Messenger):
-    """Sets every latent to the image of u = 0, so that no prior is sampled (improper ones cannot be), and lists them."""
+    """Sets every latent to the image of u = 0, so that no prior is sampled (improper ones cannot be); lists them."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -85,7 +85,7 @@ def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
 
 
 class FromUnconstrained(Messenger):
-    """Gives every latent site its value from the flat ``u`` [D], through the bijection of its support at that moment."""
+    """Gives every latent site its value from the flat ``u`` [D], through its support's bijection at that moment."""
 
     def __init__(self, sites: tuple[LatentSite, ...], u: Tensor):
         super().__init__()

@@ -98,10 +98,11 @@ class _SiteAxis(Messenger):
         self.mode, self.plate = mode, plate
 
     def _pyro_sample(self, msg: Message) -> None:
+        fn: Any = msg["fn"]
         self.mode.axis = None
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.plate and frame.dim is not None:
-                self.mode.axis = frame.dim - msg["fn"].event_dim
+                self.mode.axis = frame.dim - fn.event_dim
 
     def _pyro_post_sample(self, msg: Message) -> None:
         self.mode.axis = None

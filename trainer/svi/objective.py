@@ -24,7 +24,7 @@ Kind = Literal["likelihood", "kl_global", "kl_local"]
 
 @dataclass(frozen=True)
 class Objective:
-    """How the ELBO is estimated: ``pairs`` draws of z per lane group and step, each at eps and -eps if ``antithetic``."""
+    """How the ELBO is estimated: ``pairs`` draws of z per lane group, each at eps and -eps if ``antithetic``."""
 
     kl: KL = "analytic"
     antithetic: bool = True

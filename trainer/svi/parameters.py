@@ -122,7 +122,7 @@ def _recording_modules(modules: nn.ModuleDict) -> Iterator[None]:
     with ExitStack() as stack:
         for place in (pyro, pyro.primitives):
             stack.callback(setattr, place, "module", original)
-            place.module = module
+            setattr(place, "module", module)  # noqa: B010 (mypy knows these as functions)
         yield
 
 
@@ -165,6 +165,8 @@ class _Answer(Messenger):
             value = msg["args"][1]
         elif name in self.constrained:
             value = transform_to(self.constrained[name])(self.values[name])
+        elif len(msg["args"]) < 2:  # a module's own attribute, swapped in its module already
+            return
         else:
             raise UserError(f'pyro.param("{name}") appears only after the first batch: declare it on every call.')
         msg["value"], msg["done"] = value, True

@@ -63,7 +63,8 @@ class DataPlate(Messenger):
                 self._scale_and_mask(msg, frame)
 
     def _subsample(self, msg: Message) -> None:
-        fn, rows = msg["fn"], self.batch.size
+        fn: Any = msg["fn"]
+        rows = self.batch.size
         if msg["value"] is not None:
             raise UserError(
                 f'plate("{self.name}", ..., subsample=...) chooses its own rows: drop subsample=, '
@@ -125,7 +126,7 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]
     """
     columns = tuple(columns)
     call = fn.forward if isinstance(fn, torch.nn.Module) else fn
-    taken = []
+    taken: list[str] = []
     for name, parameter in inspect.signature(call).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             return tuple(dict.fromkeys([*taken, *columns]))

@@ -23,7 +23,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class RobbinsMonro:
-    """((t + delay) / (1 + delay)) ** -forgetting, t = 1, 2, ...: Hoffman et al. (2013), eq. 26, scaled to begin at 1."""
+    """((t + delay) / (1 + delay)) ** -forgetting, t = 1, 2, ...: Hoffman et al. (2013), eq. 26, from 1."""
 
     delay: float = 1.0
     forgetting: float = 0.7
