@@ -1,0 +1,82 @@
+"""The only place that calls Hydra's instantiate: from config nodes to the objects of the layers below."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pyro.infer.autoguide
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from trainer.errors import UserError
+from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.materialise import GuideFactory
+from trainer.svi.plates import PlatedModel
+
+
+def make(node: DictConfig, **extra: Any) -> Any:
+    """The object that ``node`` describes, of plain Python values. Raises UserError for a target that cannot be made."""
+    target = str(node.get("_target_"))
+    try:
+        return instantiate(node, _convert_="all", **extra)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"{target} cannot be made from the config: {str(cause).splitlines()[0]}") from error
+
+
+def target(node: DictConfig) -> Any:
+    """The class or function that ``node._target_`` names; the current folder is importable."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    path = str(node._target_)
+    for find in (get_class, get_method):
+        try:
+            return find(path)
+        except ImportError as error:
+            raise UserError(f"_target_={path} cannot be imported: {str(error).splitlines()[0]}") from error
+        except ValueError:
+            continue  # no class of that name: a function then
+        except Exception as error:
+            raise UserError(f"_target_={path} cannot be found: {str(error).splitlines()[0]}") from error
+    raise UserError(f"_target_={path} names neither a class nor a function.")
+
+
+def model(node: DictConfig) -> Any:
+    """The user's model: a function as it stands (with its arguments bound), or an instance of a class."""
+    if OmegaConf.is_missing(node, "_target_") or node.get("_target_") is None:
+        raise UserError(
+            "no model was given: choose one with model=NAME (svi train --help lists them) or model._target_=."
+        )
+    found = target(node)
+    made = make(node) if inspect.isclass(found) else make(node, _partial_=True)
+    if callable(made) and not _is_pair(made):
+        return made
+    if hasattr(made, "model"):  # as in Pyro's VAE example: an object with the methods model and guide
+        return made.model
+    raise UserError(
+        f"{node._target_} makes a {type(made).__name__} that cannot be called: give it a __call__ or forward."
+    )
+
+
+def _is_pair(made: Any) -> bool:
+    return inspect.ismethod(getattr(made, "model", None)) and inspect.ismethod(getattr(made, "guide", None))
+
+
+def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...], plate: str) -> GuideFactory:
+    """What makes the guide from the plated model and one batch."""
+    found = target(node)
+    owner = getattr(model, "__self__", None)
+    if found is MeanField and owner is not None and _is_pair(owner):
+        return lambda plated, batch: PyroGuide(PlatedModel(owner.guide, columns, plate), plate)
+    if found is MeanField:
+        return make(node, _partial_=True)
+    if inspect.isclass(found) and issubclass(found, pyro.infer.autoguide.AutoGuide):
+        partial = make(node, _partial_=True)
+        return lambda plated, batch: PyroGuide(partial(plated), plate)
+    fn = make(node) if inspect.isclass(found) else make(node, _partial_=True)
+    return lambda plated, batch: PyroGuide(PlatedModel(fn, columns, plate), plate)

@@ -1,0 +1,202 @@
+"""`svi train`: a model and a shard folder in, a run folder out."""
+
+import math
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from rich.console import Console
+
+from trainer.app import build, resume
+from trainer.app.finish import Finish
+from trainer.app.loggers import make_loggers
+from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
+from trainer.data.plan import Plan
+from trainer.data.reader import ShardFolder, open_split
+from trainer.data.store import atomic_write
+from trainer.errors import UserError
+from trainer.lit.checkpoint import Checkpoints
+from trainer.lit.datamodule import ChunkData, to_tensor
+from trainer.lit.metrics import MetricsFile
+from trainer.lit.module import VariationalModule
+from trainer.lit.progress import ProgressBar
+from trainer.lit.signals import StopOnSignal
+from trainer.lit.strategy import RankStrategy, sum_over_ranks
+from trainer.svi.materialise import materialise
+from trainer.svi.plates import Batch
+from trainer.svi.step import Inference, Update
+
+_CHECK_ROWS = 1024
+_DEFAULT_STEPS, _DEFAULT_EPOCHS = 5_000, 20
+_LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def run(cfg: DictConfig, run_dir: Path) -> float:
+    """Trains, writes the run folder, and returns the held-out ELBO per row (the ELBO per row without held-out rows).
+
+    Exits with 128 + the signal's number when a signal ended the run, after saving.
+    """
+    torch.set_default_dtype(_dtype(cfg.dtype))
+    here = world(cfg.trainer)
+    threads = share_threads(here.local_size, cfg.threads)
+    run_dir = Path(agree_on(str(run_dir.absolute()), here, "nccl" if on_cuda(cfg.trainer) else "gloo"))
+    before = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
+    try:
+        return _train(cfg, run_dir, here, threads)
+    finally:
+        for name, value in before.items():  # a later run of this process (a sweep) launches its own ranks
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
+    console = Console(quiet=here.rank != 0, highlight=False)
+    folder, held_out = open_training(str(cfg.data.path)), open_split(Path(str(cfg.data.path)), "held_out")
+    saved = resume.saved(cfg.ckpt_path, run_dir)
+    plan_facts = resume.plan_facts(cfg, folder, here, saved)
+    plan = Plan(folder.index.block_rows, **{k: v for k, v in plan_facts.items() if k not in ("index", "draws")})
+    update = _update(cfg, plan)
+    inference, theta = infer(cfg, folder)
+    fresh = state = update.init(theta)
+    facts = {
+        "plan": plan_facts,
+        "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
+        "sites": list(inference.sites),
+        "optimizer": OmegaConf.to_container(cfg.optimizer, resolve=True),
+        "horizon": update.horizon,
+        "version": version("svi-trainer"),
+        "world_size": here.size,
+    }
+    seconds = 0.0
+    if saved is not None:
+        resume.check_same(saved[1], facts, saved[0], fresh)
+        state, seconds = saved[0], float(saved[1]["seconds"])
+        console.print(f"continuing from step {int(state.step):,}")
+    console.print(
+        f"{folder.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out · "
+        f"{inference.parameters.size:,} parameters · {update.horizon:,} steps of {plan.batch_size:,} rows "
+        f"({update.horizon / plan.steps_per_epoch:.3g} epochs) · {here.size} rank(s) x {threads} thread(s)"
+    )
+    if here.rank == 0:
+        _save_config(cfg, run_dir)
+    ranks = resume.ranks(plan_facts, here)
+    program = build.make(cfg.program, inference=inference, update=update, seed=int(plan_facts["seed"]),
+                         groups=ranks.groups, world_size=here.size, reduce=sum_over_ranks)  # fmt: skip
+    module = VariationalModule(inference, update, program, state, seconds)
+    local_latents = bool(inference.guide.noise_size[1])
+    every = int(cfg.checkpoint.every_n_steps or 0)
+    data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), local_latents,
+                     int(cfg.slots), (every,) if every else ())  # fmt: skip
+    data.first, data.last = int(state.step), update.horizon
+    signals = StopOnSignal()
+    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals)
+    callbacks = [
+        signals,
+        ProgressBar(console, update.horizon),
+        MetricsFile(run_dir / "metrics.csv"),
+        Checkpoints(run_dir / "checkpoints", facts, every, int(cfg.checkpoint.keep_last)),
+        finish,
+    ]
+    if data.first < data.last:
+        _trainer(cfg, run_dir, here, callbacks).fit(module, data)
+    else:
+        console.print(f"step {data.first:,} is the end already: raise max_steps= or max_epochs= to go on.")
+    if signals.received:
+        console.print(f"stopped by signal {signals.received} at step {module.step:,}; continue with ckpt_path=last")
+        sys.exit(128 + signals.received)
+    return finish.headline
+
+
+def open_training(path: str) -> ShardFolder:
+    """The training split of a shard folder. Raises UserError where there is none."""
+    folder = open_split(Path(path), "train")
+    if folder is None:
+        raise UserError(f"data.path={path} is no shard folder: pack one with svi shard source=TABLE out={path}")
+    return folder
+
+
+def infer(cfg: DictConfig, folder: ShardFolder) -> tuple[Inference, torch.Tensor]:
+    """The inference problem of a config, checked on the first rows, and theta [P] at its start."""
+    columns = tuple(column.name for column in folder.index.columns if column.name != "row_id")
+    user_model = build.model(cfg.model)
+    dtype = torch.get_default_dtype()
+    rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS].copy(), dtype) for n in (*columns, "row_id")}
+    count = len(rows["row_id"])
+    batch = Batch(
+        {name: rows[name] for name in columns},
+        torch.tensor(count),
+        torch.tensor(folder.num_rows / count, dtype=torch.float64),
+        rows["row_id"],
+    )
+    return materialise(
+        user_model,
+        build.guide(cfg.guide, user_model, columns, cfg.plate),
+        batch,
+        folder.num_rows,
+        build.make(cfg.objective),
+        plate=cfg.plate,
+        global_sites=cfg.global_sites,
+        seed=int(cfg.seed),
+    )
+
+
+def _update(cfg: DictConfig, plan: Plan) -> Update:
+    """Optimiser, schedule and the two steps that frame them: the horizon, and where the average of whole epochs begins."""
+    epoch = plan.steps_per_epoch
+    limits = [int(n) for n in (cfg.max_steps, cfg.max_epochs and math.ceil(float(cfg.max_epochs) * epoch)) if n]
+    horizon = min(limits) if limits else max(_DEFAULT_STEPS, _DEFAULT_EPOCHS * epoch)
+    share = float(cfg.averaging)
+    if not 0 <= share < 1:
+        raise UserError(f"averaging={share} must lie in [0, 1): the last share of the run whose iterates are averaged.")
+    length = int(horizon * share)
+    if length >= epoch:
+        length = length // epoch * epoch
+    return Update(build.make(cfg.optimizer), build.make(cfg.schedule), horizon, horizon - length)
+
+
+def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A Lightning trainer that runs our chunks once through; checkpoints, progress and stopping are our callbacks."""
+    options: dict[str, Any] = dict(OmegaConf.to_container(cfg.trainer, resolve=True))  # type: ignore[arg-type]
+    options.update(devices=here.local_size, num_nodes=here.size // here.local_size)
+    plugins: list[Any] = []
+    if here.size > 1:
+        child = [sys.executable, "-m", "trainer", "child", str(run_dir)]
+        options["strategy"] = RankStrategy(child)
+        if here.external and "TORCHELASTIC_RUN_ID" not in os.environ:
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+    return pl.Trainer(
+        **options,
+        plugins=plugins or None,
+        callbacks=callbacks,
+        logger=make_loggers(cfg, run_dir) if here.rank == 0 else False,
+        default_root_dir=run_dir,
+        min_epochs=0,
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _save_config(cfg: DictConfig, run_dir: Path) -> None:
+    """The resolved config, from which the other ranks start and by which a run folder explains itself."""
+    (run_dir / ".hydra").mkdir(parents=True, exist_ok=True)
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    with atomic_write(run_dir / ".hydra" / "resolved.yaml") as file:
+        file.write(OmegaConf.to_yaml(resolved).encode())
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "float64"):
+        raise UserError(f"dtype={name} is not supported: use float32 or float64.")
+    return getattr(torch, name)

@@ -1,0 +1,94 @@
+"""Chunks of consecutive steps from a shard folder, as tensors; they end wherever something else happens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from trainer.data.plan import Plan
+from trainer.data.reader import Reader, ShardFolder
+from trainer.svi.programs import Chunk
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who evaluates what: P draws and L lanes over W ranks. Lane group p of P holds lanes [p L/P, (p+1) L/P)."""
+
+    world_size: int
+    rank: int
+    lanes: int
+    draws: int
+
+    @property
+    def groups(self) -> list[int]:
+        """The draws that this rank evaluates; where W > P several ranks share one, each with its own lanes."""
+        if self.world_size > self.draws:
+            return [self.rank * self.draws // self.world_size]
+        per_rank = self.draws // self.world_size
+        return list(range(self.rank * per_rank, (self.rank + 1) * per_rank))
+
+    @property
+    def lanes_by_group(self) -> list[list[int]]:
+        """The lanes of each of this rank's groups."""
+        per_rank = self.lanes // self.world_size
+        mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        size = per_rank // len(self.groups)
+        return [list(mine[i * size : (i + 1) * size]) for i in range(len(self.groups))]
+
+
+class ChunkData(pl.LightningDataModule):
+    """Streams the training chunks of this rank from step ``first`` to ``last``.
+
+    ``slots``: steps of a chunk; ``every``: a chunk also ends at each multiple of any of these (checkpoints).
+    """
+
+    def __init__(
+        self,
+        folder: ShardFolder,
+        plan: Plan,
+        ranks: Ranks,
+        columns: tuple[str, ...],
+        dtype: torch.dtype,
+        with_row_id: bool,
+        slots: int,
+        every: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        self.folder, self.plan, self.ranks = folder, plan, ranks
+        self.columns, self.dtype, self.with_row_id = columns, dtype, with_row_id
+        self.slots, self.every = slots, every
+        self.first, self.last = 0, 0
+
+    def train_dataloader(self) -> "ChunkData":
+        return self
+
+    def __iter__(self) -> Iterator[Chunk]:
+        reader = Reader(self.folder, self.plan, self.columns, self.ranks.lanes_by_group, self.with_row_id)
+        try:
+            for chunk in reader.chunks(spans(self.first, self.last, self.slots, self.every)):
+                yield Chunk(
+                    {name: to_tensor(array, self.dtype) for name, array in chunk.columns.items()},
+                    torch.from_numpy(chunk.valid),
+                    torch.from_numpy(chunk.batch_rows),
+                    None if chunk.row_id is None else torch.from_numpy(chunk.row_id),
+                )
+        finally:
+            reader.close()
+
+
+def spans(first: int, last: int, slots: int, every: tuple[int, ...] = ()) -> Iterator[tuple[int, int]]:
+    """(first step, number of steps) of each chunk: at most ``slots``, none across a multiple of any of ``every``."""
+    while first < last:
+        ends = [first + slots, last, *((first // n + 1) * n for n in every)]
+        steps = min(ends) - first
+        yield first, steps
+        first += steps
+
+
+def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Floats as ``dtype``, everything else as int64."""
+    tensor = torch.from_numpy(array)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor.to(torch.int64)

@@ -1,0 +1,114 @@
+"""The Lightning module: a training step is a chunk of K optimisation steps, run by a program. Thin on purpose.
+
+Our own integer step, in the state, is the only truth about progress; Lightning's count is advanced to follow it.
+"""
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from trainer.lit.strategy import from_rank_zero
+from trainer.svi.checks import finite_or_raise
+from trainer.svi.programs import Chunk, ChunkResult, Program
+from trainer.svi.step import Inference, State, Update
+
+
+class VariationalModule(pl.LightningModule):
+    """Trains ``theta`` of an `Inference` with a `Program`; `last` holds the newest chunk's figures."""
+
+    def __init__(self, inference: Inference, update: Update, program: Program, state: State, seconds: float = 0.0):
+        super().__init__()
+        self.automatic_optimization = False
+        self.inference, self.update, self.program, self.state = inference, update, program, state
+        self.seconds_before = seconds
+        self.last: dict[str, float] = {}
+        self._started = self._previous = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return int(self.state.step)
+
+    @property
+    def theta(self) -> Tensor:
+        """The answer [P]: the averaged iterates once averaging has begun, else the last one."""
+        return self.state.average
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of training, those before a resume included."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def configure_optimizers(self) -> None:
+        return None
+
+    def on_fit_start(self) -> None:
+        device = self.device
+        on_device = [from_rank_zero(t.to(device)) for t in flat_state(self.state)]
+        self.state = state_from_flat(on_device)
+
+    def on_train_start(self) -> None:
+        self._started = self._previous = time.monotonic()
+
+    def training_step(self, chunk: Chunk, batch_idx: int) -> None:
+        steps = len(chunk.batch_rows)
+        result = self.program.run(self.state, chunk, steps)
+        self.state = result.state
+        self._record(result, chunk)
+        self._advance_lightning(steps)
+
+    def _record(self, result: ChunkResult, chunk: Chunk) -> None:
+        now = time.monotonic()
+        rows = int(chunk.batch_rows.sum())
+        means = result.terms.mean(0).tolist()
+        elbo, num_obs = sum(means), self.inference.num_obs
+        by_kind = {"expected_log_likelihood": 0.0, "kl_global": 0.0, "kl_local": 0.0}
+        for kind, value in zip(self.inference.kinds, means):
+            by_kind["expected_log_likelihood" if kind == "likelihood" else kind] += (
+                value if kind == "likelihood" else -value
+            )
+        self.last = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "rows": rows,
+            "rows_per_second": rows / max(now - self._previous, 1e-9),
+            "elbo": elbo,
+            "elbo_per_row": elbo / num_obs,
+            **by_kind,
+            "learning_rate": self.update.optimizer.lr
+            * float(self.update.schedule(self.state.step - 1, self.update.horizon)),
+            "grad_norm": float(result.grad_norm[-1]),
+            **{f"term/{site}": value for site, value in zip(self.inference.sites, means)},
+        }
+        self._previous = now
+        first = self.step - len(result.terms)
+        finite = torch.isfinite(result.terms)
+        if not finite.all():
+            bad = int((~finite.all(1)).nonzero()[0])
+            finite_or_raise(dict(zip(self.inference.sites, result.terms[bad].tolist())), first + bad)
+        values = self.inference.parameters.unflatten(self.state.theta)
+        finite_or_raise(dict(values), self.step)
+
+    def _advance_lightning(self, steps: int) -> None:
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.total.ready += steps
+        progress.total.completed += steps
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if device.type == "cpu":
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+def flat_state(state: State) -> list[Tensor]:
+    """The state's tensors in a fixed order."""
+    return [state.step, state.theta, state.average, state.averaged, *state.slots]
+
+
+def state_from_flat(tensors: list[Tensor]) -> State:
+    """The inverse of :func:`flat_state`."""
+    step, theta, average, averaged, *slots = tensors
+    return State(step, theta, tuple(slots), average, averaged)

@@ -1,0 +1,88 @@
+"""Lightning launches the ranks, the step all-reduces. Nothing is wrapped, so no buffer is overwritten or refused.
+
+Children start from a command that we give (the resolved, saved config), never from `argv`: relaunching `argv` dies with
+a verb in it and runs the whole sweep in the child under `-m`.
+"""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import Tensor
+
+
+class RankStrategy(DDPStrategy):
+    """DDP's process group without its module wrapper; the ranks leave together."""
+
+    def __init__(self, child_command: Sequence[str] = (), **kwargs: Any):
+        super().__init__(**kwargs)
+        self.child_command = list(child_command)
+        self.failed = False
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+        self._launcher.command = self.child_command
+
+    def configure_ddp(self) -> None:
+        pass
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.failed = True
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        super().teardown()
+        leave_group(together=not self.failed)
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    command: list[str]
+
+    def _call_children_scripts(self) -> None:
+        self._check_can_spawn_children()
+        self.procs = []
+        env = self.cluster_environment
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = env.main_address, str(env.main_port)
+        os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = str(env.node_rank()), str(env.local_rank())
+        os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
+        for local_rank in range(1, self.num_processes):
+            self.procs.append(subprocess.Popen(self.command, env={**os.environ, "LOCAL_RANK": str(local_rank)}))
+
+
+def leave_group(together: bool) -> None:
+    """Ends the process group, where there is one; ``together``: once every rank is here."""
+    if dist.is_available() and dist.is_initialized():
+        if together:
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, as a new tensor (the tensor itself on one rank)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest ``value`` of any rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def from_rank_zero(tensor: Tensor) -> Tensor:
+    """Rank 0's ``tensor``, on every rank."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
