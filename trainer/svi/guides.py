@@ -13,9 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import transforms
 
@@ -151,7 +153,8 @@ class PyroGuide:
 
     def measure(self, batch: Batch) -> None:
         """Runs the guide once to learn how many normals it takes. Raises UserError for sites it cannot hold."""
-        self.guide(batch)  # an autoguide makes its parameters in its first call
+        if isinstance(self.guide, AutoGuide):
+            self._make_autoguide(batch)
         with NoiseMode.measuring(batch) as mode, mode.sites(self.plate):
             trace = poutine.trace(self.guide).get_trace(batch)
         for site in trace.nodes.values():
@@ -163,6 +166,16 @@ class PyroGuide:
                         "gradient: use a distribution with rsample."
                     )
         self.noise_size = mode.used
+
+    def _make_autoguide(self, batch: Batch) -> None:
+        """An autoguide makes its parameters in its first call, from a run of the model that it hides from handlers."""
+        with pyro.settings.context(validate_poutine=False):
+            self.guide(batch)
+        for site in self.guide.prototype_trace.nodes.values():
+            if is_latent(site):
+                refuse_latent(site, self.plate, can_be_local=False)
+        for kept in self.guide._pyro_context.param_state.values():
+            kept.clear()  # the model's own `pyro.param`s of that run: `Parameters` holds the true ones
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
         if kl == "sticking_the_landing":

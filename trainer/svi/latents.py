@@ -64,6 +64,11 @@ def is_discrete(fn: Any) -> bool:
     return bool(getattr(fn, "has_enumerate_support", False) or getattr(fn.support, "is_discrete", False))
 
 
+def is_deterministic(site: Site) -> bool:
+    """Whether a trace node is a `pyro.deterministic` statement, which has no density."""
+    return bool(site["infer"].get("_deterministic"))
+
+
 def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
     """Raises UserError for a latent that no guide, or not this one, can hold."""
     name = str(site["name"])
@@ -72,6 +77,12 @@ def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
             f'latent site "{name}" is discrete, which a reparameterised gradient cannot pass: sum it out '
             "(dist.MixtureSameFamily, or torch.logsumexp of the branches in a pyro.factor)."
         )
+    for frame in site["cond_indep_stack"]:
+        if frame.name != plate and frame.full_size != frame.size:
+            raise UserError(
+                f'latent site "{name}" stands in plate "{frame.name}", which takes {frame.size} of its '
+                f"{frame.full_size} members at random: drop subsample_size=, only the data plate is subsampled."
+            )
     if not can_be_local and inside(site, plate):
         if name.endswith("_unobserved"):
             raise UserError(
@@ -79,8 +90,8 @@ def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
                 "use poutine.mask around the observed site instead."
             )
         raise UserError(
-            f'latent site "{name}" stands inside plate "{plate}", one value per row, which the mean-field guide cannot '
-            "hold: integrate it out, or give an amortised guide with guide._target_=module.guide."
+            f'latent site "{name}" stands inside plate "{plate}", one value per row, which this guide cannot hold: '
+            "integrate it out, or give an amortised guide with guide._target_=module.guide."
         )
 
 
@@ -114,7 +125,10 @@ class FromUnconstrained(Messenger):
 
 def log_prob(site: Site) -> Tensor:
     """log p of a site's value [batch shape], before scale and mask."""
-    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    try:
+        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:  # a value outside the support, found by validation at the start
+        raise UserError(f'site "{site["name"]}" has no density at its value: {str(error).splitlines()[0]}') from error
 
 
 def total(site: Site, values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from trainer.svi.guides import KL, Guide, Noise
-from trainer.svi.latents import total_log_prob
+from trainer.svi.latents import is_deterministic, total_log_prob
 from trainer.svi.plates import Batch, PlatedModel, inside
 
 Kind = Literal["likelihood", "kl_global", "kl_local"]
@@ -53,7 +53,7 @@ def elbo_terms(
     draw = guide.draw(model, params, noise, batch, kl)
     terms: dict[str, Term] = {}
     for name, site in draw.trace.nodes.items():
-        if site["type"] != "sample" or isinstance(site["fn"], _Subsample):
+        if site["type"] != "sample" or isinstance(site["fn"], _Subsample) or is_deterministic(site):
             continue
         in_plate = inside(site, model.plate)
         if site["is_observed"]:
@@ -61,7 +61,7 @@ def elbo_terms(
         elif name in draw.entropy:
             value = draw.log_prior[name] + draw.entropy[name]
             terms[name] = Term("kl_local" if in_plate else "kl_global", in_plate, value)
-    for name in draw.entropy.keys() - terms.keys():
+    for name in [name for name in draw.entropy if name not in terms]:  # in order: every rank lists them alike
         local = name in draw.local
         terms[name] = Term("kl_local" if local else "kl_global", local, torch.as_tensor(draw.entropy[name]).double())
     return terms

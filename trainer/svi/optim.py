@@ -54,15 +54,23 @@ class Adam:
         square = self.beta2 * slots[1] + (1 - self.beta2) * grad * grad
         count = count.double()
         correction1, correction2 = 1 - self.beta1**count, 1 - self.beta2**count
-        denominator = square.sqrt() / correction2.sqrt() + self.eps / num_obs
+        denominator = square.sqrt() / correction2.sqrt() + self.effective_eps(correction2) / num_obs
         return theta - (lr / correction1) * mean / denominator, (mean, square)
+
+    def effective_eps(self, correction2: Tensor) -> Tensor | float:
+        """eps beside the bias-corrected root of the second moment."""
+        return self.eps
 
 
 @dataclass(frozen=True)
 class ClippedAdam(Adam):
-    """Adam on a gradient clipped element by element at ``clip`` (in full-data nats), as `pyro.optim.ClippedAdam`."""
+    """Adam on a gradient clipped element by element at ``clip`` (in full-data nats), as `pyro.optim.ClippedAdam`,
+    which adds eps before the bias correction (the end of Kingma and Ba's section 2)."""
 
     clip: float = 10.0
+
+    def effective_eps(self, correction2: Tensor) -> Tensor | float:
+        return self.eps / correction2.sqrt()
 
     def update(
         self, grad: Tensor, slots: Slots, theta: Tensor, lr: Tensor, count: Tensor, num_obs: float

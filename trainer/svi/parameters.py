@@ -6,6 +6,7 @@ substitution: modules are swapped with `torch.func.functional_call`, `pyro.param
 Shapes: theta [P], unconstrained.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.nn.module import _Context
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ from torch.distributions import constraints, transform_to
 from trainer.errors import UserError
 
 _OF_MODULE = "$$$"  # Pyro's mark between a module's name and its parameter's in `pyro.module`
+
+
+def _of_module(msg: Message) -> bool:
+    """Whether a param message tells of a parameter that an nn.Module holds: nothing to store, it is swapped there."""
+    return len(msg["args"]) > 1 and (_OF_MODULE in str(msg["name"]) or isinstance(msg["args"][1], nn.Parameter))
 
 
 class Parameters:
@@ -36,21 +43,21 @@ class Parameters:
     def capture(cls, run: Callable[[], tuple[dict[str, Tensor], tuple[Any, ...]]]) -> "Parameters":
         """Runs model and guide once on a batch and records the parameters that they touch.
 
-        ``run()`` gives the guide's own flat parameters and the user's callables, whose nn.Modules are found.
+        ``run()`` gives the guide's own flat parameters and the user's model (and guide), whose nn.Modules are found.
         """
         modules = nn.ModuleDict()
         recorder = _Record()
         with _settings(), _recording_modules(modules), recorder:
             guide_params, callables = run()
-        for fn in callables:
-            _add_module(modules, fn)
+        for fn, name in zip(callables, ("model", "guide")):
+            _add_module(modules, fn, name)
         owned = {name: value.detach().clone() for name, value in modules.named_parameters() if value.requires_grad}
         known = {id(value) for value in modules.parameters()}
         for name, ident in recorder.of_modules.items():
             if ident not in known:
                 raise UserError(
-                    f'the module of parameter "{name}" could not be found: register it as pyro.module(...), '
-                    "with `import pyro`."
+                    f'the module of parameter "{name}" could not be found: pass the module itself as the model, or '
+                    "register it in every call with pyro.module(...), with `import pyro`."
                 )
         return cls({**guide_params, **owned, **recorder.initial}, modules, recorder.constraints)
 
@@ -95,20 +102,30 @@ class _Scope(nn.Module):
 
 @contextmanager
 def _settings() -> Iterator[None]:
+    if not hasattr(_Context, "param_state"):
+        _Context.param_state = _NoState()  # type: ignore[assignment]
     with pyro.settings.context(module_local_params=True):
         yield
 
 
-def _add_module(modules: nn.ModuleDict, fn: Any, name: str = "model") -> None:
-    """Adds the nn.Module of a callable: itself, the object of a bound method, or what a partial wraps."""
+class _NoState:
+    """The parameters that a PyroModule's context holds, for one made before `module_local_params` was on."""
+
+    def __get__(self, context: Any, owner: Any = None) -> dict[str, Any]:
+        return {"params": {}, "constraints": {}}
+
+
+def _add_module(modules: nn.ModuleDict, fn: Any, name: str) -> None:
+    """Adds the nn.Module of a callable: itself, the object of a bound method, or what a partial or a poutine wraps."""
     if isinstance(fn, nn.Module):
         known = {id(module) for module in modules.modules()}
         if id(fn) not in known:
             modules[name if name not in modules else f"{name}_{len(modules)}"] = fn
     elif inspect.ismethod(fn):
         _add_module(modules, fn.__self__, name)
-    elif hasattr(fn, "func"):
-        _add_module(modules, fn.func, name)
+    elif isinstance(fn, functools.partial):  # a poutine around a model is one too
+        for inner in (fn.func, *fn.args, *fn.keywords.values()):
+            _add_module(modules, inner, name)
 
 
 @contextmanager
@@ -137,7 +154,7 @@ class _Record(Messenger):
 
     def _pyro_param(self, msg: Message) -> None:
         name = str(msg["name"])
-        if _OF_MODULE in name:
+        if _of_module(msg):
             msg["value"], msg["done"] = msg["args"][1], True
             self.of_modules[name] = id(msg["args"][1])
             return
@@ -151,6 +168,12 @@ class _Record(Messenger):
             self.initial[name] = transform_to(constraint).inv(value.detach()).clone()
         msg["value"], msg["done"] = transform_to(self.constraints[name])(self.initial[name]), True
 
+    def _pyro_post_param(self, msg: Message) -> None:
+        """Notes the PyroParam attributes of modules."""
+        unconstrained = getattr(msg["value"], "unconstrained", None)
+        if len(msg["args"]) < 2 and unconstrained is not None:
+            self.of_modules[str(msg["name"])] = id(unconstrained())
+
 
 class _Answer(Messenger):
     """Answers `pyro.param` sites from ``values``."""
@@ -161,7 +184,7 @@ class _Answer(Messenger):
 
     def _pyro_param(self, msg: Message) -> None:
         name = str(msg["name"])
-        if _OF_MODULE in name:  # swapped in its module already
+        if _of_module(msg):  # swapped in its module already
             value = msg["args"][1]
         elif name in self.constrained:
             value = transform_to(self.constrained[name])(self.values[name])

@@ -62,6 +62,18 @@ class DataPlate(Messenger):
             if frame.name == self.name:
                 self._scale_and_mask(msg, frame)
 
+    def _pyro_post_param(self, msg: Message) -> None:
+        event_dim = msg["kwargs"].get("event_dim")
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == self.name and event_dim is not None and frame.dim is not None:
+                shape, dim = msg["value"].shape, frame.dim - event_dim
+                if len(shape) >= -dim and shape[dim] != 1:
+                    raise UserError(
+                        f'pyro.param "{msg["name"]}" has one value per row of plate "{self.name}", which would be '
+                        "another row's at the next step: give the rows a network (an amortised guide), or index a "
+                        "table that is declared outside the plate by a column."
+                    )
+
     def _subsample(self, msg: Message) -> None:
         fn: Any = msg["fn"]
         rows = self.batch.size
@@ -85,6 +97,11 @@ class DataPlate(Messenger):
             raise UserError(
                 f'plate("{self.name}") is used as a loop around site "{msg["name"]}": '
                 f'write `with pyro.plate("{self.name}", len(x)):` and use whole columns.'
+            )
+        if frame.size != self.batch.size:
+            raise UserError(
+                f'plate("{self.name}") has no size at site "{msg["name"]}": '
+                f'write pyro.plate("{self.name}", len(x)) with a column x.'
             )
         declared = (frame.full_size or frame.size) / frame.size  # what Pyro has put into the scale already
         msg["scale"] = msg["scale"] * (self.batch.scale / declared)
