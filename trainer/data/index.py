@@ -38,7 +38,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: ``rows`` per block; per column and block where its member's header starts, and the member's hash."""
+    """One tar file: ``rows`` per block; per column and block the place of its member (the header) and its hash."""
 
     name: str
     bytes: int
@@ -140,7 +140,13 @@ def _parse_column(name: str, dtype: str, shape: list[int], vocabulary: Any, stat
 
 
 def _parse_shard(
-    columns: set[str], name: str, bytes: int, sha256: str, rows: list[int], offsets: dict[str, Any], xxh3: dict[str, Any]
+    columns: set[str],
+    name: str,
+    bytes: int,
+    sha256: str,
+    rows: list[int],
+    offsets: dict[str, Any],
+    xxh3: dict[str, Any],
 ) -> Shard:
     _require(bool(_NAME.fullmatch(name)) and name.endswith(".tar"), f"shard name {name!r}")
     _require(all(type(n) is int and n > 0 for n in rows), f"rows of {name}")
