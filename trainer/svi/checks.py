@@ -3,7 +3,6 @@
 Every check raises `UserError` with the site's name and what to write instead.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +17,21 @@ from trainer.svi.objective import Term
 from trainer.svi.plates import Batch, PlatedModel, inside
 
 _CHECK_ROWS = 256
+_ALL_DIMS = 64  # as many as a tensor can have
 
 
 def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> None:
     """Every observed site stands in the data plate or is named as global; no latent is discrete."""
     with AtZero(batch.dtype, batch.valid.device):
-        trace = poutine.trace(model).get_trace(batch)
+        tracer = poutine.trace(model)
+        try:
+            trace = tracer.get_trace(batch)
+        except ValueError as error:  # a distribution refuses its parameters, before its site has a name
+            reached = ", ".join(name for name in tracer.trace.nodes if not name.startswith("_")) or "none"
+            raise UserError(
+                "the model cannot be evaluated on its first batch, with every latent in the middle of its support; "
+                f"sites before the failure: {reached}; {str(error).splitlines()[0]}"
+            ) from error
     plate = model.plate
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
     observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}
@@ -49,7 +57,7 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
 def _check_shape(site: Site) -> None:
     """The batch shape of an observed site is that of its plates: not, say, [B, B] for a mean [B, 1] and data [B]."""
     try:
-        check_site_shape({**site, "log_prob": log_prob(site)}, max_plate_nesting=math.inf)
+        check_site_shape({**site, "log_prob": log_prob(site)}, max_plate_nesting=_ALL_DIMS)
     except ValueError as error:
         raise UserError(str(error)) from error
 

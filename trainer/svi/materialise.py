@@ -7,6 +7,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from trainer.errors import UserError
 from trainer.svi.checks import check_exchangeable, check_finite, check_model
 from trainer.svi.guides import Guide, MeanField, Noise, PyroGuide
 from trainer.svi.objective import Objective, elbo_terms
@@ -47,6 +48,10 @@ def materialise(
 
     with pyro.validation_enabled(True):
         parameters = Parameters.capture(run)
+        if not parameters.shapes:
+            raise UserError(
+                "neither guide nor model has a parameter to train: give the guide a pyro.param or a module."
+            )
         theta = parameters.flatten(parameters.initial).to(batch.dtype)
         fitted = made[0]
 

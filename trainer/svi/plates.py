@@ -66,7 +66,8 @@ class DataPlate(Messenger):
         event_dim = msg["kwargs"].get("event_dim")
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.name and event_dim is not None and frame.dim is not None:
-                shape, dim = msg["value"].shape, frame.dim - event_dim
+                value: Any = msg["value"]
+                shape, dim = value.shape, frame.dim - event_dim
                 if len(shape) >= -dim and shape[dim] != 1:
                     raise UserError(
                         f'pyro.param "{msg["name"]}" has one value per row of plate "{self.name}", which would be '
