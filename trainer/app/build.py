@@ -8,7 +8,7 @@ from typing import Any
 
 import pyro.infer.autoguide
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, get_method, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.errors import UserError
@@ -17,16 +17,18 @@ from trainer.svi.materialise import GuideFactory
 from trainer.svi.plates import PlatedModel
 
 
-def make(node: DictConfig, **extra: Any) -> Any:
-    """The object that ``node`` describes, of plain Python values. Raises UserError for a target that cannot be made."""
-    target = str(node.get("_target_"))
+def make(node: DictConfig, *, partial: bool = False) -> Any:
+    """The object that ``node`` describes, of plain Python values; ``partial``: with its last arguments still to come.
+
+    Raises UserError for a target that cannot be made.
+    """
     try:
-        return instantiate(node, _convert_="all", **extra)
+        return instantiate(node, _convert_="all", _partial_=partial)
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{target} cannot be made from the config: {str(cause).splitlines()[0]}") from error
+        raise UserError(f"{node._target_} cannot be made from the config: {str(cause).splitlines()[0]}") from error
 
 
 def target(node: DictConfig) -> Any:
@@ -34,16 +36,13 @@ def target(node: DictConfig) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     path = str(node._target_)
-    for find in (get_class, get_method):
-        try:
-            return find(path)
-        except ImportError as error:
-            raise UserError(f"_target_={path} cannot be imported: {str(error).splitlines()[0]}") from error
-        except ValueError:
-            continue  # no class of that name: a function then
-        except Exception as error:
-            raise UserError(f"_target_={path} cannot be found: {str(error).splitlines()[0]}") from error
-    raise UserError(f"_target_={path} names neither a class nor a function.")
+    try:
+        return get_object(path)
+    except Exception as error:
+        raise UserError(
+            f"_target_={path} cannot be imported ({str(error).splitlines()[0]}): write it as module.name, "
+            "with the module in this folder or installed."
+        ) from error
 
 
 def model(node: DictConfig) -> Any:
@@ -53,7 +52,7 @@ def model(node: DictConfig) -> Any:
             "no model was given: choose one with model=NAME (svi train --help lists them) or model._target_=."
         )
     found = target(node)
-    made = make(node) if inspect.isclass(found) else make(node, _partial_=True)
+    made = make(node) if inspect.isclass(found) else make(node, partial=True)
     if callable(made) and not _is_pair(made):
         return made
     if hasattr(made, "model"):  # as in Pyro's VAE example: an object with the methods model and guide
@@ -74,9 +73,9 @@ def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...],
     if found is MeanField and owner is not None and _is_pair(owner):
         return lambda plated, batch: PyroGuide(PlatedModel(owner.guide, columns, plate), plate)
     if found is MeanField:
-        return make(node, _partial_=True)
+        return make(node, partial=True)
     if inspect.isclass(found) and issubclass(found, pyro.infer.autoguide.AutoGuide):
-        partial = make(node, _partial_=True)
-        return lambda plated, batch: PyroGuide(partial(plated), plate)
-    fn = make(node) if inspect.isclass(found) else make(node, _partial_=True)
+        autoguide = make(node, partial=True)
+        return lambda plated, batch: PyroGuide(autoguide(plated), plate)
+    fn = make(node) if inspect.isclass(found) else make(node, partial=True)
     return lambda plated, batch: PyroGuide(PlatedModel(fn, columns, plate), plate)

@@ -1,8 +1,10 @@
 """`svi train`: a model and a shard folder in, a run folder out."""
 
+import logging
 import math
 import os
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     here = world(cfg.trainer)
     threads = share_threads(here.local_size, cfg.threads)
     run_dir = Path(agree_on(str(run_dir.absolute()), here, "nccl" if on_cuda(cfg.trainer) else "gloo"))
+    _quiet_lightning()
     before = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
     try:
         return _train(cfg, run_dir, here, threads)
@@ -58,7 +61,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
 
 
 def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
-    console = Console(quiet=here.rank != 0, highlight=False)
+    console = Console(quiet=here.rank != 0, highlight=False, soft_wrap=True)
     folder, held_out = open_training(str(cfg.data.path)), open_split(Path(str(cfg.data.path)), "held_out")
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
@@ -88,8 +91,9 @@ def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
     if here.rank == 0:
         _save_config(cfg, run_dir)
     ranks = resume.ranks(plan_facts, here)
-    program = build.make(cfg.program, inference=inference, update=update, seed=int(plan_facts["seed"]),
-                         groups=ranks.groups, world_size=here.size, reduce=sum_over_ranks)  # fmt: skip
+    program = build.make(cfg.program, partial=True)(
+        inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks
+    )
     module = VariationalModule(inference, update, program, state, seconds)
     local_latents = bool(inference.guide.noise_size[1])
     every = int(cfg.checkpoint.every_n_steps or 0)
@@ -149,7 +153,7 @@ def infer(cfg: DictConfig, folder: ShardFolder) -> tuple[Inference, torch.Tensor
 
 
 def _update(cfg: DictConfig, plan: Plan) -> Update:
-    """Optimiser, schedule and the two steps that frame them: the horizon, and where the average of whole epochs begins."""
+    """Optimiser, schedule and the two steps that frame them: the horizon, and where averaging begins."""
     epoch = plan.steps_per_epoch
     limits = [int(n) for n in (cfg.max_steps, cfg.max_epochs and math.ceil(float(cfg.max_epochs) * epoch)) if n]
     horizon = min(limits) if limits else max(_DEFAULT_STEPS, _DEFAULT_EPOCHS * epoch)
@@ -186,6 +190,13 @@ def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Cal
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _quiet_lightning() -> None:
+    """Lightning's notes on hardware and hooks are about loops that we do not use."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning_utilities)\..*")
 
 
 def _save_config(cfg: DictConfig, run_dir: Path) -> None:

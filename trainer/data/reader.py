@@ -60,7 +60,7 @@ class ShardFolder:
         return self.index.block_rows
 
     def read_block(self, block: int, name: str) -> np.ndarray:
-        """The values [rows, ...] of a column in a block, read-only. Raises UserError naming shard and block."""
+        """The values [rows, ...] of a column in a block. Raises UserError naming shard and block."""
         s, b = self._shard_of[block]
         shard, column = self.index.shards[s], self.index.column(name)
         header, size = self._headers(column, s, b)
@@ -75,9 +75,7 @@ class ShardFolder:
                 raise self._damaged(s, b, name, "does not match its hash")
             self._checked.add((block, name))
         values = member[len(header) : len(header) + data].view(np.dtype(column.dtype).newbyteorder("<"))
-        values = values.reshape(shard.rows[b], *column.shape)
-        values.flags.writeable = False
-        return values
+        return values.reshape(shard.rows[b], *column.shape)
 
     def _headers(self, column: Column, s: int, b: int) -> tuple[bytes, int]:
         """The bytes before the values of a member, and the size that its tar header gives."""
