@@ -146,7 +146,7 @@ def counts(x, y):
         (walk, "not exchangeable over rows"),
         (chain, "not exchangeable over rows"),
         (nothing_latent, "no latent site"),
-        (logarithm, "first batch.*before the failure: w, data; Expected parameter log_factor"),
+        (logarithm, 'on its first batch after site "data": Expected parameter log_factor'),
         (infinite, "not finite at the start, at site\\(s\\) y"),
         (counts, 'site "y" has no density at its value: .*Poisson'),
     ],

@@ -1,26 +1,18 @@
 """Each optimiser against the published one: 50 steps in float64, and the same with the loss divided by N."""
 
-import pyro.optim
 import pytest
 import torch
+from pyro.optim.clipped_adam import ClippedAdam as PyroClippedAdam
 
 from trainer.svi.optim import SGD, Adam, ClippedAdam
 
 F64 = torch.float64
 TABLE = {
-    "adam": (Adam(lr=0.03), torch.optim.Adam, {}),
-    "adam, large eps": (
-        Adam(lr=0.03, beta1=0.8, beta2=0.95, eps=0.1),
-        torch.optim.Adam,
-        {"betas": (0.8, 0.95), "eps": 0.1},
-    ),
-    "adam, weight decay": (Adam(lr=0.03, weight_decay=0.1), torch.optim.Adam, {"weight_decay": 0.1}),
-    "adamw": (Adam(lr=0.03, weight_decay=0.1, decoupled=True), torch.optim.AdamW, {"weight_decay": 0.1}),
-    "clipped adam": (
-        ClippedAdam(lr=0.03, clip=0.7, eps=0.01),
-        pyro.optim.clipped_adam.ClippedAdam,
-        {"clip_norm": 0.7, "eps": 0.01},
-    ),
+    "adam": (Adam(), torch.optim.Adam, {}),
+    "adam, eps": (Adam(beta1=0.8, beta2=0.95, eps=0.1), torch.optim.Adam, {"betas": (0.8, 0.95), "eps": 0.1}),
+    "adam, weight decay": (Adam(weight_decay=0.1), torch.optim.Adam, {"weight_decay": 0.1}),
+    "adamw": (Adam(weight_decay=0.1, decoupled=True), torch.optim.AdamW, {"weight_decay": 0.1}),
+    "clipped adam": (ClippedAdam(clip=0.7, eps=0.01), PyroClippedAdam, {"clip_norm": 0.7, "eps": 0.01}),
     "sgd": (SGD(lr=0.01), torch.optim.SGD, {}),
     "sgd, momentum": (SGD(lr=0.01, momentum=0.9), torch.optim.SGD, {"momentum": 0.9}),
 }
@@ -28,9 +20,8 @@ TABLE = {
 
 def gradients() -> torch.Tensor:
     """[50, 6], of very different sizes; the last element's are all zero but one."""
-    g = torch.randn(50, 6, dtype=F64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [1e-9, 1e-3, 1, 10, 1e5, 0]
-    )
+    sizes = torch.tensor([1e-9, 1e-3, 1, 10, 1e5, 0])
+    g = torch.randn(50, 6, dtype=F64, generator=torch.Generator().manual_seed(0)) * sizes
     g[20, -1] = 1.0
     return g
 
@@ -49,7 +40,7 @@ def test_fifty_steps_equal_the_published_optimiser(name):
         torch.testing.assert_close(theta, parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adam", "adam, large eps", "adamw", "clipped adam"])
+@pytest.mark.parametrize("name", ["adam", "adam, eps", "adamw", "clipped adam"])
 def test_dividing_the_loss_by_n_changes_no_update_of_adam(name):
     """The gradient of loss / N with eps / N: the same path as the full-data loss, at any N."""
     ours, n = TABLE[name][0], 1e9

@@ -160,7 +160,19 @@ class Module(torch.nn.Module):
         (functools.partial(lambda players, x: None, 3), ("x",)),
         (poutine.scale(lambda x, y=None: None, scale=2.0), ("x", "y")),
     ],
-    ids="plain default keyword star kwargs mixed bound module partial positional poutine".split(),
+    ids=[
+        "plain",
+        "default",
+        "keyword",
+        "star",
+        "kwargs",
+        "mixed",
+        "bound",
+        "module",
+        "partial",
+        "positional",
+        "poutine",
+    ],
 )
 def test_arguments_are_columns_by_name(fn, taken):
     assert arguments(fn, ["x", "y", "z"]) == taken
@@ -189,7 +201,7 @@ def test_one_parameter_per_row_is_refused_and_one_per_column_is_not():
 
     assert math.isfinite(likelihood(functools.partial(model, per="column"), PADDED))
     pyro.clear_param_store()
-    with pytest.raises(UserError, match='pyro.param "a" has one value per row'):
+    with pytest.raises(UserError, match='param "a" has one value per row'):
         likelihood(functools.partial(model, per="row"), PADDED)
 
 

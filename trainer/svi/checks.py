@@ -3,7 +3,9 @@
 Every check raises `UserError` with the site's name and what to write instead.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,18 +22,23 @@ _CHECK_ROWS = 256
 _ALL_DIMS = 64  # as many as a tensor can have
 
 
+@contextmanager
+def on_the_first_batch() -> Iterator[None]:
+    """What validation finds inside the model (a distribution refuses its parameters) as one sentence with the site."""
+    try:
+        yield
+    except ValueError as error:
+        reached = re.findall(r"^ *(\S+) dist\b", str(error), re.MULTILINE)  # the table that Pyro adds to an error
+        where = f' after site "{reached[-1]}"' if reached else ""
+        raise UserError(
+            f"the model cannot be evaluated on its first batch{where}: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> None:
     """Every observed site stands in the data plate or is named as global; no latent is discrete."""
     with AtZero(batch.dtype, batch.valid.device):
-        tracer = poutine.trace(model)
-        try:
-            trace = tracer.get_trace(batch)
-        except ValueError as error:  # a distribution refuses its parameters, before its site has a name
-            reached = ", ".join(name for name in tracer.trace.nodes if not name.startswith("_")) or "none"
-            raise UserError(
-                "the model cannot be evaluated on its first batch, with every latent in the middle of its support; "
-                f"sites before the failure: {reached}; {str(error).splitlines()[0]}"
-            ) from error
+        trace = poutine.trace(model).get_trace(batch)
     plate = model.plate
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
     observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}

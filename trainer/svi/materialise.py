@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.svi.checks import check_exchangeable, check_finite, check_model
+from trainer.svi.checks import check_exchangeable, check_finite, check_model, on_the_first_batch
 from trainer.svi.guides import Guide, MeanField, Noise, PyroGuide
 from trainer.svi.objective import Objective, elbo_terms
 from trainer.svi.parameters import Parameters
@@ -46,12 +46,10 @@ def materialise(
             return {}, (model, inner.fn if isinstance(inner, PlatedModel) else inner)
         return (made[0].init() if isinstance(made[0], MeanField) else {}), (model,)
 
-    with pyro.validation_enabled(True):
+    with pyro.validation_enabled(True), on_the_first_batch():
         parameters = Parameters.capture(run)
         if not parameters.shapes:
-            raise UserError(
-                "neither guide nor model has a parameter to train: give the guide a pyro.param or a module."
-            )
+            raise UserError("neither guide nor model has a parameter to train: give the guide a pyro.param.")
         theta = parameters.flatten(parameters.initial).to(batch.dtype)
         fitted = made[0]
 
