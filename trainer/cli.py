@@ -40,11 +40,16 @@ def main(argv: list[str] | None = None) -> None:
             "hydra/job_logging=none",
             "hydra/hydra_logging=none",
         ]
-    store = ConfigStore.instance()
-    for name in _OPEN:  # these take keys that no default names: arguments of the user's own classes
-        store.store(name=f"open_{name}", node=OmegaConf.create({name: {}}, flags={"struct": False}))
+    register_open_nodes()
     sys.argv = [f"svi {verb}", *overrides]
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_task(verb))()
+
+
+def register_open_nodes() -> None:
+    """Makes the nodes that take keys no default names: columns, and the arguments of users' own classes."""
+    for name in _OPEN:
+        node = {name: OmegaConf.create({}, flags={"struct": False})}
+        ConfigStore.instance().store(name=f"open_{name}", node=node)
 
 
 def config_folder() -> Path:

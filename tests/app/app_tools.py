@@ -1,0 +1,43 @@
+"""The command run with a config of this process, or in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from trainer import cli
+from trainer.lit import checkpoint
+
+HERE = Path(__file__).parent
+WEIGHTS = np.array([1.0, -2.0, 0.5])
+
+
+def config(verb: str, *overrides: str) -> DictConfig:
+    """The config that `svi VERB OVERRIDES` runs with."""
+    cli.register_open_nodes()
+    with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
+        return compose(verb, list(overrides))
+
+
+def svi(
+    *arguments: str, launcher: tuple[str, ...] = ("-m", "trainer"), **environment: str
+) -> subprocess.CompletedProcess:
+    """`svi ARGUMENTS` in a process of its own, where `app_models` can be imported."""
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments], env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def final_state(run_dir: Path) -> tuple[Any, dict[str, Any]]:
+    """The newest checkpoint of a run."""
+    path = checkpoint.newest(run_dir / "checkpoints")
+    assert path is not None, f"{run_dir} has no checkpoint"
+    return checkpoint.load(path)

@@ -1,0 +1,103 @@
+"""Killed at any step and continued: bit for bit the run that was never stopped."""
+
+import json
+import signal
+
+import pytest
+import torch
+from app_tools import final_state, svi
+
+from trainer.errors import UserError
+from trainer.lit import checkpoint
+from trainer.lit.module import flat_state
+
+ARGUMENTS = ("batch_size=256", "max_steps=60", "slots=16", "checkpoint.every_n_steps=7", "trainer=cpu", "threads=1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = svi("train", "model._target_=app_models.dying", f"data.path={shards}", f"run_dir={run_dir}", *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def same_bits(one, other):
+    return all(torch.equal(a, b) for a, b in zip(flat_state(one), flat_state(other), strict=True))
+
+
+@pytest.mark.slow
+def test_killed_twice_in_one_epoch_and_continued(shards, tmp_path, uninterrupted):
+    """SIGKILL in the middle of steps 17 and 26 (an epoch has 11 steps), each past a checkpoint (a multiple of 7)."""
+    common = ("train", f"data.path={shards}", f"run_dir={tmp_path}/run", "ckpt_path=last", *ARGUMENTS)
+    for call in (40, 30):  # calls of the model: a few for the checks, then two a step
+        died = svi(*common, "model._target_=app_models.dying", f"model.at={call}")
+        assert died.returncode == -signal.SIGKILL
+        assert not (tmp_path / "run" / "metrics.json").exists()
+    done = svi(*common, "model._target_=app_models.dying")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step 2" in done.stdout  # 21 or 28
+    assert same_bits(final_state(tmp_path / "run")[0], final_state(uninterrupted)[0])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["elbo"] == pytest.approx(
+        json.loads((uninterrupted / "metrics.json").read_text())["elbo"], abs=0
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_and_exits_with_its_code(shards, tmp_path, uninterrupted, number):
+    common = ("train", f"data.path={shards}", f"run_dir={tmp_path}/run", "ckpt_path=last", *ARGUMENTS)
+    told = svi(*common, "model._target_=app_models.dying", "model.at=50", f"model.number={int(number)}")
+    assert told.returncode == 128 + number, told.stderr
+    assert "continue with ckpt_path=last" in told.stdout
+    assert 0 < int(final_state(tmp_path / "run")[0].step) < 60
+    assert svi(*common, "model._target_=app_models.dying").returncode == 0
+    assert same_bits(final_state(tmp_path / "run")[0], final_state(uninterrupted)[0])
+
+
+def test_last_with_nothing_saved_starts_afresh(fit):
+    assert int(final_state(fit("ckpt_path=last", "max_steps=5"))[0].step) == 5
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(fit, tmp_path):
+    run_dir = fit("max_steps=20", "checkpoint.every_n_steps=10")
+    newest = run_dir / "checkpoints" / "step_000000020.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="does not match the sha256"):
+        assert checkpoint.newest(run_dir / "checkpoints") == run_dir / "checkpoints" / "step_000000010.ckpt"
+    with pytest.raises(UserError, match=r"step_000000020.ckpt does not match the sha256"):
+        checkpoint.load(newest)
+    newest.write_bytes(content[:-100])
+    with pytest.warns(UserWarning, match="bytes where its manifest says"):
+        checkpoint.newest(run_dir / "checkpoints")
+    (run_dir / "checkpoints" / "step_000000020.ckpt.json").unlink()
+    assert checkpoint.newest(run_dir / "checkpoints").name == "step_000000010.ckpt"
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    import hashlib
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    path = tmp_path / "step_000000001.ckpt"
+    torch.save({"format": 1, "state": Evil()}, path)
+    manifest = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size, "step": 1}
+    path.with_name(path.name + ".json").write_text(json.dumps(manifest))
+    with pytest.raises((UserError, pickle.UnpicklingError)):
+        checkpoint.load(path)
+
+
+@pytest.mark.slow
+def test_a_value_that_is_not_finite_names_the_site_and_the_step(shards, tmp_path):
+    died = svi(
+        "train", "model._target_=app_models.exploding", f"data.path={shards}", f"run_dir={tmp_path}/run", *ARGUMENTS
+    )
+    assert died.returncode == 1
+    assert "not finite at step" in died.stderr
+    assert "y" in died.stderr.split("not finite at step")[1]
+    assert "Traceback" not in died.stderr

@@ -1,0 +1,187 @@
+"""`svi train` end to end, in this process: what a run leaves behind, and that the user's own models and guides work."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from app_tools import WEIGHTS, config, final_state
+
+from trainer.app import train
+from trainer.errors import UserError
+
+KEYS = {
+    "elbo", "elbo_se", "elbo_per_row", "held_out_elbo_per_row", "rows", "steps", "epochs", "seconds", "rows_per_second",
+    "world_size", "stop_reason",
+}  # fmt: skip
+
+
+def summary(run_dir):
+    with (run_dir / "summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_folder_holds_what_it_promises(fit, shards):
+    run_dir = fit("max_steps=130", "checkpoint.every_n_steps=50")
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics.keys() >= KEYS
+    assert (metrics["steps"], metrics["world_size"], metrics["stop_reason"]) == (130, 1, "budget")
+    assert metrics["rows"] + metrics["held_out_rows"] == 3000
+    assert math.isclose(metrics["elbo_per_row"], metrics["elbo"] / metrics["rows"])
+    assert list(summary(run_dir)[0]) == ["site", "index", "mean", "sd", "q05", "q50", "q95", "loc", "scale"]
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == [50, 100, 130]  # chunks end where a checkpoint is due
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("*.ckpt")) == [
+        "step_000000100.ckpt",
+        "step_000000130.ckpt",
+    ]
+    assert (run_dir / ".hydra" / "resolved.yaml").exists()
+
+
+def test_the_posterior_is_near_the_least_squares_answer(fit, table):
+    data = np.load(table)
+    rows = summary(fit("max_steps=600"))
+    means = [float(row["mean"]) for row in rows if row["site"] == "w"]
+    ols, *_ = np.linalg.lstsq(data["x"], data["y"], rcond=None)
+    assert np.allclose(means, ols, atol=0.03)
+    assert np.allclose(means, WEIGHTS, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model._target_=app_models.Regression", "model.in_features=3", "model.out_features=1"),
+        ("model._target_=app_models.with_arguments", "model.prior_sd=3.0"),
+        ("model._target_=app_models.with_arguments", "guide._target_=app_models.own_guide", "objective.kl=monte_carlo"),
+        ("guide._target_=pyro.infer.autoguide.AutoNormal",),
+        ("guide._target_=pyro.infer.autoguide.AutoMultivariateNormal", "guide.init_scale=0.05"),
+        ("model=linear",),
+        ("objective.kl=sticking_the_landing", "objective.pairs=2", "objective.antithetic=false"),
+        ("optimizer=adamw", "schedule=one_cycle"),
+        ("optimizer=clipped_adam", "schedule=robbins_monro"),
+        ("optimizer=sgd", "schedule=constant", "optimizer.lr=0.001"),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_models_guides_and_recipes(fit, overrides):
+    run_dir = fit(*overrides, "max_steps=64")
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert math.isfinite(float(last["elbo_per_row"]))
+
+
+def test_a_vae_with_the_methods_model_and_guide(fit):
+    """Latents of a row, a network in model and guide (`pyro.module`): the ELBO rises."""
+    run_dir = fit("model._target_=app_models.VAE", "max_steps=300", "slots=50")
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        elbos = [float(row["elbo_per_row"]) for row in csv.DictReader(file)]
+    assert elbos[-1] > elbos[0] + 0.1
+    assert set(final_state(run_dir)[1]["shapes"]) == {
+        "model.encoder.weight", "model.encoder.bias", "model.decoder.weight", "model.decoder.bias",
+    }  # fmt: skip
+
+
+def test_draws_and_lanes_are_the_runs_own(fit):
+    facts = final_state(fit("draws=4", "max_steps=8"))[1]
+    assert facts["plan"]["draws"] == 4
+    assert facts["plan"]["lanes"] == 8
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(fit, tmp_path):
+    one, two, other = (
+        final_state(fit("max_steps=20", f"seed={seed}", run_dir=tmp_path / name))[0].theta
+        for name, seed in (("one", 1), ("two", 1), ("other", 2))
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+BAD = {
+    "model._target_=nowhere.model": "_target_=nowhere.model cannot be imported",
+    "model._target_=null": "no model was given",
+    "model._target_=app_models.needs_more": 'needs an argument "weather" that is no column',
+    "model._target_=app_models.outside_plate": 'no plate "data"',
+    "model._target_=app_models.half_outside": 'observed site "total" stands outside plate "data"',
+    "model._target_=app_models.local_latent": 'latent site "z" stands inside plate "data"',
+    "model._target_=app_models.discrete": 'latent site "k" is discrete',
+    "model._target_=app_models.centring": "not exchangeable over rows",
+    "data.path=/nowhere": "is no shard folder",
+    "batch_size=0": "batch_size=0 must be at least 1",
+    "batch_size=250 data.lanes=8": "batch_size(250) % lanes(8) != 0",
+    "data.lanes=8 draws=3": "lanes(8) % draws(3) != 0",
+    "averaging=1.5": "averaging=1.5 must lie in [0, 1)",
+    "dtype=float16": "dtype=float16 is not supported",
+    "trainer.devices=0": "trainer.devices=0 must be at least 1",
+    "ckpt_path=https://example.org/a.ckpt": "is a URL",
+    "ckpt_path=missing.ckpt": "checkpoint missing.ckpt does not exist",
+    "schedule=robbins_monro schedule.forgetting=0.3": "schedule.forgetting=0.3 must lie in (0.5, 1]",
+    "guide._target_=pyro.infer.autoguide.AutoNormal objective.kl=sticking_the_landing": "needs guide=mean_field",
+}
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), BAD.items(), ids=list(BAD))
+def test_bad_input_is_one_sentence_and_leaves_nothing(fit, tmp_path, overrides, sentence):
+    with pytest.raises(UserError) as error:
+        fit(*overrides.split())
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_not_overwritten(fit):
+    fit("max_steps=4")
+    with pytest.raises(UserError, match="holds a run already"):
+        fit("max_steps=4")
+
+
+def test_a_checkpoint_of_another_model_data_or_optimiser_is_refused(fit, table, tmp_path):
+    from trainer.data.pack import pack
+
+    pack(str(table), tmp_path / "other", seed=5)
+    fit("max_steps=4")
+    for override, sentence in (
+        ("model._target_=app_models.with_arguments", "another model or guide"),
+        ("guide._target_=pyro.infer.autoguide.AutoNormal", "another model or guide"),
+        (f"data.path={tmp_path / 'other'}", "trained on other data"),
+        ("optimizer=sgd", "the same optimizer="),
+        ("seed=3", "trained with seed=0, not 3"),
+        ("dtype=float64", "set dtype="),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            fit("ckpt_path=last", "max_steps=8", override)
+
+
+def test_every_group_composes_and_its_targets_take_their_arguments():
+    """Each yaml of each group: it composes, its target imports, and its keys are parameters of the target."""
+    import inspect
+
+    from hydra.utils import get_object
+    from omegaconf import OmegaConf
+
+    from trainer.cli import config_folder
+
+    options = [(path.parent.name, path.stem) for path in sorted(config_folder().glob("*/*.yaml"))]
+    assert len(options) > 15
+    for group, name in options:
+        cfg = config("train", "data.path=x", f"{group}={name}")
+        node = OmegaConf.to_container(cfg[group], resolve=False)
+        for spec in [node] if "_target_" in node else node.values():
+            if isinstance(spec, dict) and spec.get("_target_"):
+                parameters = inspect.signature(get_object(spec["_target_"])).parameters
+                free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+                unknown = set(spec) - {"_target_"} - set(parameters)
+                assert free or not unknown, f"{group}/{name}: {unknown}"
+
+
+def test_the_horizon_and_the_average_are_whole_epochs(shards):
+    from trainer.data.plan import Plan
+
+    plan = Plan(np.full(10, 100), 0, 8, 96)
+    update = train._update(config("train", "data.path=x", "max_epochs=20"), plan)
+    assert (plan.steps_per_epoch, update.horizon) == (11, 220)
+    assert update.average_from == 220 - 55
+    assert train._update(config("train", "data.path=x", "max_epochs=20", "max_steps=100"), plan).horizon == 100
+    assert train._update(config("train", "data.path=x"), plan).horizon == 5000
