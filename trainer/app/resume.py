@@ -29,6 +29,8 @@ def saved(ckpt_path: str | None, run_dir: Path) -> Saved | None:
     if ckpt_path == "last":
         path = checkpoint.newest(run_dir / "checkpoints")
         return None if path is None else checkpoint.load(path)
+    if "://" in ckpt_path:
+        raise UserError(f"ckpt_path={ckpt_path} is a URL: copy the checkpoint and its .json to this machine first.")
     return checkpoint.load(Path(ckpt_path))
 
 

@@ -37,8 +37,6 @@ def save(path: Path, state: State, facts: dict[str, Any]) -> None:
 
 def load(path: Path) -> tuple[State, dict[str, Any]]:
     """The state and the facts of the checkpoint at ``path``, its hash verified. Raises UserError naming the file."""
-    if "://" in str(path):
-        raise UserError(f"ckpt_path={path} is a URL: copy the checkpoint to a local file first.")
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: give ckpt_path=last or an existing file.")
     problem = damage(path)

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -77,7 +77,9 @@ class Parameters:
     def call(self, values: dict[str, Tensor], fn: Callable[[dict[str, Tensor]], Any]) -> Any:
         """``fn(values)`` with every module and every `pyro.param` holding ``values`` for the time of the call."""
         own = {name: values[name] for name in self._in_modules if name in values}
-        with _settings(), _Answer(values, self.constrained):
+        # Pyro warns of a module's tensor that wants no gradient, also where none is taken.
+        own = {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in own.items()}
+        with _settings(), _module_statement(_known_module), _Answer(values, self.constrained):
             swapped = {f"inner.{name}": value for name, value in own.items()}
             return torch.func.functional_call(_Scope(self.modules), swapped, (fn, values))
 
@@ -129,18 +131,28 @@ def _add_module(modules: nn.ModuleDict, fn: Any, name: str) -> None:
 
 
 @contextmanager
-def _recording_modules(modules: nn.ModuleDict) -> Iterator[None]:
+def _module_statement(statement: Callable[..., nn.Module]) -> Iterator[None]:
+    """`pyro.module` is ``statement`` for the time of the context."""
+    original = pyro.module
+    with ExitStack() as stack:
+        for place in (pyro, pyro.primitives):
+            stack.callback(setattr, place, "module", original)
+            setattr(place, "module", statement)  # noqa: B010 (mypy knows these as functions)
+        yield
+
+
+def _recording_modules(modules: nn.ModuleDict) -> AbstractContextManager[None]:
     original = pyro.module
 
     def module(name: str, nn_module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         _add_module(modules, nn_module, name.replace(".", "_"))
         return original(name, nn_module, *args, **kwargs)
 
-    with ExitStack() as stack:
-        for place in (pyro, pyro.primitives):
-            stack.callback(setattr, place, "module", original)
-            setattr(place, "module", module)  # noqa: B010 (mypy knows these as functions)
-        yield
+    return _module_statement(module)
+
+
+def _known_module(name: str, nn_module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    return nn_module
 
 
 class _Record(Messenger):
