@@ -80,7 +80,7 @@ def test_a_vae_with_the_methods_model_and_guide(fit):
         elbos = [float(row["elbo_per_row"]) for row in csv.DictReader(file)]
     assert elbos[-1] > elbos[0] + 0.1
     assert set(final_state(run_dir)[1]["shapes"]) == {
-        "model.encoder.weight", "model.encoder.bias", "model.decoder.weight", "model.decoder.bias",
+        "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias",
     }  # fmt: skip
 
 
