@@ -11,6 +11,7 @@ from pytorch_lightning import Callback
 from rich.console import Console
 from torch import Tensor
 
+from trainer.data.index import ROW_ID
 from trainer.data.plan import Plan
 from trainer.data.reader import ShardFolder
 from trainer.data.store import atomic_write
@@ -18,12 +19,13 @@ from trainer.lit.datamodule import to_tensor
 from trainer.lit.module import VariationalModule
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import sum_over_ranks
-from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row
+from trainer.posterior.elbo import Block, full_elbo
 from trainer.posterior.summary import summarise, write_summary
 from trainer.posterior.table import closing_table
+from trainer.svi.guides import MeanField
 from trainer.svi.plates import Batch
 
-Rows = tuple[dict[str, Tensor], Tensor]
+_SUMMARY_ROWS = 64  # of the data, for models whose latents take their shapes from it
 
 
 class Finish(Callback):
@@ -58,21 +60,12 @@ class Finish(Callback):
                 logger.log_metrics(numbers, step=module.step)
 
     def _evaluate(self, trainer: pl.Trainer, module: VariationalModule) -> dict[str, Any]:
-        share: dict[str, Any] = {
-            "rank": trainer.global_rank,
-            "world_size": trainer.world_size,
-            "reduce": sum_over_ranks,
-        }
         theta, inference = module.theta, module.inference
-        fitted = full_elbo(
-            inference, theta, self._rows(self.folder, trainer), num_obs=self.folder.num_rows, seed=self.seed, **share
-        )
+        fitted = full_elbo(inference, theta, self._blocks(self.folder, trainer), self.seed, sum_over_ranks)
         held_out = None
         if self.held_out is not None:
-            held_out = held_out_elbo_per_row(
-                inference, theta, self._rows(self.held_out, trainer),
-                num_obs=self.folder.num_rows, num_held_out=self.held_out.num_rows, seed=self.seed, kl=fitted.kl, **share,
-            )  # fmt: skip
+            other = full_elbo(inference, theta, self._blocks(self.held_out, trainer), self.seed, sum_over_ranks)
+            held_out = other.expected_log_likelihood / other.rows - fitted.kl / fitted.rows
         return {
             "elbo": fitted.elbo,
             "elbo_se": fitted.elbo_se,
@@ -97,21 +90,30 @@ class Finish(Callback):
             "stop_reason": "budget" if done else "max_time",
         }
 
-    def _rows(self, folder: ShardFolder, trainer: pl.Trainer) -> Iterator[Rows]:
-        """This rank's blocks: its columns as tensors, and the row ids."""
+    def _blocks(self, folder: ShardFolder, trainer: pl.Trainer) -> Iterator[Block]:
+        """This rank's blocks."""
         module = trainer.lightning_module
         assert isinstance(module, VariationalModule)
-        names, dtype = module.inference.model.arguments, module.theta.dtype
-        for block in range(trainer.global_rank, len(folder.index.block_rows), trainer.world_size):
-            columns = {n: to_tensor(folder.read_block(block, n), dtype).to(module.device) for n in names}
-            yield columns, torch.from_numpy(folder.read_block(block, "row_id")).to(module.device)
+        for number in range(trainer.global_rank, len(folder.index.block_rows), trainer.world_size):
+            yield self._block(folder, number, module)
+
+    def _block(self, folder: ShardFolder, number: int, module: VariationalModule, rows: int | None = None) -> Block:
+        def values(name: str) -> Tensor:
+            return to_tensor(folder.read_block(number, name)[:rows], module.theta.dtype).to(module.device)
+
+        return Block(number, {name: values(name) for name in module.inference.model.arguments}, values(ROW_ID))
 
     def _write(self, module: VariationalModule, metrics: dict[str, Any]) -> None:
         with atomic_write(self.run_dir / "metrics.json") as file:
             file.write(json.dumps(metrics, indent=1).encode())
-        rows = summarise(module.inference, module.theta, self._first_rows(module), seed=self.seed)
-        write_summary(self.run_dir / "summary.csv", rows)
-        self.console.print(closing_table(rows))
+        first = self._block(self.folder, 0, module, rows=_SUMMARY_ROWS)
+        count = torch.tensor(len(first.row_id), device=module.device)
+        batch = Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
+        sites = summarise(module.inference, module.theta, batch, seed=self.seed)
+        write_summary(self.run_dir / "summary.csv", sites)
+        parameters = module.inference.parameters
+        own = {n: v for n, v in parameters.constrain(parameters.unflatten(module.theta)).items() if n[:6] != "guide."}
+        self.console.print(closing_table(sites, own if isinstance(module.inference.guide, MeanField) else None))
         held_out = metrics["held_out_elbo_per_row"]
         self.console.print(
             f"ELBO {metrics['elbo']:,.3f} ± {metrics['elbo_se']:.2g} nats ({metrics['elbo_per_row']:.6g} per row"
@@ -119,10 +121,3 @@ class Finish(Callback):
             + f") · {metrics['steps']:,} steps in {metrics['seconds']:.1f} s"
             f" ({metrics['rows_per_second']:,.0f} rows/s) · {self.run_dir}"
         )
-
-    def _first_rows(self, module: VariationalModule) -> Batch:
-        names, dtype = module.inference.model.arguments, module.theta.dtype
-        columns = {n: to_tensor(self.folder.read_block(0, n)[:64].copy(), dtype).to(module.device) for n in names}
-        row_id = torch.from_numpy(self.folder.read_block(0, "row_id")[:64].copy()).to(module.device)
-        count = torch.tensor(len(row_id), device=module.device)
-        return Batch(columns, count, self.folder.num_rows / count.double(), row_id)

@@ -39,7 +39,7 @@ def plan_facts(cfg: DictConfig, folder: ShardFolder, world: World, old: Saved | 
     batch_size = min(int(cfg.batch_size), folder.num_rows)
     if batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size} must be at least 1.")
-    fresh = {
+    fresh: dict[str, Any] = {
         "lanes": int(cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows)),
         "batch_size": batch_size,
         "seed": int(cfg.seed),

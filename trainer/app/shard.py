@@ -29,7 +29,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     if cfg.source == "synthetic":
         source, truth = _synthetic(cfg)
     elif cfg.source:
-        source = open_source(str(cfg.source), columns or None)
+        source = open_source(str(cfg.source))
     else:
         raise UserError(
             "no table was given: add source=PATH (Parquet, CSV or .npz; a glob works too) or source=synthetic."
@@ -52,6 +52,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         train, held_out = pack(
             source,
             Path(str(cfg.out)),
+            columns=columns or None,
             held_out=float(cfg.split.held_out),
             seed=int(cfg.seed),
             shard_bytes=int(cfg.shard_bytes),
@@ -90,6 +91,8 @@ def _synthetic(cfg: DictConfig) -> tuple[SyntheticSource, dict[str, Any]]:
             f"{type(model).__name__} cannot make rows: source=synthetic needs a model of the zoo, model=linear."
         )
     truth = model.truth(np.random.default_rng(int(cfg.seed)))
-    return SyntheticSource(
-        lambda generator, first, rows: model.rows(truth, generator, first, rows), int(cfg.rows)
-    ), truth
+
+    def rows(generator: np.random.Generator, first: int, count: int) -> dict[str, np.ndarray]:
+        return model.rows(truth, generator, first, count)
+
+    return SyntheticSource(rows, int(cfg.rows), seed=int(cfg.seed)), truth

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -65,7 +65,7 @@ class ShardFolder:
         shard, column = self.index.shards[s], self.index.column(name)
         header, size = self._headers(column, s, b)
         data = payload_bytes(column, shard.rows[b])
-        member = np.empty(len(header) + data + padding(size), dtype=np.uint8)
+        member: Any = np.empty(len(header) + data + padding(size), dtype=np.uint8)
         if os.preadv(self._files[s], [member], shard.offsets[name][b]) != len(member):
             raise self._damaged(s, b, name, "ends too early")
         if (block, name) not in self._checked:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,6 +101,8 @@ class _SiteAxis(Messenger):
     def _pyro_sample(self, msg: Message) -> None:
         fn: Any = msg["fn"]
         self.mode.axis = None
+        if isinstance(fn, _Subsample):  # another plate's indices
+            return
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.plate and frame.dim is not None:
                 self.mode.axis = frame.dim - fn.event_dim

@@ -77,8 +77,6 @@ class Parameters:
     def call(self, values: dict[str, Tensor], fn: Callable[[dict[str, Tensor]], Any]) -> Any:
         """``fn(values)`` with every module and every `pyro.param` holding ``values`` for the time of the call."""
         own = {name: values[name] for name in self._in_modules if name in values}
-        # Pyro warns of a module's tensor that wants no gradient, also where none is taken.
-        own = {name: v if v.requires_grad else v.detach().requires_grad_() for name, v in own.items()}
         with _settings(), _module_statement(_known_module), _Answer(values, self.constrained):
             swapped = {f"inner.{name}": value for name, value in own.items()}
             return torch.func.functional_call(_Scope(self.modules), swapped, (fn, values))
@@ -152,6 +150,7 @@ def _recording_modules(modules: nn.ModuleDict) -> AbstractContextManager[None]:
 
 
 def _known_module(name: str, nn_module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """`pyro.module` for a module that is swapped already (Pyro's own warns of tensors that want no gradient)."""
     return nn_module
 
 
