@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.svi.noise import element_noise, mixed_seed, philox4x32, row_noise
+from trainer.svi.noise import _normals, element_noise, mixed_seed, philox4x32, row_noise
 
 F64 = torch.float64
 ALL = 0xFFFFFFFF
@@ -38,8 +38,6 @@ def test_normals_have_the_moments_of_normals():
 
 
 def test_extreme_words_give_finite_normals():
-    from trainer.svi.noise import _normals
-
     for word in (0, ALL):
         z = _normals((torch.full((1,), word),) * 4, 4, F64)
         assert torch.isfinite(z).all()

@@ -23,6 +23,8 @@ from svi_problems import (
 )
 
 from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.materialise import materialise
+from trainer.svi.objective import Objective
 from trainer.svi.step import StepBatch
 
 
@@ -121,9 +123,6 @@ def test_terms_are_named_in_the_models_order_and_kind():
             pyro.factor("extra", -0.5 * (a - x) ** 2)
 
     x = torch.arange(4.0, dtype=F64)
-    from trainer.svi.materialise import materialise
-    from trainer.svi.objective import Objective
-
     inference, theta = materialise(
         model, MeanField, batch_of(x=x, y=x), 40, Objective("monte_carlo", False), global_sites=["total"]
     )
