@@ -52,7 +52,8 @@ def test_killed_on_two_ranks_and_continued_on_one(shards, tmp_path, alone):
 def test_a_signal_to_one_rank_stops_all(shards, tmp_path):
     told = svi(
         "train", "model._target_=app_models.dying", "model.at=60", "model.rank=1",
-        f"model.number={int(signal.SIGTERM)}", f"data.path={shards}", f"run_dir={tmp_path}/run", "trainer=ddp_sim", *ARGUMENTS,
+        f"model.number={int(signal.SIGTERM)}", f"data.path={shards}", f"run_dir={tmp_path}/run", "trainer=ddp_sim",
+        *ARGUMENTS,
     )  # fmt: skip
     assert told.returncode == 128 + signal.SIGTERM, told.stderr
     assert 0 < int(final_state(tmp_path / "run")[0].step) < 40
