@@ -61,10 +61,19 @@ class Finish(Callback):
 
     def _evaluate(self, trainer: pl.Trainer, module: VariationalModule) -> dict[str, Any]:
         theta, inference = module.theta, module.inference
-        fitted = full_elbo(inference, theta, self._blocks(self.folder, trainer), self.seed, sum_over_ranks)
+        fitted = full_elbo(
+            inference, theta, self._blocks(self.folder, trainer), len(self.folder.block_rows), self.seed, sum_over_ranks
+        )
         held_out = None
         if self.held_out is not None:
-            other = full_elbo(inference, theta, self._blocks(self.held_out, trainer), self.seed, sum_over_ranks)
+            other = full_elbo(
+                inference,
+                theta,
+                self._blocks(self.held_out, trainer),
+                len(self.held_out.block_rows),
+                self.seed,
+                sum_over_ranks,
+            )
             held_out = other.expected_log_likelihood / other.rows - fitted.kl / fitted.rows
         return {
             "elbo": fitted.elbo,
@@ -94,7 +103,7 @@ class Finish(Callback):
         """This rank's blocks."""
         module = trainer.lightning_module
         assert isinstance(module, VariationalModule)
-        for number in range(trainer.global_rank, len(folder.index.block_rows), trainer.world_size):
+        for number in range(trainer.global_rank, len(folder.block_rows), trainer.world_size):
             yield self._block(folder, number, module)
 
     def _block(self, folder: ShardFolder, number: int, module: VariationalModule, rows: int | None = None) -> Block:

@@ -19,11 +19,10 @@ from trainer.svi.objective import Term, elbo_terms
 from trainer.svi.plates import Batch
 from trainer.svi.step import Inference
 
-_PAIRS = 2  # the fewest per block: their difference gives the standard error
-_MOST_PAIRS = 1_000
-_EVALUATIONS = 4_000_000  # rows evaluated in all, where N is small enough for more pairs to be cheap
+_FEWEST_PAIRS = 2  # per block: their difference gives the standard error
+_PAIRS = 500  # over all blocks, where these are few
 _KL_DRAWS = 10_000
-_KL_SE = 0.005  # nats
+_KL_SE = 0.005  # nats; a tenth of the likelihood's error is enough too
 
 
 @dataclass(frozen=True)
@@ -56,39 +55,48 @@ class Block(NamedTuple):
 Reduce = Callable[[Tensor], Tensor]
 
 
-def full_elbo(inference: Inference, theta: Tensor, blocks: Iterable[Block], seed: int, reduce: Reduce) -> ElboEstimate:
-    """The ELBO over the blocks of all ranks (``blocks``: this rank's); ``reduce`` sums a tensor over the ranks."""
+def full_elbo(
+    inference: Inference, theta: Tensor, blocks: Iterable[Block], num_blocks: int, seed: int, reduce: Reduce
+) -> ElboEstimate:
+    """The ELBO over the ``num_blocks`` blocks of all ranks, of which ``blocks`` are this rank's.
+
+    ``reduce`` sums a tensor over the ranks.
+    """
+    pairs = max(_FEWEST_PAIRS, _PAIRS // num_blocks)
     first, likelihood, variance, rows = None, 0.0, 0.0, 0
     for block in blocks:
         if first is None:
             first = block
-        mean, se = _block_likelihood(inference, theta, block, seed)
+        mean, se = _block_likelihood(inference, theta, block, seed, pairs)
         likelihood, variance, rows = likelihood + mean, variance + se**2, rows + len(block.row_id)
-    kl, kl_se = _global_kl(inference, theta, first, seed) if first is not None else (0.0, 0.0)
-    # A rank without a block takes the KL of those that have one: all that have one agree.
-    parts = torch.tensor([likelihood, variance, rows, kl, kl_se, first is not None], dtype=torch.float64)
-    likelihood, variance, total, kl, kl_se, ranks = reduce(parts.to(theta.device)).tolist()
+    likelihood, variance, total = _sum([likelihood, variance, rows], theta, reduce)
+    # A rank without a block takes the KL of those that have one; these agree.
+    here = (0.0, 0.0) if first is None else _global_kl(inference, theta, first, seed, math.sqrt(variance))
+    kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
     kl, kl_se = kl / ranks, kl_se / ranks
     return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, int(total))
 
 
-def _block_likelihood(inference: Inference, theta: Tensor, block: Block, seed: int) -> tuple[float, float]:
+def _sum(numbers: list[float], theta: Tensor, reduce: Reduce) -> list[float]:
+    return reduce(torch.tensor(numbers, dtype=torch.float64, device=theta.device)).tolist()
+
+
+def _block_likelihood(inference: Inference, theta: Tensor, block: Block, seed: int, pairs: int) -> tuple[float, float]:
     """The terms inside the data plate, summed over a block's rows: mean and standard error over pairs."""
-    size = len(block.row_id)
-    wanted = math.ceil(_EVALUATIONS / max(inference.num_obs, 1.0) / 2)
     values = []
-    for pair in range(min(max(_PAIRS, wanted), _MOST_PAIRS)):
+    for pair in range(pairs):
         both = [
             sum(float(term.value) for term in terms.values() if term.scaled)
             for terms in _pair(inference, theta, block, seed, block.number, pair)
         ]
         values.append(sum(both) / 2)
     estimate = torch.tensor(values, dtype=torch.float64)
-    assert size
     return float(estimate.mean()), float(estimate.std() / math.sqrt(len(values)))
 
 
-def _global_kl(inference: Inference, theta: Tensor, block: Block, seed: int) -> tuple[float, float]:
+def _global_kl(
+    inference: Inference, theta: Tensor, block: Block, seed: int, likelihood_se: float
+) -> tuple[float, float]:
     """KL of the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
     one = Block(-1, {name: column[:1] for name, column in block.columns.items()}, block.row_id[:1])
     values: list[float] = []
@@ -101,7 +109,9 @@ def _global_kl(inference: Inference, theta: Tensor, block: Block, seed: int) -> 
         if len(values) in (4, 64) or len(values) % 500 == 0:
             draws = torch.tensor(values, dtype=torch.float64)
             spread = float(draws.std())
-            if spread <= 1e-9 * (1 + abs(values[0])) or (len(values) > 4 and spread / len(values) ** 0.5 <= _KL_SE):
+            if spread <= 1e-9 * (1 + abs(values[0])) or (
+                len(values) > 4 and spread / len(values) ** 0.5 <= max(_KL_SE, likelihood_se / 10)
+            ):
                 break
     draws = torch.tensor(values, dtype=torch.float64)
     se = float(draws.std() / math.sqrt(len(values)))
