@@ -15,6 +15,7 @@ from app_tools import WEIGHTS, config
 
 from trainer.app import train
 from trainer.data.pack import pack
+from trainer.posterior import elbo, summary
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,11 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The closing figures from fewer draws than a user gets: what they come to is tested in tests/posterior."""
+    monkeypatch.setattr(elbo, "_PAIRS", 20)
+    monkeypatch.setattr(elbo, "_KL_DRAWS", 100)
+    monkeypatch.setattr(summary, "_DRAWS", 200)
