@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from svi_problems import F64, batch_of, build, chunk_of, regression, regression_data, with_objective
+from svi_problems import F64, batch_of, build, chunk_of, grad, regression, regression_data, with_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.svi.guides import MeanField, PyroGuide
@@ -14,7 +14,7 @@ from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD, Adam, ClippedAdam
 from trainer.svi.plates import PlatedModel
 from trainer.svi.programs import Chunk, Eager, alone
-from trainer.svi.schedules import Constant, Cosine, OneCycle, RobbinsMonro
+from trainer.svi.schedules import Cosine, OneCycle, RobbinsMonro
 from trainer.svi.step import State, Update, step
 
 GUIDES = {"mean_field": MeanField, "AutoNormal": lambda model, _: PyroGuide(AutoNormal(model))}
@@ -94,16 +94,21 @@ def test_the_average_is_the_mean_of_the_iterates_since_its_start(average_from):
     assert int(state.step) == 8
 
 
-def test_the_gradient_norm_and_the_terms_are_those_of_the_step():
-    """SGD at lr = 1: theta moves by the gradient of -ELBO / N, whose norm is reported."""
-    eager, state = program(SGD(lr=1.0), schedule=Constant())
-    chunk = chunk_of(1, 2, 4, x=(3,), y=())
-    result = eager.run(state, chunk, 1)
-    moved = (result.state.theta - state.theta).norm()
-    assert float(result.grad_norm[0]) == pytest.approx(float(moved), rel=1e-12)
-    assert result.terms.shape == (1, 2)
-    noise, batch = eager.noise(0, chunk.slot(0), F64), chunk.slot(0)
-    torch.testing.assert_close(result.terms[0], eager.inference.terms(state.theta, noise, batch, 0.5))
+def test_a_step_is_the_gradient_of_the_loss_over_n_at_its_own_rate():
+    """SGD, written out: theta_t+1 = theta_t + lr * schedule(t) * grad ELBO / N; the norm and the terms reported are
+    those at theta_t."""
+    schedule = RobbinsMonro()
+    eager, state = program(SGD(lr=0.3), schedule=schedule)
+    chunk = chunk_of(4, 2, 4, x=(3,), y=())
+    result = eager.run(state, chunk, 4)
+    theta = state.theta
+    for t in range(4):
+        batch, noise = chunk.slot(t), eager.noise(t, chunk.slot(t), F64)
+        g = grad(eager.inference, theta, noise, batch, share=0.5) / 1000
+        torch.testing.assert_close(result.terms[t], eager.inference.terms(theta, noise, batch, 0.5))
+        assert float(result.grad_norm[t]) == pytest.approx(float(g.norm()), rel=1e-12)
+        theta = theta + 0.3 * ((t + 2) / 2) ** -0.7 * g
+    torch.testing.assert_close(result.state.theta, theta, rtol=1e-12, atol=1e-13)
 
 
 class Largest(TorchDispatchMode):
