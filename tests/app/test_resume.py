@@ -28,15 +28,15 @@ def same_bits(one, other):
 
 @pytest.mark.slow
 def test_killed_twice_in_one_epoch_and_continued(shards, tmp_path, uninterrupted):
-    """SIGKILL in the middle of steps 17 and 26 (an epoch has 11 steps), each past a checkpoint (a multiple of 7)."""
+    """SIGKILL in the middle of steps 17 and 25 (an epoch has 11 steps), each past a checkpoint (a multiple of 7)."""
     common = ("train", f"data.path={shards}", f"run_dir={tmp_path}/run", "ckpt_path=last", *ARGUMENTS)
-    for call in (40, 30):  # calls of the model: a few for the checks, then two a step
+    for call in (45, 35):  # calls of the model: 13 for the checks, then two a step
         died = svi(*common, "model._target_=app_models.dying", f"model.at={call}")
         assert died.returncode == -signal.SIGKILL
         assert not (tmp_path / "run" / "metrics.json").exists()
     done = svi(*common, "model._target_=app_models.dying")
     assert done.returncode == 0, done.stderr
-    assert "continuing from step 2" in done.stdout  # 21 or 28
+    assert "continuing from step 21" in done.stdout
     assert same_bits(final_state(tmp_path / "run")[0], final_state(uninterrupted)[0])
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["elbo"] == pytest.approx(
         json.loads((uninterrupted / "metrics.json").read_text())["elbo"], abs=0

@@ -7,6 +7,7 @@ the global batch of a step is the same set of rows for every number of ranks, an
 Shapes: L lanes, T steps of an epoch. Steps are global: step s is step s % T of epoch s // T.
 """
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -129,11 +130,14 @@ def _permutation(n: int, seed: int, epoch: int, stream: int, lane: int, pool: in
 
 
 def default_lanes(batch_size: int, world_size: int, num_rows: int) -> int:
-    """The most lanes, up to eight a rank, that share ``batch_size`` evenly."""
+    """Eight lanes, or the fewest more that the ranks share evenly; fewer where eight cannot share ``batch_size``.
+
+    So one, two, four and eight ranks read the same lanes. Raises UserError where the ranks cannot share the batch.
+    """
     batch_size = min(batch_size, num_rows)
-    for each in range(8, 0, -1):
-        lanes = world_size * each
-        if lanes <= num_rows and (batch_size % lanes == 0 or (each == 1 and batch_size == num_rows)):
+    for least in (8, 4, 2, 1):
+        lanes = math.lcm(least, world_size)
+        if lanes <= num_rows and (batch_size % lanes == 0 or (least == 1 and batch_size == num_rows)):
             return lanes
     near = batch_size // world_size * world_size
     raise UserError(

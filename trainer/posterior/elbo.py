@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -32,9 +33,9 @@ class ElboEstimate:
     elbo: float
     elbo_se: float
     expected_log_likelihood: float
-    """Of the data, the KL of rows' own latents taken off."""
+    """Of the rows, the KL of their own latents taken off."""
     kl: float
-    """Of the global latents."""
+    """Of the global latents, less the log likelihood of what is observed outside the data plate."""
     rows: int
 
     @property
@@ -62,6 +63,35 @@ def full_elbo(
 
     ``reduce`` sums a tensor over the ranks.
     """
+    likelihood, variance, rows, first = _likelihood(inference, theta, blocks, num_blocks, seed, reduce)
+    # A rank without a block takes the KL of those that have one; these agree.
+    here = (0.0, 0.0) if first is None else _global_kl(inference, theta, first, seed, math.sqrt(variance))
+    kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
+    kl, kl_se = kl / ranks, kl_se / ranks
+    return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, rows)
+
+
+def held_out_elbo_per_row(
+    inference: Inference,
+    theta: Tensor,
+    blocks: Iterable[Block],
+    num_blocks: int,
+    seed: int,
+    reduce: Reduce,
+    fitted: ElboEstimate,
+) -> float:
+    """Nats per held-out row, each with its share of the KL that the training rows (``fitted``) paid.
+
+    ``blocks``, ``num_blocks`` and ``reduce`` as in :func:`full_elbo`, of the held-out rows.
+    """
+    likelihood, _, rows, _ = _likelihood(inference, theta, blocks, num_blocks, seed, reduce)
+    return likelihood / rows - fitted.kl / fitted.rows
+
+
+def _likelihood(
+    inference: Inference, theta: Tensor, blocks: Iterable[Block], num_blocks: int, seed: int, reduce: Reduce
+) -> tuple[float, float, int, Block | None]:
+    """What stands inside the data plate, over all ranks: mean, its variance, rows; and this rank's first block."""
     pairs = max(_FEWEST_PAIRS, _PAIRS // num_blocks)
     first, likelihood, variance, rows = None, 0.0, 0.0, 0
     for block in blocks:
@@ -70,11 +100,7 @@ def full_elbo(
         mean, se = _block_likelihood(inference, theta, block, seed, pairs)
         likelihood, variance, rows = likelihood + mean, variance + se**2, rows + len(block.row_id)
     likelihood, variance, total = _sum([likelihood, variance, rows], theta, reduce)
-    # A rank without a block takes the KL of those that have one; these agree.
-    here = (0.0, 0.0) if first is None else _global_kl(inference, theta, first, seed, math.sqrt(variance))
-    kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
-    kl, kl_se = kl / ranks, kl_se / ranks
-    return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, int(total))
+    return likelihood, variance, int(total), first
 
 
 def _sum(numbers: list[float], theta: Tensor, reduce: Reduce) -> list[float]:
@@ -97,7 +123,7 @@ def _block_likelihood(inference: Inference, theta: Tensor, block: Block, seed: i
 def _global_kl(
     inference: Inference, theta: Tensor, block: Block, seed: int, likelihood_se: float
 ) -> tuple[float, float]:
-    """KL of the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
+    """Minus the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
     one = Block(-1, {name: column[:1] for name, column in block.columns.items()}, block.row_id[:1])
     values: list[float] = []
     while len(values) < _KL_DRAWS // 2:
@@ -107,11 +133,10 @@ def _global_kl(
         ]
         values.append(sum(both) / 2)
         if len(values) in (4, 64) or len(values) % 500 == 0:
-            draws = torch.tensor(values, dtype=torch.float64)
-            spread = float(draws.std())
-            if spread <= 1e-9 * (1 + abs(values[0])) or (
-                len(values) > 4 and spread / len(values) ** 0.5 <= max(_KL_SE, likelihood_se / 10)
-            ):
+            spread = float(torch.tensor(values, dtype=torch.float64).std())
+            exact = spread <= 1e-9 * (1 + abs(values[0]))
+            close = len(values) > 4 and spread / len(values) ** 0.5 <= max(_KL_SE, likelihood_se / 10)
+            if exact or close or not math.isfinite(spread):
                 break
     draws = torch.tensor(values, dtype=torch.float64)
     se = float(draws.std() / math.sqrt(len(values)))
@@ -135,12 +160,13 @@ def _pair(
         block.row_id,
     )
     terms = []
-    with torch.no_grad():
+    with torch.no_grad(), pyro.validation_enabled(False):
         for sign in (1.0, -1.0):
             noise = Noise(sign * flat, None if rows is None else sign * rows, mixed_seed(seed, number, pair))
 
             def evaluate(values: dict[str, Tensor], noise: Noise = noise) -> dict[str, Term]:
-                return elbo_terms(inference.model, inference.guide, values, noise, batch, inference.objective.kl)
+                # Whatever KL was trained with: exact where that is known, from the draw where it is not.
+                return elbo_terms(inference.model, inference.guide, values, noise, batch, "analytic")
 
             terms.append(inference.parameters.call(inference.parameters.unflatten(theta), evaluate))
     return terms

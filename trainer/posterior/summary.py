@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, transforms
@@ -107,7 +108,7 @@ def _latents(
         assert batch.row_id is not None
         rows = sign * row_noise(own, when, draw, batch.row_id[None], per_row, theta.dtype)[0]
     noise = Noise(flat, rows, mixed_seed(own, 0, 2 * pair + (sign < 0)))
-    with torch.no_grad():
+    with torch.no_grad(), pyro.validation_enabled(False):
         drawn = inference.parameters.call(
             inference.parameters.unflatten(theta),
             lambda values: guide.draw(inference.model, values, noise, batch, "monte_carlo"),
