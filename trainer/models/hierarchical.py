@@ -1,12 +1,16 @@
 """Varying intercepts and slopes: a regression whose coefficients differ by group.
 
-    mean_k ~ Normal(0, mean_sd), scale_k ~ HalfNormal(scale_sd)   for k in intercept, slope 1..K      [K + 1]
-    effect_gk ~ Normal(mean_k, scale_k)                          per group g; non-centred by default [G, K + 1]
-    sigma ~ HalfNormal(noise_prior_sd)
-    y ~ Normal(effect_g0 + x @ effect_g1.., sigma)
+    mean ~ Normal(0, mean_sd), scale ~ HalfNormal(scale_sd)      of the intercept and the K slopes       [1 + K]
+    effect ~ Normal(mean, scale)                                 in plate "groups"                       [G, 1 + K]
+    sigma ~ HalfNormal(noise_prior_sd)                                                                   []
+    y ~ Normal(effect[group, 0] + x @ effect[group, 1:], sigma)  in plate "data"                         [B]
+
+These are the sites, with their shapes. Non-centred (the default), the site is `deviation` ~ Normal(0, 1) [G, 1 + K]
+instead of `effect` = mean + scale * deviation.
 
 Gelman and Hill, "Data Analysis Using Regression and Multilevel/Hierarchical Models" (2006), chapter 13; non-centred as
-in Papaspiliopoulos, Roberts and Sköld (2007). Shapes: x [B, K], group [B] int64 in [0, G), y [B].
+in Papaspiliopoulos, Roberts and Sköld, "A general framework for the parametrization of hierarchical models",
+Statistical Science 22 (2007). Shapes: x [B, K], group [B] int64 in [0, G), y [B].
 """
 
 from dataclasses import dataclass
@@ -43,16 +47,18 @@ class VaryingSlopes:
             if self.centred:
                 effect = pyro.sample("effect", dist.Normal(mean, scale).to_event(1))
             else:
-                effect = mean + scale * pyro.sample("offset", dist.Normal(x.new_zeros(size), 1.0).to_event(1))
+                effect = mean + scale * pyro.sample("deviation", dist.Normal(x.new_zeros(size), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
             own = effect[group]
             pyro.sample("y", dist.Normal(own[:, 0] + (x * own[:, 1:]).sum(-1), sigma), obs=y)
 
     def truth(self, generator: np.random.Generator) -> dict[str, np.ndarray]:
-        """Known parameters by site (`effect` in either parametrisation)."""
-        mean, scale = generator.normal(size=self.slopes + 1), generator.uniform(0.3, 1.0, self.slopes + 1)
-        effect = mean + scale * generator.normal(size=(self.groups or 0, self.slopes + 1))
-        return {"mean": mean, "scale": scale, "sigma": np.array(0.7), "effect": effect}
+        """Known parameters by site."""
+        size = self.slopes + 1
+        mean, scale = generator.normal(size=size), generator.uniform(0.3, 1.0, size)
+        deviation = generator.normal(size=(self.groups or 0, size))
+        groups = {"effect": mean + scale * deviation} if self.centred else {"deviation": deviation}
+        return {"mean": mean, "scale": scale, "sigma": np.array(0.7), **groups}
 
     def rows(
         self, truth: dict[str, np.ndarray], generator: np.random.Generator, first_row: int, rows: int
@@ -60,6 +66,7 @@ class VaryingSlopes:
         """Columns x [rows, slopes] and y [rows], float32, and group [rows], int64, drawn at ``truth``."""
         x = generator.standard_normal((rows, self.slopes), dtype=np.float32)
         group = generator.integers(0, self.groups, rows)
-        own = truth["effect"][group]
+        effect = truth["effect"] if self.centred else truth["mean"] + truth["scale"] * truth["deviation"]
+        own = effect[group]
         y = own[:, 0] + (x * own[:, 1:]).sum(-1) + truth["sigma"] * generator.standard_normal(rows)
         return {"x": x, "group": group, "y": y.astype(np.float32)}

@@ -17,6 +17,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from trainer.errors import UserError
+
 
 @dataclass(frozen=True)
 class LinearRegression:
@@ -69,11 +71,12 @@ class Statistics:
         return cls(zeros, zeros[0].clone(), zeros[0, 0].clone())
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds rows x [B, D], y [B]."""
-        design = torch.cat([torch.ones(len(x), 1, dtype=torch.float64), x.double()], dim=1)
+        """Adds rows x [B, D], y [B] of any dtype and device."""
+        x, y = x.to(self.xx), y.to(self.xy)
+        design = torch.cat([x.new_ones(len(x), 1), x], dim=1)
         self.xx += design.T @ design
-        self.xy += design.T @ y.double()
-        self.yy += (y.double() ** 2).sum()
+        self.xy += design.T @ y
+        self.yy += y @ y
         self.num_rows += len(x)
 
 
@@ -89,9 +92,13 @@ class Exact:
 
 
 def exact_posterior(statistics: Statistics, model: LinearRegression) -> Exact:
-    """Of a model with a known ``noise_sd``."""
+    """Of a model with a known ``noise_sd``; raises UserError for one that has to learn it.
+
+    The residual is a difference of sums: the log evidence is good to about 1e-14 * sum(y^2) / noise_sd^2 nats, and at
+    a million rows the mean to 1e-4 mean-field sds for columns 100 of their sds from the origin (0.1 at 1,000: centre).
+    """
     if model.noise_sd is None:
-        raise ValueError("the posterior is exact only for a known noise_sd.")
+        raise UserError("the posterior is exact only where the noise is known: add model.noise_sd=SD.")
     size, variance = len(statistics.xy), model.noise_sd**2
     prior = torch.full((size,), model.weight_sd**-2, dtype=torch.float64)
     prior[0] = model.intercept_sd**-2
