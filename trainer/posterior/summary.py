@@ -1,16 +1,19 @@
 """summary.csv: every scalar latent with its moments and quantiles, and the guide's own numbers.
 
 Where a site's map from u to z works element by element, quantiles are the exact images of the guide's, and moments are
-exact (identity, exp) or by Gauss-Hermite quadrature; other sites (simplexes, Cholesky factors, supports that depend on
-another latent, guides other than the mean-field one) are summarised from draws.
+exact (identity, exp, and these shifted and scaled) or by the trapezoid rule, which converges exponentially on a
+Gaussian weight and stays sharp where Gauss-Hermite nodes miss a steep sigmoid. Simplexes, ordered vectors and Cholesky
+factors are summarised from draws of u; supports that depend on another latent, and guides other than the mean-field
+one, from draws of the whole model.
+
+Shapes: u and z of a site, or [draws, ...] of them.
 """
 
 import csv
 import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -21,15 +24,17 @@ from torch.special import ndtri
 
 from trainer.data.store import atomic_write
 from trainer.svi.guides import MeanField, Noise
-from trainer.svi.latents import LatentSite, is_latent
+from trainer.svi.latents import LatentSite, Site, is_latent
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.plates import Batch, inside
 from trainer.svi.step import Inference
 
 _QUANTILES = (0.05, 0.5, 0.95)
-_NODES = 64
+_NODES = torch.linspace(-9, 9, 181, dtype=torch.float64)
+_STREAM = 0x5077  # this file's noise is nobody else's
 _DRAWS = 4_000
-_MOST_NUMBERS = 20_000_000  # draws x elements of a site that are held at once
+_FEWEST_DRAWS = 200
+_MOST_NUMBERS = 20_000_000  # draws x elements that are held at once
 
 
 class SiteSummary(NamedTuple):
@@ -46,35 +51,37 @@ class SiteSummary(NamedTuple):
 
 
 def summarise(inference: Inference, theta: Tensor, batch: Batch, seed: int = 0) -> list[SiteSummary]:
-    """A summary of every latent outside the data plate, in the order of the model; ``batch``: any rows of the data."""
+    """A summary of every latent outside the data plate, in the order of the model; ``batch``: any rows of the data.
+
+    A site without ``loc`` is followed by ``SITE@unconstrained`` where the guide is mean-field.
+    """
     guide = inference.guide
-    values = inference.parameters.unflatten(theta.detach())
-    traces = [_latents(inference, theta, batch, seed, pair, sign) for pair in (0, 1) for sign in (1.0, -1.0)]
-    names = list(traces[0])
     if not isinstance(guide, MeanField):
-        return list(_from_draws(inference, theta, batch, seed, names))
-    loc, scale = (values[name].double() for name in ("guide.loc", "guide.log_scale"))
-    scale = scale.exp()
-    summaries = {}
+        return _from_model(inference, theta, batch, seed, None)
+    values = inference.parameters.unflatten(theta.detach())
+    loc, scale = values["guide.loc"].double(), values["guide.log_scale"].double().exp()
+    few = [_latents(inference, theta, batch, seed, pair, sign) for pair in (0, 1) for sign in (1.0, -1.0)]
+    summaries: dict[str, SiteSummary] = {}
+    moving = []
     for site in guide.sites:
         span = slice(site.start, site.start + site.size)
         q = loc[span].view(site.shape), scale[span].view(site.shape)
-        transform = _elementwise(site, [trace[site.name][1] for trace in traces], q)
-        if transform is not None:
-            summaries[site.name] = _exact(site, transform, *q)
-    drawn = _from_draws(inference, theta, batch, seed, [name for name in names if name not in summaries])
-    summaries.update({summary.name: summary for summary in drawn})
+        maps = [biject_to(nodes[site.name]["fn"].support) for nodes in few]
+        if any(not torch.equal(maps[0](q[0]), each(q[0])) for each in maps[1:]):
+            moving.append(site.name)
+        elif _base(maps[0]).domain.event_dim or _base(maps[0]).codomain.event_dim:
+            summaries[site.name] = _from_u(site, maps[0], *q, seed)
+        else:
+            summaries[site.name] = _exact(site, _base(maps[0]), *q)
+    summaries.update({each.name: each for each in _from_model(inference, theta, batch, seed, moving)})
     result = []
     for site in guide.sites:
-        span = slice(site.start, site.start + site.size)
-        summary = summaries[site.name]
-        numbers = loc[span].view(site.shape).cpu().numpy(), scale[span].view(site.shape).cpu().numpy()
-        if summary.loc is None:
-            mean, sd, quantiles = _normal_columns(*numbers)
-            name = f"{site.name}@unconstrained"
-            result += [summary, SiteSummary(name, site.shape, mean, sd, quantiles, *numbers)]
-        else:
-            result.append(summary)
+        result.append(summaries[site.name])
+        if summaries[site.name].loc is None:
+            span = slice(site.start, site.start + site.size)
+            at, by = (numbers[span].view(site.shape) for numbers in (loc, scale))
+            own = LatentSite(f"{site.name}@unconstrained", site.shape, site.start)
+            result.append(_exact(own, transforms.identity_transform, at, by))
     return result
 
 
@@ -94,14 +101,12 @@ def write_summary(path: Path, summaries: list[SiteSummary]) -> None:
         file.write(text.getvalue().encode())
 
 
-def _latents(
-    inference: Inference, theta: Tensor, batch: Batch, seed: int, pair: int, sign: float
-) -> dict[str, tuple[Tensor, transforms.Transform]]:
-    """One draw of every latent outside the data plate, with the map to its support at that draw."""
+def _latents(inference: Inference, theta: Tensor, batch: Batch, seed: int, pair: int, sign: float) -> dict[str, Site]:
+    """One draw of every latent outside the data plate, as nodes of the model's trace."""
     guide, device = inference.guide, theta.device
     elements, per_row = guide.noise_size
     when, draw = torch.tensor(0, device=device), torch.tensor([pair], device=device)
-    own = mixed_seed(seed, 0x5077, 0)
+    own = mixed_seed(seed, _STREAM, 0)
     flat = sign * element_noise(own, when, draw, elements, theta.dtype)[0]
     rows = None
     if per_row:
@@ -113,65 +118,83 @@ def _latents(
             inference.parameters.unflatten(theta),
             lambda values: guide.draw(inference.model, values, noise, batch, "monte_carlo"),
         )
-    return {
-        name: (node["value"], biject_to(node["fn"].support))
-        for name, node in drawn.trace.nodes.items()
-        if is_latent(node) and not inside(node, inference.model.plate)
-    }
+    nodes = drawn.trace.nodes.items()
+    return {name: node for name, node in nodes if is_latent(node) and not inside(node, inference.model.plate)}
 
 
-def _elementwise(
-    site: LatentSite, maps: list[transforms.Transform], q: tuple[Tensor, Tensor]
-) -> transforms.Transform | None:
-    """The map of a site if it works element by element and is the same at every draw, else None."""
-    transform = maps[0]
+def _from_model(
+    inference: Inference, theta: Tensor, batch: Batch, seed: int, names: list[str] | None
+) -> list[SiteSummary]:
+    """Sites (all of them for None) from antithetic draws of the whole model."""
+    if names == []:
+        return []
+    first = {name: node["value"] for name, node in _latents(inference, theta, batch, seed, 0, 1.0).items()}
+    names = list(first) if names is None else names
+    held = sum(first[name].numel() for name in names)
+    pairs = _pairs(max(held, inference.guide.noise_size[0] // 5))  # noise is not held, but it takes its time
+    draws: dict[str, list[Tensor]] = {name: [] for name in names}
+    for pair in range(pairs):
+        for sign in (1.0, -1.0):
+            nodes = _latents(inference, theta, batch, seed, pair, sign)
+            for name in names:
+                draws[name].append(nodes[name]["value"])
+    return [_of_draws(name, torch.stack(draws.pop(name))) for name in names]
+
+
+def _from_u(site: LatentSite, transform: transforms.Transform, loc: Tensor, scale: Tensor, seed: int) -> SiteSummary:
+    """Of z = transform(u), u ~ Normal(loc, scale), from antithetic draws."""
+    count = torch.arange(_pairs(site.size), device=loc.device)
+    when = torch.tensor(1 + site.start, device=loc.device)
+    eps = element_noise(mixed_seed(seed, _STREAM, 1), when, count, site.size, loc.dtype).view(-1, *site.shape)
+    return _of_draws(site.name, transform(loc + scale * torch.cat([eps, -eps])))
+
+
+def _pairs(numbers: int) -> int:
+    """Antithetic pairs of a draw of so many ``numbers``: as many as memory and patience allow."""
+    return max(_FEWEST_DRAWS, min(_DRAWS, _MOST_NUMBERS // max(numbers, 1))) // 2
+
+
+def _of_draws(name: str, z: Tensor) -> SiteSummary:
+    z = z.double()
+    quantiles = torch.stack([z.kthvalue(max(1, round(level * len(z))), dim=0).values for level in _QUANTILES])
+    mean, sd, q = (t.cpu().numpy() for t in (z.mean(0), z.std(0), quantiles))
+    return SiteSummary(name, tuple(z.shape[1:]), mean, sd, q, None, None)
+
+
+def _base(transform: transforms.Transform) -> Any:
+    """A transform without the event dimensions that only group its elements."""
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
-    if transform.domain.event_dim or transform.codomain.event_dim:
-        return None
-    images = [each(q[0].to(torch.get_default_dtype())) for each in maps]
-    return transform if all(torch.equal(images[0], image) for image in images[1:]) else None
+    return transform
 
 
 def _exact(site: LatentSite, transform: transforms.Transform, loc: Tensor, scale: Tensor) -> SiteSummary:
     """Of z = transform(u), u ~ Normal(loc, scale), element by element, in float64."""
     levels = ndtri(torch.tensor(_QUANTILES, dtype=torch.float64, device=loc.device)).view(-1, *(1,) * loc.dim())
-    quantiles = transform(loc + scale * levels).sort(dim=0).values
+    quantiles = transform(loc + scale * levels).sort(dim=0).values  # a falling map turns them round
+    columns = (*_moments(transform, loc, scale), quantiles, loc, scale)
+    return SiteSummary(site.name, site.shape, *(column.cpu().numpy() for column in columns))
+
+
+def _moments(transform: transforms.Transform, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sd of transform(u)."""
+    if isinstance(transform, transforms.ComposeTransform):
+        if not transform.parts:
+            return loc, scale
+        *inner, last = map(_base, transform.parts)
+        if isinstance(last, transforms.AffineTransform):
+            mean, sd = _moments(transforms.ComposeTransform(inner), loc, scale)
+            shift, factor = last.loc, last.scale  # type: Any, Any
+            return shift + factor * mean, abs(factor) * sd
+        if not inner:
+            return _moments(last, loc, scale)
     if isinstance(transform, transforms.ExpTransform):
         mean = (loc + scale**2 / 2).exp()
-        sd = mean * torch.expm1(scale**2).sqrt()
-    elif isinstance(transform, transforms.ComposeTransform) and not transform.parts:
-        mean, sd = loc, scale
-    else:
-        nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
-        shape = (-1, *(1,) * loc.dim())
-        z = transform(loc + scale * torch.as_tensor(nodes, device=loc.device).view(shape))
-        w = torch.as_tensor(weights / weights.sum(), device=loc.device).view(shape)
-        mean = (w * z).sum(0)
-        sd = (w * (z - mean) ** 2).sum(0).sqrt()
-    m, s, q, at, by = (t.cpu().numpy() for t in (mean, sd, quantiles, loc, scale))
-    return SiteSummary(site.name, site.shape, m, s, q, at, by)
-
-
-def _from_draws(
-    inference: Inference, theta: Tensor, batch: Batch, seed: int, names: list[str]
-) -> Iterator[SiteSummary]:
-    if not names:
-        return
-    first = _latents(inference, theta, batch, seed, 0, 1.0)
-    largest = max(first[name][0].numel() for name in names)
-    pairs = max(50, min(_DRAWS, _MOST_NUMBERS // largest) // 2)
-    draws = [_latents(inference, theta, batch, seed, pair, sign) for pair in range(pairs) for sign in (1.0, -1.0)]
-    levels = torch.tensor(_QUANTILES, dtype=torch.float64, device=theta.device)
-    for name in names:
-        z = torch.stack([draw[name][0] for draw in draws]).double()
-        count, shape = z.shape[0], z.shape[1:]
-        quantiles = torch.stack([z.kthvalue(max(1, round(float(level) * count)), dim=0).values for level in levels])
-        mean, sd, q = (t.cpu().numpy() for t in (z.mean(0), z.std(0), quantiles))
-        yield SiteSummary(name, tuple(shape), mean, sd, q, None, None)
-
-
-def _normal_columns(loc: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, sd and quantiles of u itself."""
-    levels = ndtri(torch.tensor(_QUANTILES, dtype=torch.float64)).numpy().reshape(-1, *(1,) * loc.ndim)
-    return loc, scale, loc + scale * levels
+        return mean, mean * torch.expm1(scale**2).sqrt()
+    weights = torch.softmax(-0.5 * _NODES**2, 0).tolist()
+    middle = transform(loc)
+    first, second = torch.zeros_like(loc), torch.zeros_like(loc)
+    for node, weight in zip(_NODES.tolist(), weights):  # one by one: a site may hold many elements
+        off = transform(loc + scale * node) - middle
+        first, second = first + weight * off, second + weight * off**2
+    return middle + first, (second - first**2).clamp(min=0).sqrt()
