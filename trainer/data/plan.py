@@ -36,6 +36,14 @@ class Plan:
     def __init__(
         self, block_rows: np.ndarray, seed: int, lanes: int, batch_size: int, run_rows: int = 256, pool_blocks: int = 4
     ):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("data.lanes", lanes),
+            ("data.run_rows", run_rows),
+            ("data.pool_blocks", pool_blocks),
+        ):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1.")
         self.block_rows = np.asarray(block_rows, dtype=np.int64)
         self.num_rows = int(self.block_rows.sum())
         self.seed, self.lanes = seed, lanes
@@ -55,6 +63,7 @@ class Plan:
         self.capacity = -(-longest // self.steps_per_epoch)
         """The most rows that a lane has in any step."""
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
+        self._lane = lru_cache(maxsize=2 * lanes)(self._segments)
         self._pool = lru_cache(maxsize=4 * lanes)(self._pool_runs)
 
     def rows_at(self, step: int) -> np.ndarray:
@@ -70,7 +79,7 @@ class Plan:
 
     def _slice(self, epoch: int, lane: int, start: int, stop: int) -> Pieces:
         """Rows [start, stop) of a lane's stream."""
-        pool_ends = self._pool_ends(epoch, lane)
+        pool_ends = self._lane(epoch, lane)[1]
         parts = []
         for pool in range(int(np.searchsorted(pool_ends, start, "right")) - 1, len(pool_ends) - 1):
             if pool_ends[pool] >= stop:
@@ -85,22 +94,22 @@ class Plan:
         order = _permutation(len(self.block_rows), self.seed, epoch, _BLOCKS, 0, 0)
         return order, np.concatenate([[0], np.cumsum(self.block_rows[order])])
 
-    def _segments(self, epoch: int, lane: int) -> Pieces:
-        """The parts of blocks that make a lane, in order; a block at an edge is shared by two lanes."""
+    def _segments(self, epoch: int, lane: int) -> tuple[Pieces, np.ndarray]:
+        """The parts of blocks that make a lane, in order, and where each pool begins (one more for the end).
+
+        A block at an edge is shared by two lanes.
+        """
         order, starts = self._epoch(epoch)
         low, high = self.lane_ends[lane], self.lane_ends[lane + 1]
         i = np.arange(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left"))
         first = np.maximum(low - starts[i], 0)
-        return Pieces(order[i], first, np.minimum(high, starts[i + 1]) - starts[i] - first)
-
-    def _pool_ends(self, epoch: int, lane: int) -> np.ndarray:
-        """Where each pool of a lane begins in the lane's stream (one more for the end)."""
-        rows = self._segments(epoch, lane).rows
-        return np.concatenate([[0], np.cumsum(np.add.reduceat(rows, np.arange(0, len(rows), self.pool_blocks)))])
+        rows = np.minimum(high, starts[i + 1]) - starts[i] - first
+        pool_ends = np.concatenate([[0], np.cumsum(np.add.reduceat(rows, np.arange(0, len(rows), self.pool_blocks)))])
+        return Pieces(order[i], first, rows), pool_ends
 
     def _pool_runs(self, epoch: int, lane: int, pool: int) -> tuple[Pieces, np.ndarray]:
         """A pool's runs in their permuted order, and where each begins (one more for the end)."""
-        segments = self._segments(epoch, lane)
+        segments, _ = self._lane(epoch, lane)
         here = slice(pool * self.pool_blocks, (pool + 1) * self.pool_blocks)
         block, first, rows = (column[here] for column in segments)
         counts = -(-rows // self.run_rows)
@@ -135,6 +144,8 @@ def default_lanes(batch_size: int, world_size: int, num_rows: int) -> int:
     So one, two, four and eight ranks read the same lanes. Raises UserError where the ranks cannot share the batch.
     """
     batch_size = min(batch_size, num_rows)
+    if num_rows < world_size:
+        raise UserError(f"rows({num_rows}) < ranks({world_size}): use fewer ranks.")
     for least in (8, 4, 2, 1):
         lanes = math.lcm(least, world_size)
         if lanes <= num_rows and (batch_size % lanes == 0 or (least == 1 and batch_size == num_rows)):
