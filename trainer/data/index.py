@@ -22,7 +22,8 @@ ROW_ID = "row_id"
 """The int64 column of row numbers in the source, which every folder has and no model sees."""
 INDEX_NAME = "index.json"
 DTYPES = ("float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
-_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.tar)?")
+_COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_\-]+\.tar")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def read_index(folder: Path) -> Index:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {folder} is no finished shard folder; pack it again.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): copy it again, or mend the disk.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON ({error}): pack the table again.") from None
     if not isinstance(content, dict):
@@ -127,20 +130,24 @@ def _parse(content: dict[str, Any]) -> Index:
     names = [column.name for column in columns]
     _require(len(set(names)) == len(names), "a column is named twice")
     _require(ROW_ID in names, f"there is no column {ROW_ID}")
-    shards = tuple(_parse_shard(set(names), **shard) for shard in content["shards"])
+    _require(isinstance(content["shards"], list), "shards is no list")
+    row_id = columns[names.index(ROW_ID)]
+    _require((row_id.dtype, row_id.shape) == ("int64", ()), f"column {ROW_ID} is no int64 per row")
+    shards = tuple(_parse_shard(columns, **shard) for shard in content["shards"])
     _require(len({shard.name for shard in shards}) == len(shards), "a shard is named twice")
-    return Index(columns, shards, int(content["seed"]), str(content["split"]), dict(content["meta"]))
+    _require(type(content["seed"]) is int, f"seed {content['seed']!r}")
+    return Index(columns, shards, content["seed"], str(content["split"]), dict(content["meta"]))
 
 
 def _parse_column(name: str, dtype: str, shape: list[int], vocabulary: Any, statistics: Any) -> Column:
-    _require(bool(_NAME.fullmatch(name)), f"column name {name!r}")
+    _require(bool(_COLUMN_NAME.fullmatch(name)), f"column name {name!r}")
     _require(dtype in DTYPES, f"dtype {dtype!r}")
     _require(all(type(n) is int and n > 0 for n in shape) and math.prod(shape) < 2**31, f"shape {shape}")
     return Column(name, dtype, tuple(shape), vocabulary, statistics)
 
 
 def _parse_shard(
-    columns: set[str],
+    columns: tuple[Column, ...],
     name: str,
     bytes: int,
     sha256: str,
@@ -148,13 +155,14 @@ def _parse_shard(
     offsets: dict[str, Any],
     xxh3: dict[str, Any],
 ) -> Shard:
-    _require(bool(_NAME.fullmatch(name)) and name.endswith(".tar"), f"shard name {name!r}")
+    _require(bool(_SHARD_NAME.fullmatch(name)), f"shard name {name!r}")
     _require(all(type(n) is int and n > 0 for n in rows), f"rows of {name}")
-    _require(set(offsets) == columns and set(xxh3) == columns, f"columns of {name}")
+    _require(set(offsets) == set(xxh3) == {column.name for column in columns}, f"columns of {name}")
     for column in columns:
-        places = offsets[column]
-        _require(len(places) == len(rows) == len(xxh3[column]), f"blocks of {name}")
-        _require(all(type(n) is int and 0 <= n < bytes for n in places), f"offsets of {name}")
+        places, row_bytes = offsets[column.name], math.prod(column.shape) * np.dtype(column.dtype).itemsize
+        _require(len(places) == len(rows) == len(xxh3[column.name]), f"blocks of {name}")
+        _require(all(type(n) is int and n >= 0 for n in places), f"offsets of {name}")
+        _require(all(n + m * row_bytes < bytes for n, m in zip(places, rows)), f"blocks beyond the end of {name}")
     return Shard(
         name,
         bytes,

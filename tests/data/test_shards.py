@@ -1,0 +1,90 @@
+"""Shards as others read them: stock WebDataset, and Python's tar with numpy."""
+
+import gc
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from shard_tools import all_dtypes, write_folder
+
+from trainer.data.index import ROW_ID
+from trainer.data.reader import ShardFolder
+from trainer.data.shards import RECORD, ShardWriter
+
+BLOCKS = [7, 1, 30, 2, 19, 30]
+COLUMNS = all_dtypes(sum(BLOCKS))
+EXPECTED = {**COLUMNS, ROW_ID: np.arange(sum(BLOCKS))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "train", COLUMNS, BLOCKS, shard_bytes=20_000)
+    assert len(list((tmp_path / "train").glob("*.tar"))) > 2
+    return tmp_path / "train"
+
+
+def equal_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # WebDataset's own
+def test_stock_webdataset_reads_the_rows(folder: Path) -> None:
+    shards = [str(shard) for shard in sorted(folder.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    gc.collect()
+    assert [sample["__key__"] for sample in samples] == [f"{block:08d}" for block in range(len(BLOCKS))]
+    for name, values in EXPECTED.items():
+        blocks = [np.load(io.BytesIO(sample[f"{name}.npy"]), allow_pickle=False) for sample in samples]
+        assert [len(block) for block in blocks] == BLOCKS
+        equal_bits(np.concatenate(blocks), values)
+
+
+def test_tar_and_numpy_read_the_rows_and_the_index_knows_the_places(folder: Path) -> None:
+    index = ShardFolder(folder).index
+    found: dict[str, list[np.ndarray]] = {name: [] for name in EXPECTED}
+    for shard in index.shards:
+        content = (folder / shard.name).read_bytes()
+        assert len(content) == shard.bytes <= 20_000 + 2 * RECORD
+        assert hashlib.sha256(content).hexdigest() == shard.sha256
+        with tarfile.open(folder / shard.name, errorlevel=2) as tar:
+            members = iter(tar.getmembers())
+            for block in range(len(shard.rows)):
+                for name in EXPECTED:
+                    member = next(members)
+                    assert (member.name.split(".", 1)[1], member.offset) == (f"{name}.npy", shard.offsets[name][block])
+                    assert (member.mtime, member.uid, member.mode, member.uname) == (0, 0, 0o644, "")
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    found[name].append(np.load(io.BytesIO(file.read()), allow_pickle=False))
+            assert next(members, None) is None
+    for name, values in EXPECTED.items():
+        equal_bits(np.concatenate(found[name]), values)
+
+
+def test_our_reader_gives_the_same_bits(folder: Path) -> None:
+    opened = ShardFolder(folder)
+    assert opened.block_rows.tolist() == BLOCKS
+    for name, values in EXPECTED.items():
+        equal_bits(np.concatenate([opened.read_block(block, name) for block in range(len(BLOCKS))]), values)
+
+
+def test_the_same_rows_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """Whatever the byte order and the strides that the rows came in."""
+    turned = {
+        name: np.asfortranarray(values).astype(values.dtype.newbyteorder(">")) for name, values in COLUMNS.items()
+    }
+    write_folder(tmp_path / "again", turned, BLOCKS, shard_bytes=20_000)
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_block_of_another_shape_is_not_written(tmp_path: Path) -> None:
+    index = write_folder(tmp_path / "a", {"x": np.ones((4, 2))}, [4])
+    writer = ShardWriter(tmp_path, index.columns, 1 << 20)
+    with pytest.raises(AssertionError, match="x:"):
+        writer.write({"x": np.ones((4, 3)), ROW_ID: np.arange(4)})
