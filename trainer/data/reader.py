@@ -10,44 +10,33 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from trainer.data.index import INDEX_NAME, ROW_ID, Column, read_index
+from trainer.data.index import INDEX_NAME, ROW_ID, Column, Shard, read_index
 from trainer.data.plan import Plan
 from trainer.data.shards import member_name, npy_header, padding, payload_bytes, tar_header
 from trainer.errors import UserError
 
+_OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
+
 
 class ShardFolder:
-    """One split's shards, open for reading. Raises UserError for a missing shard or one of the wrong size."""
+    """One split's shards. Raises UserError for a missing shard or one of the wrong size (not with ``check=False``)."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, check: bool = True):
         self.path, self.index = path, read_index(path)
-        self._files: list[int] = []
+        self._file = lru_cache(maxsize=_OPEN_FILES)(_File)
         self._checked: set[tuple[int, str]] = set()
         self._shard_of = [(s, b) for s, shard in enumerate(self.index.shards) for b in range(len(shard.rows))]
         self._block_names = np.cumsum([0, *(len(shard.rows) for shard in self.index.shards)])
-        for shard in self.index.shards:
-            file = path / shard.name
-            try:
-                size = file.stat().st_size
-            except FileNotFoundError:
-                raise UserError(f"shard {file} is missing: copy it back, or pack the table again.") from None
-            if size != shard.bytes:
-                raise UserError(
-                    f"shard {file} has {size:,} bytes where the index says {shard.bytes:,}: "
-                    "copy it again, or pack the table again."
-                )
-            self._files.append(os.open(file, os.O_RDONLY))
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", []):
-            os.close(file)
+        for shard in self.index.shards if check else ():
+            self.check_size(shard)
 
     @property
     def num_rows(self) -> int:
@@ -59,6 +48,17 @@ class ShardFolder:
         """int64 [blocks]."""
         return self.index.block_rows
 
+    def check_size(self, shard: Shard) -> None:
+        """Raises UserError where the file of ``shard`` is missing or has not the bytes that the index says."""
+        file = self.path / shard.name
+        with _reading(file):
+            size = file.stat().st_size
+        if size != shard.bytes:
+            raise UserError(
+                f"shard {file} has {size:,} bytes where the index says {shard.bytes:,}: "
+                "copy it again, or pack the table again."
+            )
+
     def read_block(self, block: int, name: str) -> np.ndarray:
         """The values [rows, ...] of a column in a block. Raises UserError naming shard and block."""
         s, b = self._shard_of[block]
@@ -66,7 +66,10 @@ class ShardFolder:
         header, size = self._headers(column, s, b)
         data = payload_bytes(column, shard.rows[b])
         member: Any = np.empty(len(header) + data + padding(size), dtype=np.uint8)
-        if os.preadv(self._files[s], [member], shard.offsets[name][b]) != len(member):
+        with _reading(self.path / shard.name):
+            file = self._file(self.path / shard.name)
+            count = os.preadv(file.number, [member], shard.offsets[name][b])
+        if count != len(member):
             raise self._damaged(s, b, name, "ends too early")
         if (block, name) not in self._checked:
             if member[: len(header)].tobytes() != header:
@@ -87,17 +90,39 @@ class ShardFolder:
     def _damaged(self, s: int, b: int, name: str, how: str) -> UserError:
         shard = self.index.shards[s]
         return UserError(
-            f'shard {self.path / shard.name}, block {b}, column "{name}" {how}: '
+            f'shard {self.path / shard.name}, block {self._block_names[s] + b}, column "{name}" {how}: '
             "copy the shard again, or pack the table again."
         )
+
+
+class _File:
+    """A file open for reading, closed with the last reference: another thread may still read what a cache drops."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """The system's errors as UserErrors that name the shard."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"shard {file} is missing: copy it back, or pack the table again.") from None
+    except OSError as error:
+        raise UserError(f"shard {file} cannot be read ({error.strerror}): copy it again, or mend the disk.") from None
 
 
 def open_split(path: Path, split: str) -> ShardFolder | None:
     """The ``split`` ("train" or "held_out") of a folder that `svi shard` made, or of a split's own folder; else None.
 
-    Raises UserError where ``path`` is no shard folder at all.
+    Raises UserError where ``path`` is no shard folder at all, or its ``split`` has lost its index.
     """
-    if (path / split / INDEX_NAME).is_file():
+    if (path / split).is_dir():
         return ShardFolder(path / split)
     if (path / INDEX_NAME).is_file():
         folder = ShardFolder(path)
