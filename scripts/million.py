@@ -1,6 +1,6 @@
-"""N = 10^6, D = 20, 20 epochs of which the last 10 are averaged: packs, trains, and compares with the exact posterior. Arguments go to `svi train`.
+"""N = 10^6, D = 20, 20 epochs of which the last 10 are averaged: packs, trains, compares with the exact posterior.
 
-Prints the table and writes demo/million.json; exits 1 where the criterion is missed.
+Arguments go to `svi train`. Prints the table and writes demo/million.json; exits 1 where the criterion is missed.
 """
 
 import csv
