@@ -1,0 +1,280 @@
+"""Reading: the plan's rows to the bit, on any number of ranks, from any step, with nothing left behind."""
+
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shard_tools import all_dtypes, flip, write_folder
+
+from trainer.data.index import ROW_ID
+from trainer.data.plan import Plan
+from trainer.data.reader import ChunkArrays, Reader, ShardFolder, open_split
+from trainer.errors import UserError
+from trainer.lit.datamodule import ChunkData, Ranks, spans
+
+BLOCKS = [7, 1, 30, 2, 19, 30, 11, 8, 24, 5]
+TABLE = all_dtypes(sum(BLOCKS))
+linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+STARTS = np.cumsum([0, *BLOCKS])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ShardFolder:
+    write_folder(tmp_path / "train", TABLE, BLOCKS, shard_bytes=20_000)
+    return ShardFolder(tmp_path / "train")
+
+
+def plan_of(folder: ShardFolder, lanes: int = 8, batch_size: int = 24) -> Plan:
+    return Plan(folder.block_rows, 5, lanes, batch_size, run_rows=3, pool_blocks=2)
+
+
+def read(folder: ShardFolder, plan: Plan, ranks: Ranks, first: int, steps: int) -> ChunkArrays:
+    reader = Reader(folder, plan, list(TABLE), ranks.lanes_by_group, with_row_id=True)
+    try:
+        return reader.chunk(first, steps)
+    finally:
+        reader.close()
+
+
+def ids(chunk: ChunkArrays, k: int, a: int) -> list[int]:
+    """The row numbers that count in one group of one step."""
+    assert chunk.row_id is not None
+    return chunk.row_id[k, a, : chunk.valid[k, a]].tolist()
+
+
+def same_bits(one: ChunkArrays, other: ChunkArrays) -> bool:
+    assert one.columns.keys() == other.columns.keys()
+    pairs = [(one.columns[name], other.columns[name]) for name in one.columns]
+    pairs += [(one.valid, other.valid), (one.batch_rows, other.batch_rows), (one.row_id, other.row_id)]  # type: ignore[list-item]
+    return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "batch_size", "draws"),
+    [(8, 24, 1), (8, 24, 4), (6, 6, 2), (1, 50, 1), (8, 137, 8), (150, 150, 3), (1, 1, 1)],
+)
+def test_a_chunk_holds_the_plans_rows_and_pads_with_real_ones(
+    folder: ShardFolder, lanes: int, batch_size: int, draws: int
+) -> None:
+    """Two epochs; lanes that outnumber the rows give empty groups."""
+    plan, ranks = plan_of(folder, lanes, batch_size), Ranks(1, 0, lanes, draws)
+    steps = 2 * plan.steps_per_epoch
+    chunk = read(folder, plan, ranks, 0, steps)
+    assert chunk.batch_rows.tolist() == chunk.valid.sum(1).tolist() == [plan.rows_at(t).sum() for t in range(steps)]
+    assert chunk.row_id is not None
+    for k in range(steps):
+        for a, group in enumerate(ranks.lanes_by_group):
+            rows = [
+                int(STARTS[b]) + first + i
+                for lane in group
+                for b, first, n in zip(*(column.tolist() for column in plan.pieces(k, lane)))
+                for i in range(n)
+            ]
+            assert ids(chunk, k, a) == rows
+            padding = chunk.row_id.shape[2] - len(rows)
+            expected = np.array(rows + [rows[0] if rows else 0] * padding)
+            assert chunk.row_id[k, a].tolist() == expected.tolist()
+            for name, values in TABLE.items():
+                assert chunk.columns[name][k, a].dtype == values.dtype
+                assert chunk.columns[name][k, a].tobytes() == values[expected].tobytes()
+    for epoch in range(2):
+        counted = [
+            row
+            for k in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+            for a in range(len(ranks.groups))
+            for row in ids(chunk, k, a)
+        ]
+        assert sorted(counted) == list(range(sum(BLOCKS)))
+
+
+@pytest.mark.parametrize("draws", [1, 2, 4, 8])
+def test_the_ranks_together_read_what_one_rank_reads(folder: ShardFolder, draws: int) -> None:
+    """A draw's rows come in the same order whoever reads them; where ranks share a draw, one after the other."""
+    plan, steps = plan_of(folder), 9
+    alone = read(folder, plan, Ranks(1, 0, 8, draws), 4, steps)
+    for world in (2, 4, 8):
+        rows: list[list[list[int]]] = [[[] for _ in range(draws)] for _ in range(steps)]
+        for rank in range(world):
+            ranks = Ranks(world, rank, 8, draws)
+            chunk = read(folder, plan, ranks, 4, steps)
+            assert chunk.valid.shape == (steps, len(ranks.groups))
+            assert chunk.batch_rows.tolist() == alone.batch_rows.tolist()
+            for k in range(steps):
+                for a, draw in enumerate(ranks.groups):
+                    rows[k][draw] += ids(chunk, k, a)
+        assert rows == [[ids(alone, k, a) for a in range(draws)] for k in range(steps)]
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 13])
+def test_a_resumed_run_reads_what_an_uninterrupted_one_would_have(folder: ShardFolder, step: int) -> None:
+    """An epoch has 6 steps; wherever the chunks end."""
+    ranks, last = Ranks(1, 0, 8, 2), 14
+    assert plan_of(folder).steps_per_epoch == 6
+
+    def steps(first: int, slots: int) -> list[ChunkArrays]:
+        reader = Reader(folder, plan_of(folder), list(TABLE), ranks.lanes_by_group, with_row_id=True)
+        chunks = list(reader.chunks(spans(first, last, slots, every=(5,))))
+        reader.close()
+        return [
+            ChunkArrays(
+                {name: values[k] for name, values in chunk.columns.items()},
+                chunk.valid[k],
+                chunk.batch_rows[k],
+                chunk.row_id[k],  # type: ignore[index]
+            )
+            for chunk in chunks
+            for k in range(len(chunk.valid))
+        ]
+
+    whole, resumed = steps(0, 3), steps(step, 4)
+    assert len(whole) == last
+    assert len(resumed) == last - step
+    assert all(same_bits(a, b) for a, b in zip(whole[step:], resumed, strict=True))
+
+
+def test_chunks_end_where_something_else_happens() -> None:
+    assert list(spans(3, 20, 4, (5, 7))) == [(3, 2), (5, 2), (7, 3), (10, 4), (14, 1), (15, 4), (19, 1)]
+    assert list(spans(5, 5, 4)) == []
+
+
+def test_a_reader_gives_only_the_columns_asked_for(folder: ShardFolder) -> None:
+    reader = Reader(folder, plan_of(folder), ["int8"], [[0, 1]])
+    chunk = reader.chunk(0, 1)
+    reader.close()
+    assert list(chunk.columns) == ["int8"]
+    assert chunk.row_id is None
+    with pytest.raises(UserError, match='no column "age"'):
+        Reader(folder, plan_of(folder), ["age"], [[0]])
+
+
+def test_the_splits_are_apart(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"x": np.zeros(5)}, [5])
+    write_folder(tmp_path / "held_out", {"x": np.ones(3)}, [2, 1], first_id=5, split="held_out")
+    train, held_out = open_split(tmp_path, "train"), open_split(tmp_path, "held_out")
+    assert train is not None
+    assert held_out is not None
+    assert (train.num_rows, held_out.num_rows) == (5, 3)
+    assert train.read_block(0, ROW_ID).tolist() == [0, 1, 2, 3, 4]
+    assert np.concatenate([held_out.read_block(b, ROW_ID) for b in (0, 1)]).tolist() == [5, 6, 7]
+    alone = open_split(tmp_path / "train", "train")
+    assert alone is not None
+    assert alone.num_rows == 5
+    assert open_split(tmp_path / "train", "held_out") is None
+    for path in (tmp_path / "none", Path(__file__).parent):
+        with pytest.raises(UserError, match="is no shard folder"):
+            open_split(path, "train")
+    (tmp_path / "held_out" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"held_out/index\.json is missing"):
+        open_split(tmp_path, "held_out")
+
+
+# Reading ahead
+
+
+def test_every_block_is_read_once_an_epoch_but_for_the_edges_of_lanes(folder: ShardFolder) -> None:
+    reads: Counter = Counter()
+    inner = folder.read_block
+    folder.read_block = lambda block, name: reads.update([(block, name)]) or inner(block, name)  # type: ignore[method-assign,func-returns-value]
+    plan = plan_of(folder)
+    reader = Reader(folder, plan, ["int8", "float32"], Ranks(1, 0, 8, 1).lanes_by_group)
+    assert len(list(reader.chunks(spans(0, plan.steps_per_epoch, 2)))) == 3
+    reader.close()
+    assert set(reads) == {(block, name) for block in range(len(BLOCKS)) for name in ("int8", "float32")}
+    assert sum(reads.values()) <= 2 * (len(BLOCKS) + 7)
+
+
+def test_the_next_chunk_is_read_while_the_caller_uses_this_one(folder: ShardFolder) -> None:
+    reader = Reader(folder, plan_of(folder), ["int8"], [[0, 1]])
+    started: dict[int, threading.Event] = {step: threading.Event() for step in (0, 2, 4, 6)}
+    inner = reader.chunk
+
+    def chunk(first: int, steps: int) -> ChunkArrays:
+        assert threading.current_thread() is not threading.main_thread()
+        started[first].set()
+        return inner(first, steps)
+
+    reader.chunk = chunk  # type: ignore[method-assign]
+    chunks = reader.chunks(spans(0, 8, 2))
+    next(chunks)
+    assert started[2].wait(60)  # a deadlock's end, not a measure
+    assert not started[4].is_set()
+    assert len(list(chunks)) == 3
+    reader.close()
+
+
+@linux
+def test_abandoned_halfway_it_leaves_no_thread_and_no_file(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", TABLE, BLOCKS, shard_bytes=1)
+
+    def ours() -> list[str]:
+        links = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+        return [str(os.readlink(link)) for link in links if link.is_symlink() and str(tmp_path) in os.readlink(link)]
+
+    folder = ShardFolder(tmp_path / "train")
+    data = ChunkData(folder, plan_of(folder), Ranks(1, 0, 8, 1), ("int8",), torch.float32, True, 2)
+    data.last = 1000
+    for count, chunk in enumerate(data):
+        assert chunk.columns["int8"].shape[0] == 2
+        if count == 3:
+            assert [t for t in threading.enumerate() if t.name.startswith("reader")]
+            assert ours()
+            break
+    del chunk
+    assert not [t for t in threading.enumerate() if t.name.startswith("reader")]
+    del data, folder
+    assert not ours()
+
+
+@linux
+def test_a_folder_of_many_shards_keeps_few_files_open(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", {"x": np.arange(200)}, [1] * 200, shard_bytes=1)
+    folder = ShardFolder(tmp_path / "train")
+    before = len(os.listdir("/proc/self/fd"))
+    for block in (*range(200), 0, 199):
+        assert folder.read_block(block, "x").tolist() == [block]
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+
+
+# Damage that comes to light while reading
+
+
+def test_damage_ahead_is_raised_when_its_turn_comes(folder: ShardFolder) -> None:
+    """The chunks before it are given; then one sentence that names shard and block, from the reader's thread."""
+    plan = Plan(folder.block_rows, 0, 1, 10, run_rows=256, pool_blocks=1)
+    last = int(plan.pieces(plan.steps_per_epoch - 1, 0).block[-1])
+    flip_payload(folder, last, "int32")
+    reader = Reader(folder, plan, ["int32"], [[0]])
+    given = []
+    with pytest.raises(UserError, match=rf'\.tar, block {last}, column "int32" does not match its hash: copy .*\.$'):
+        given.extend(reader.chunks(spans(0, plan.steps_per_epoch, 1)))
+    reader.close()
+    clean = [last not in plan.pieces(t, 0).block for t in range(plan.steps_per_epoch)]
+    assert len(given) == clean.index(False) > 3
+    Reader(folder, plan, ["int16"], [[0]]).chunk(0, plan.steps_per_epoch)  # another column is intact
+
+
+def flip_payload(folder: ShardFolder, block: int, name: str) -> None:
+    number = 0
+    for shard in folder.index.shards:
+        if number + len(shard.rows) > block:
+            flip(folder.path / shard.name, shard.offsets[name][block - number] + 512 + 128)
+            return
+        number += len(shard.rows)
+
+
+def test_a_shard_that_goes_away_after_it_was_opened_is_named(folder: ShardFolder) -> None:
+    first = folder.path / folder.index.shards[0].name
+    os.truncate(first, 700)
+    with pytest.raises(UserError, match=r'000000\.tar, block 0, column "int8" ends too early'):
+        folder.read_block(0, "int8")
+    last = folder.path / folder.index.shards[-1].name
+    last.unlink()
+    with pytest.raises(UserError, match=rf"{last.name} is missing: copy it back"):
+        folder.read_block(len(BLOCKS) - 1, "int8")
+    last.mkdir()
+    with pytest.raises(UserError, match=rf"{last.name} cannot be read \(Is a directory\)"):
+        folder.read_block(len(BLOCKS) - 1, "int8")
