@@ -10,6 +10,7 @@ import pytest
 import torch
 from shard_tools import all_dtypes, flip, write_folder
 
+from trainer.data import reader as reading
 from trainer.data.index import ROW_ID
 from trainer.data.plan import Plan
 from trainer.data.reader import ChunkArrays, Reader, ShardFolder, open_split
@@ -55,7 +56,7 @@ def same_bits(one: ChunkArrays, other: ChunkArrays) -> bool:
 
 @pytest.mark.parametrize(
     ("lanes", "batch_size", "draws"),
-    [(8, 24, 1), (8, 24, 4), (6, 6, 2), (1, 50, 1), (8, 137, 8), (150, 150, 3), (1, 1, 1)],
+    [(8, 24, 1), (8, 24, 4), (6, 6, 2), (1, 50, 1), (8, 137, 8), (150, 150, 150), (1, 1, 1)],
 )
 def test_a_chunk_holds_the_plans_rows_and_pads_with_real_ones(
     folder: ShardFolder, lanes: int, batch_size: int, draws: int
@@ -227,6 +228,15 @@ def test_abandoned_halfway_it_leaves_no_thread_and_no_file(tmp_path: Path) -> No
     assert not [t for t in threading.enumerate() if t.name.startswith("reader")]
     del data, folder
     assert not ours()
+
+
+def test_a_member_is_hashed_once_a_process(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    inner = reading.xxhash.xxh3_64_hexdigest
+    monkeypatch.setattr(reading.xxhash, "xxh3_64_hexdigest", lambda data: hashed.append(len(data)) or inner(data))
+    for block, name in ((0, "int8"), (0, "int8"), (0, "int64"), (1, "int8"), (0, "int64")):
+        folder.read_block(block, name)
+    assert len(hashed) == 3
 
 
 @linux

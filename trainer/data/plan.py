@@ -148,7 +148,7 @@ def default_lanes(batch_size: int, world_size: int, num_rows: int) -> int:
         raise UserError(f"rows({num_rows}) < ranks({world_size}): use fewer ranks.")
     for least in (8, 4, 2, 1):
         lanes = math.lcm(least, world_size)
-        if lanes <= num_rows and (batch_size % lanes == 0 or (least == 1 and batch_size == num_rows)):
+        if batch_size % lanes == 0 or (least == 1 and batch_size == num_rows):
             return lanes
     near = batch_size // world_size * world_size
     raise UserError(
