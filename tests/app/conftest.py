@@ -49,6 +49,8 @@ def fit(shards: Path, tmp_path: Path) -> Callable[..., Path]:
             "max_steps=60",
             "trainer=cpu",
             "threads=1",
+            "program=eager",
+            "slots=64",
             f"run_dir={run_dir}",
         ]
         before = torch.get_default_dtype()

@@ -41,7 +41,8 @@ def test_torchrun_gives_what_one_rank_gives(shards, tmp_path, alone, free_port):
 def test_killed_on_two_ranks_and_continued_on_one(shards, tmp_path, alone):
     """The same rows and the same noise on another world size: the same answer to rounding."""
     common = ("train", f"data.path={shards}", f"run_dir={tmp_path}/run", "ckpt_path=last", *ARGUMENTS)
-    died = svi(*common, "model._target_=app_models.dying", "model.at=70", "model.rank=1", "trainer=ddp_sim")
+    died = svi(*common, "model._target_=app_models.dying", "model.at=70", "model.rank=1", "trainer=ddp_sim",
+               "program=eager")  # fmt: skip
     assert died.returncode != 0
     assert int(final_state(tmp_path / "run")[0].step) == 20
     done = svi(*common, MODEL, "trainer=cpu")
@@ -53,7 +54,7 @@ def test_a_signal_to_one_rank_stops_all(shards, tmp_path):
     told = svi(
         "train", "model._target_=app_models.dying", "model.at=60", "model.rank=1",
         f"model.number={int(signal.SIGTERM)}", f"data.path={shards}", f"run_dir={tmp_path}/run", "trainer=ddp_sim",
-        *ARGUMENTS,
+        "program=eager", *ARGUMENTS,
     )  # fmt: skip
     assert told.returncode == 128 + signal.SIGTERM, told.stderr
     assert 0 < int(final_state(tmp_path / "run")[0].step) < 40

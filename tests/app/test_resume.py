@@ -11,7 +11,8 @@ from trainer.errors import UserError
 from trainer.lit import checkpoint
 from trainer.lit.module import flat_state
 
-ARGUMENTS = ("batch_size=256", "max_steps=60", "slots=16", "checkpoint.every_n_steps=7", "trainer=cpu", "threads=1")
+ARGUMENTS = ("batch_size=256", "max_steps=60", "slots=16", "checkpoint.every_n_steps=7", "trainer=cpu", "threads=1",
+             "program=eager")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

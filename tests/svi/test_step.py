@@ -13,9 +13,9 @@ from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD, Adam, ClippedAdam
 from trainer.svi.plates import PlatedModel
-from trainer.svi.programs import Chunk, Eager, alone
+from trainer.svi.programs import Chunk, Eager
 from trainer.svi.schedules import Cosine, OneCycle, RobbinsMonro
-from trainer.svi.step import State, Update, step
+from trainer.svi.step import State, Update
 
 GUIDES = {"mean_field": MeanField, "AutoNormal": lambda model, _: PyroGuide(AutoNormal(model))}
 
@@ -42,27 +42,6 @@ def part(chunk: Chunk, first: int, last: int) -> Chunk:
 
 
 OPTIMIZERS = [Adam(lr=0.05, weight_decay=0.1, decoupled=True), ClippedAdam(lr=0.05), SGD(lr=0.1, momentum=0.9)]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_an_inert_step_leaves_the_state_bit_for_bit(optimizer, dtype):
-    eager, state = program(optimizer, dtype=dtype)
-    chunk = chunk_of(5, 2, 4, dtype, x=(3,), y=())
-    state = eager.run(state, chunk, 4).state
-    batch = chunk.slot(4)
-    noise = eager.noise(4, batch, dtype)
-
-    def at(active, columns):
-        return step(eager.inference, eager.update, alone, 1, state, noise, batch._replace(columns=columns), active)[0]
-
-    assert equal(at(torch.tensor(False), batch.columns), state)
-    poisoned = {name: column * float("nan") for name, column in batch.columns.items()}
-    assert equal(at(torch.tensor(False), poisoned), state)  # whatever an unused slot holds
-    after = at(torch.tensor(True), batch.columns)
-    assert int(after.step) == 5
-    assert all(not torch.equal(a, b) for a, b in zip(leaves(after), leaves(state)))
-    assert [leaf.dtype for leaf in leaves(after)] == [leaf.dtype for leaf in leaves(state)]
 
 
 @pytest.mark.parametrize("guide", GUIDES)

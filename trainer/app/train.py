@@ -94,11 +94,11 @@ def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
     program = build.make(cfg.program, partial=True)(
         inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks
     )
-    module = VariationalModule(inference, update, program, state, seconds)
+    module = VariationalModule(inference, update, program, state, seconds, console.print)
     local_latents = bool(inference.guide.noise_size[1])
     every = int(cfg.checkpoint.every_n_steps or 0)
     data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), local_latents,
-                     int(cfg.slots), (every,) if every else ())  # fmt: skip
+                     cfg.slots and int(cfg.slots), (every,) if every else ())  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     signals = StopOnSignal()
     finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals)

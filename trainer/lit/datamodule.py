@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.plan import Plan
-from trainer.data.reader import Reader, ShardFolder
+from trainer.data.reader import ChunkArrays, Reader, ShardFolder
 from trainer.svi.programs import Chunk
 
 
@@ -42,7 +42,8 @@ class Ranks:
 class ChunkData(pl.LightningDataModule):
     """Streams the training chunks of this rank from step ``first`` to ``last``.
 
-    ``slots``: steps of a chunk; ``every``: a chunk also ends at each multiple of any of these (checkpoints).
+    ``slots``: steps of a chunk, set before the first is asked for; ``every``: a chunk also ends at each multiple of any
+    of these (checkpoints).
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ChunkData(pl.LightningDataModule):
         columns: tuple[str, ...],
         dtype: torch.dtype,
         with_row_id: bool,
-        slots: int,
+        slots: int | None,
         every: tuple[int, ...] = (),
     ):
         super().__init__()
@@ -65,18 +66,33 @@ class ChunkData(pl.LightningDataModule):
     def train_dataloader(self) -> "ChunkData":
         return self
 
-    def __iter__(self) -> Iterator[Chunk]:
-        reader = Reader(self.folder, self.plan, self.columns, self.ranks.lanes_by_group, self.with_row_id)
+    def trial_chunk(self, steps: int) -> Chunk:
+        """The first ``steps`` steps, to get ready on."""
+        reader = self._reader()
         try:
-            for chunk in reader.chunks(spans(self.first, self.last, self.slots, self.every)):
-                yield Chunk(
-                    {name: to_tensor(array, self.dtype) for name, array in chunk.columns.items()},
-                    torch.from_numpy(chunk.valid),
-                    torch.from_numpy(chunk.batch_rows),
-                    None if chunk.row_id is None else torch.from_numpy(chunk.row_id),
-                )
+            return self._chunk(reader.chunk(self.first, steps))
         finally:
             reader.close()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        assert self.slots is not None
+        reader = self._reader()
+        try:
+            for arrays in reader.chunks(spans(self.first, self.last, self.slots, self.every)):
+                yield self._chunk(arrays)
+        finally:
+            reader.close()
+
+    def _reader(self) -> Reader:
+        return Reader(self.folder, self.plan, self.columns, self.ranks.lanes_by_group, self.with_row_id)
+
+    def _chunk(self, arrays: ChunkArrays) -> Chunk:
+        return Chunk(
+            {name: to_tensor(array, self.dtype) for name, array in arrays.columns.items()},
+            torch.from_numpy(arrays.valid),
+            torch.from_numpy(arrays.batch_rows),
+            None if arrays.row_id is None else torch.from_numpy(arrays.row_id),
+        )
 
 
 def spans(first: int, last: int, slots: int, every: tuple[int, ...] = ()) -> Iterator[tuple[int, int]]:

@@ -4,24 +4,42 @@ Our own integer step, in the state, is the only truth about progress; Lightning'
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from trainer.lit.strategy import from_rank_zero
+from trainer.lit.datamodule import ChunkData
+from trainer.lit.strategy import from_rank_zero, max_over_ranks
 from trainer.svi.checks import finite_or_raise
 from trainer.svi.programs import Chunk, ChunkResult, Program
 from trainer.svi.step import Inference, State, Update
+from trainer.svi.tracing import Untraceable
+
+_CHUNK_SECONDS, _CHUNK_BYTES = 0.1, 128 * 2**20
+_TRIAL_SLOTS = 4
 
 
 class VariationalModule(pl.LightningModule):
-    """Trains ``theta`` of an `Inference` with a `Program`; `last` holds the newest chunk's figures."""
+    """Trains ``theta`` of an `Inference` with a `Program`; `last` holds the newest chunk's figures.
 
-    def __init__(self, inference: Inference, update: Update, program: Program, state: State, seconds: float = 0.0):
+    ``seconds``: those before a resume; ``say``: tells the user a sentence.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        update: Update,
+        program: Program,
+        state: State,
+        seconds: float = 0.0,
+        say: Callable[[str], None] = print,
+    ):
         super().__init__()
         self.automatic_optimization = False
+        self.say = say
         self.inference, self.update, self.program, self.state = inference, update, program, state
         self.seconds_before = seconds
         self.last: dict[str, float] = {}
@@ -49,6 +67,35 @@ class VariationalModule(pl.LightningModule):
         device = self.device
         on_device = [from_rank_zero(t.to(device)) for t in flat_state(self.state)]
         self.state = state_from_flat(on_device)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ChunkData)
+        chunk = self.transfer_batch_to_device(data.trial_chunk(_TRIAL_SLOTS), device, 0)
+        self._prepare(chunk)
+        if data.slots is None:
+            data.slots = self._slots(chunk)
+
+    def _prepare(self, chunk: Chunk) -> None:
+        """Compiles the program, or falls back on the eager one, on all ranks alike."""
+        failed = ""
+        try:
+            note = self.program.prepare(self.state, chunk)
+        except Untraceable as error:
+            failed = note = f"training with program=eager, since the step cannot be compiled ({error})"
+        if max_over_ranks(int(bool(failed)), self.device):
+            self.program = self.program.eager
+        if note:
+            self.say(note)
+
+    def _slots(self, chunk: Chunk) -> int:
+        """Steps of a chunk: those of a tenth of a second, in bounded memory. No result depends on them."""
+        count = len(chunk.batch_rows)
+        began = time.monotonic()
+        self.program.run(self.state, chunk, count)
+        per_step = (time.monotonic() - began) / count
+        held = sum(each.nbytes for each in (*chunk.columns.values(), chunk.valid)) // count
+        held += 4 * self.inference.guide.noise_size[0] * chunk.valid.shape[1]
+        slots = min(_CHUNK_SECONDS / per_step, _CHUNK_BYTES / held)
+        return max_over_ranks(max(1, int(slots)), self.device)
 
     def on_train_start(self) -> None:
         self._started = self._previous = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
@@ -64,12 +65,11 @@ def leave_group(together: bool) -> None:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, as a new tensor (the tensor itself on one rank)."""
+    """The sum over all ranks, as a new tensor (the tensor itself on one rank), by operations that a graph can hold."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total
+    assert dist.group.WORLD is not None
+    return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", dist.group.WORLD))
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:

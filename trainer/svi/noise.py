@@ -4,7 +4,7 @@ Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2
 (seed, step, draw, element or row); nothing is carried from one draw to the next, so ranks, chunks and resumed runs
 agree without passing a generator around.
 
-Shapes: R draws, B rows, n elements.
+Shapes: K steps, A lane groups, R draws, B rows, E elements, n elements a row.
 """
 
 import math
@@ -19,16 +19,27 @@ _ROUNDS = 10
 _ROW_STREAM = 1 << 31  # the top bit of the draw tells noise by row from noise by element
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Four words of 32 random bits, as int64, for every ``counter`` (four int64 tensors that broadcast)."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2**64, which leaves both 32-bit halves right.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        (high0, low0), (high1, low1) = _product(c0, _MULTIPLIERS[0]), _product(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """The upper and lower 32 bits of a product of 32-bit words.
+
+    By 16-bit halves, since an int64 product of both would overflow, which C++ compilers take for impossible (seen in
+    torch 2.13: Inductor's scalar loops gave other bits than eager).
+    """
+    upper, lower = (word >> 16) * multiplier, (word & 0xFFFF) * multiplier
+    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + (lower & _MASK)) & _MASK
 
 
 def _normals(words: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tensor:
@@ -40,15 +51,39 @@ def _normals(words: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tenso
     return quads.flatten(-2)[..., :count].to(dtype)
 
 
-def element_noise(seed: int, step: Tensor, draws: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Standard normals [R, count] for the elements of the global latents at ``step`` (0-d) of ``draws`` [R]."""
+def chunk_noise(
+    size: tuple[int, int], seed: int | Tensor, steps: Tensor, draws: Tensor, row_id: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The noise of ``steps`` [K] for ``draws`` [A, R]: elements [K, A, R, E] and, where n > 0, rows [K, A, R, B, n].
+
+    ``size``: (E, n) of the guide; ``row_id``: int64 [K, A, B].
+    """
+    elements, per_row = size
+    shape = (steps.shape[0], *draws.shape)
+    flat = element_noise(seed, steps.view(-1, 1, 1), draws.flatten(), elements, dtype).view(*shape, elements)
+    if not per_row:
+        return flat, None
+    assert row_id is not None, "a guide with local latents needs row ids"
+    ids = row_id[:, :, None].expand(*shape, row_id.shape[-1]).flatten(1, 2)
+    rows = row_noise(seed, steps.view(-1, 1, 1, 1), draws.flatten(), ids, per_row, dtype)
+    return flat, rows.view(*shape, row_id.shape[-1], per_row)
+
+
+def element_noise(seed: int | Tensor, step: Tensor, draws: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Standard normals [R, count] for the elements of the global latents at ``step`` (0-d, or [K, 1, 1] for
+    [K, R, count]) of ``draws`` [R]."""
     quad = torch.arange(-(-count // 4), device=draws.device)
     words = philox4x32((quad, step >> 32, step & _MASK, draws[:, None]), _key(seed))
     return _normals(words, count, dtype)
 
 
-def row_noise(seed: int, step: Tensor, draws: Tensor, row_id: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Standard normals [R, B, count] for the local latents of rows ``row_id`` [R, B], whatever their place."""
+def row_noise(
+    seed: int | Tensor, step: Tensor, draws: Tensor, row_id: Tensor, count: int, dtype: torch.dtype
+) -> Tensor:
+    """Standard normals [R, B, count] for the local latents of rows ``row_id`` [R, B], whatever their place.
+
+    With ``step`` [K, 1, 1, 1] and ``row_id`` [K, R, B]: [K, R, B, count].
+    """
     quad = torch.arange(-(-count // 4), device=draws.device)
     row = row_id[..., None]
     high = ((row >> 32) & 0xFFFF) | (quad << 16)
@@ -56,7 +91,7 @@ def row_noise(seed: int, step: Tensor, draws: Tensor, row_id: Tensor, count: int
     return _normals(words, count, dtype)
 
 
-def _key(seed: int) -> tuple[int, int]:
+def _key(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
     return seed & _MASK, (seed >> 32) & _MASK
 
 

@@ -1,6 +1,6 @@
 """How a chunk of K steps is executed. `Eager` calls the pure step slot by slot; it is the reference for every other.
 
-Shapes: K slots, A lane groups of this rank, B rows of a group, S sites.
+Shapes: K slots, A lane groups of this rank, R draws of a group, B rows of a group, S sites.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from trainer.svi.noise import element_noise, mixed_seed, row_noise
+from trainer.svi.noise import chunk_noise, mixed_seed
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
 
 
@@ -30,6 +30,12 @@ class Chunk(NamedTuple):
         row_id = None if self.row_id is None else self.row_id[k]
         return StepBatch({n: c[k] for n, c in self.columns.items()}, self.valid[k], self.batch_rows[k], row_id)
 
+    def part(self, first: int, stop: int) -> "Chunk":
+        """Slots [first, stop), sharing memory."""
+        here = slice(first, stop)
+        row_id = None if self.row_id is None else self.row_id[here]
+        return Chunk({n: c[here] for n, c in self.columns.items()}, self.valid[here], self.batch_rows[here], row_id)
+
 
 class ChunkResult(NamedTuple):
     state: State
@@ -40,7 +46,18 @@ class ChunkResult(NamedTuple):
 
 
 class Program(Protocol):
-    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult: ...
+    @property
+    def eager(self) -> "Eager":
+        """The reference that this program must equal."""
+        ...
+
+    def prepare(self, state: State, chunk: Chunk) -> str:
+        """Makes ready for chunks like ``chunk``, of any number of slots; what the user should know, or ""."""
+        ...
+
+    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+        """Takes ``steps`` <= K steps from ``state``; the chunk's other slots are not used."""
+        ...
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -50,7 +67,7 @@ def alone(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Eager:
-    """The pure step, called for each active slot; inert slots are not evaluated, which is what they come to."""
+    """The pure step, called for each slot."""
 
     inference: Inference
     update: Update
@@ -60,37 +77,33 @@ class Eager:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = alone
 
+    @property
+    def eager(self) -> "Eager":
+        return self
+
+    def prepare(self, state: State, chunk: Chunk) -> str:
+        return ""
+
     def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
         """The noise of step ``at``: a function of (seed, step, draw, element or row) alone."""
-        device, pairs = batch.valid.device, self.inference.objective.pairs
-        elements, per_row = self.inference.guide.noise_size
-        when = torch.tensor(at, device=device)
-        draws = torch.tensor([g * pairs + r for g in self.groups for r in range(pairs)], device=device)
-        flat = element_noise(self.seed, when, draws, elements, dtype)
-        rows = None
-        if per_row:
-            assert batch.row_id is not None, "a guide with local latents needs row ids"
-            rows = torch.stack(
-                [
-                    row_noise(
-                        self.seed, when, draws.view(-1, pairs)[a], batch.row_id[a].expand(pairs, -1), per_row, dtype
-                    )
-                    for a in range(len(self.groups))
-                ]
-            )
-        seeds = tuple(tuple(mixed_seed(self.seed, at, g * pairs + r) for r in range(pairs)) for g in self.groups)
-        return StepNoise(flat.view(len(self.groups), pairs, elements), rows, seeds)
+        draws = draw_numbers(self.groups, self.inference.objective.pairs, batch.valid.device)
+        when = torch.tensor([at], device=batch.valid.device)
+        row_id = None if batch.row_id is None else batch.row_id[None]
+        elements, rows = chunk_noise(self.inference.guide.noise_size, self.seed, when, draws, row_id, dtype)
+        seeds = tuple(tuple(mixed_seed(self.seed, at, draw) for draw in group) for group in draws.tolist())
+        return StepNoise(elements[0], None if rows is None else rows[0], seeds)
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
-        """Takes ``steps`` <= K steps from ``state``."""
         terms, norms = [], []
-        active = torch.tensor(True, device=state.theta.device)
         for k in range(steps):
             batch = chunk.slot(k)
             noise = self.noise(int(state.step), batch, state.theta.dtype)
-            state, here, norm = step(
-                self.inference, self.update, self.reduce, self.world_size, state, noise, batch, active
-            )
+            state, here, norm = step(self.inference, self.update, self.reduce, self.world_size, state, noise, batch)
             terms.append(here)
             norms.append(norm)
         return ChunkResult(state, self.reduce(torch.stack(terms)), torch.stack(norms))
+
+
+def draw_numbers(groups: Sequence[int], pairs: int, device: torch.device) -> Tensor:
+    """int64 [A, R]: the numbers of the draws of these lane groups among all of a step."""
+    return torch.tensor([[group * pairs + r for r in range(pairs)] for group in groups], device=device)

@@ -1,4 +1,4 @@
-"""One optimisation step as one pure function: `step(state, noise, batch, active) -> (state, terms, grad_norm)`.
+"""One optimisation step as one pure function: `step(state, noise, batch) -> (state, terms, grad_norm)`.
 
 Every rank evaluates the draws whose lanes it holds, sums are all-reduced, and every rank makes the same update from the
 same gradient. Global terms count once over all ranks; terms inside the data plate are sums over the rows that each
@@ -133,10 +133,9 @@ def step(
     state: State,
     noise: StepNoise,
     batch: StepBatch,
-    active: Tensor,
 ) -> tuple[State, Tensor, Tensor]:
-    """The state after one step (or the same state, bit for bit, where ``active`` (bool []) is False), this rank's terms
-    [S] in full-data nats and the norm of the gradient of loss / N (over all ranks).
+    """The state after one step, this rank's terms [S] in full-data nats and the norm of the gradient of loss / N (over
+    all ranks).
 
     ``reduce`` sums a tensor over the ranks; the terms are left for the caller to reduce once a chunk.
     """
@@ -147,15 +146,4 @@ def step(
         (grad,) = torch.autograd.grad(loss, theta)
     grad = reduce(grad)
     new = update(state, grad, inference.num_obs)
-    return _choose(active, new, state), terms.detach(), grad.double().norm()
-
-
-def _choose(active: Tensor, new: State, old: State) -> State:
-    """``new`` where ``active``, else ``old``, bit for bit."""
-    return State(
-        torch.where(active, new.step, old.step),
-        torch.where(active, new.theta, old.theta),
-        tuple(torch.where(active, n, o) for n, o in zip(new.slots, old.slots)),
-        torch.where(active, new.average, old.average),
-        torch.where(active, new.averaged, old.averaged),
-    )
+    return new, terms.detach(), grad.double().norm()

@@ -1,0 +1,201 @@
+"""The fused program: the pure step traced to one graph, scanned over a chunk's steps and compiled, noise included.
+
+No Python runs between the steps of a chunk. The number of slots is an input, so a chunk ends at any step; seed, draws,
+N, learning rate, horizon and averaging are inputs too, so one compiled step serves every rank and a whole sweep.
+
+Shapes: as in `trainer.svi.programs`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+
+from trainer.errors import UserError
+from trainer.svi import noise as noise_source
+from trainer.svi.native import SharedObject, cache_folder, compiled
+from trainer.svi.noise import chunk_noise
+from trainer.svi.programs import Chunk, ChunkResult, Eager, alone, draw_numbers
+from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
+from trainer.svi.tracing import Traced, Untraceable, trace
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+@dataclass
+class Fused:
+    """The same step as `Eager`, on the same noise, compiled when it is prepared (or first run)."""
+
+    inference: Inference
+    update: Update
+    seed: int
+    groups: Sequence[int]
+    world_size: int = 1
+    reduce: Callable[[Tensor], Tensor] = alone
+    """Sums over the ranks by a functional collective, which a graph can hold."""
+    _call: SharedObject | None = field(default=None, init=False, repr=False)
+    _fixed: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+
+    @property
+    def eager(self) -> Eager:
+        """The program that this one must equal."""
+        return Eager(self.inference, self.update, self.seed, self.groups, self.world_size, self.reduce)
+
+    def prepare(self, state: State, chunk: Chunk) -> str:
+        """Compiles for chunks like ``chunk`` and compares with the eager program at its first and last slot.
+
+        Raises Untraceable for what has to run eagerly, UserError for what the traces or the comparison refuse.
+        """
+        if state.theta.device.type != "cpu":
+            raise Untraceable(f"a compiled step for {state.theta.device.type} is not made yet")
+        if len(chunk.batch_rows) < 2:
+            chunk = _with_a_second_slot(chunk)
+        layout = _Layout(self.inference.guide.noise_size, tuple(chunk.columns), chunk.row_id is not None)
+        draws = draw_numbers(self.groups, self.inference.objective.pairs, state.theta.device)
+        numbers = self._numbers()
+        carry, data = _carry(state), layout.data(chunk)
+        noise = layout.noise(torch.tensor(self.seed), draws, state.step, data, state.theta.dtype)
+        first, second = ([*carry, *(each[k] for each in (*noise, *data)), *numbers] for k in (0, 1))
+        traced = trace(self._flat_step(layout, len(carry)), first, second)
+        self._fixed = (torch.tensor(self.seed), draws, *numbers, *traced.constants)
+        slots = torch.export.Dim("slots", min=1)
+        inputs = (carry, data, self._fixed)
+        dynamic: tuple[Any, ...] = (
+            tuple({} for _ in carry),
+            tuple({0: slots} for _ in data),
+            tuple({} for _ in self._fixed),
+        )
+        shapes = [f"{x.dtype}{tuple(x.shape)}" for x in (*carry, *self._fixed, *(x[0] for x in data))]
+        ours = [inspect.getsource(noise_source), inspect.getsource(_Scan)]
+        key = "\n".join([traced.graph.code, str(layout), *shapes, *ours])
+        module = _Scan(traced, layout, state.theta.dtype)
+        try:
+            self._call, seconds = compiled(module, inputs, dynamic, key, cache_folder())
+        except Exception as error:
+            raise Untraceable(f"the compiler: {str(error).strip().splitlines()[0]}") from error
+        for k in (0, len(chunk.batch_rows) - 1):
+            self._compare(state, chunk.part(k, k + 1))
+        return f"compiled the step in {seconds:.0f} s, kept in {cache_folder()}" if seconds else ""
+
+    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+        if self._call is None:
+            self.prepare(state, chunk)
+        assert self._call is not None
+        layout = _Layout(self.inference.guide.noise_size, tuple(chunk.columns), chunk.row_id is not None)
+        *carry, terms, norms = self._call([*_carry(state), *layout.data(chunk.part(0, steps)), *self._fixed])
+        return ChunkResult(_state(carry), self.reduce(terms), norms)
+
+    def _numbers(self) -> tuple[Tensor, ...]:
+        """N, lr, horizon and first averaged step as tensors, in the order of `_flat_step`."""
+        reals = [self.inference.num_obs, self.update.optimizer.lr]
+        whole = [self.update.horizon, self.update.average_from]
+        return *(torch.tensor(x, dtype=torch.float64) for x in reals), *map(torch.tensor, whole)
+
+    def _flat_step(self, layout: "_Layout", size: int) -> Callable[..., tuple[Tensor, ...]]:
+        """The pure step as a function of tensors in a row: carry, noise, data, numbers."""
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            carry, (num_obs, lr, horizon, average_from) = tensors[:size], tensors[-4:]
+            noise, batch = layout.slot(tensors[size:-4], carry[1])
+            inference = dataclasses.replace(self.inference, num_obs=num_obs)  # type: ignore[arg-type]
+            optimizer = dataclasses.replace(self.update.optimizer, lr=lr)  # type: ignore[type-var]
+            update = Update(optimizer, self.update.schedule, horizon, average_from)  # type: ignore[arg-type]
+            made, terms, norm = step(inference, update, self.reduce, self.world_size, _state(carry), noise, batch)
+            return *_carry(made), terms, norm
+
+        return flat
+
+    def _compare(self, state: State, slot: Chunk) -> None:
+        """One step of both programs, by the optimiser's vectors: in theta Adam makes steps of lr of mere rounding."""
+        want, got = self.eager.run(state, slot, 1), self.run(state, slot, 1)
+        if not torch.isfinite(want.terms).all():
+            return  # reported with its site, as after any chunk
+        pairs = [(want.terms, got.terms), *zip(want.state.slots, got.state.slots)]
+        error = max(float((a - b).norm() / a.norm().clamp(min=1e-30)) for a, b in pairs)
+        if not error <= _TOLERANCE[state.theta.dtype]:
+            raise UserError(
+                f"the compiled step differs from the eager one by {error:.1g} of the norm on the same noise: "
+                "train with program=eager, and tell us of the model."
+            )
+
+
+class _Scan(nn.Module):
+    """A chunk: noise for all its steps at once, then the traced step over the slots."""
+
+    def __init__(self, traced: Traced, layout: "_Layout", dtype: torch.dtype):
+        super().__init__()
+        self.traced, self.layout, self.dtype = traced, layout, dtype
+
+    def forward(
+        self, carry: tuple[Tensor, ...], data: tuple[Tensor, ...], fixed: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        seed, draws, *rest = fixed
+        noise = self.layout.noise(seed, draws, carry[0], data, self.dtype)
+        slots = data[0].shape[0]
+        same = [each.unsqueeze(0).expand(slots, *each.shape) for each in rest]
+
+        def body(before: tuple[Tensor, ...], here: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            *after, terms, norm = self.traced.graph(*before, *here)
+            return tuple(each.clone() for each in after), (terms, norm)
+
+        last, (terms, norms) = scan(body, carry, (*noise, *data, *same))
+        return *last, terms, norms
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The order of a slot's tensors: [elements], [rows], valid, batch_rows, [row_id], columns."""
+
+    noise_size: tuple[int, int]
+    columns: tuple[str, ...]
+    with_row_id: bool
+
+    def data(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """All of a chunk that comes from outside, each [K, ...]."""
+        row_id = () if chunk.row_id is None else (chunk.row_id,)
+        return chunk.valid, chunk.batch_rows, *row_id, *(chunk.columns[name] for name in self.columns)
+
+    def noise(
+        self, seed: Tensor, draws: Tensor, first: Tensor, data: tuple[Tensor, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """The noise of the chunk ``data`` that starts at step ``first``; each [K, ...]."""
+        steps = first + torch.arange(data[0].shape[0], device=first.device)
+        row_id = data[2] if self.with_row_id else None
+        elements, rows = chunk_noise(self.noise_size, seed, steps, draws, row_id, dtype)
+        return *((elements,) if self.noise_size[0] else ()), *(() if rows is None else (rows,))
+
+    def slot(self, tensors: Sequence[Tensor], theta: Tensor) -> tuple[StepNoise, StepBatch]:
+        """What a step takes, from its tensors in a row."""
+        left = list(tensors)
+        elements = left.pop(0) if self.noise_size[0] else None
+        rows = left.pop(0) if self.noise_size[1] else None
+        valid, batch_rows = left.pop(0), left.pop(0)
+        row_id = left.pop(0) if self.with_row_id else None
+        groups = len(valid)
+        if elements is None:
+            assert rows is not None or not self.noise_size[1]
+            elements = theta.new_zeros(groups, 1 if rows is None else rows.shape[1], 0)
+        pairs = elements.shape[1]
+        noise = StepNoise(elements, rows, ((0,) * pairs,) * groups)
+        return noise, StepBatch(dict(zip(self.columns, left, strict=True)), valid, batch_rows, row_id)
+
+
+def _carry(state: State) -> tuple[Tensor, ...]:
+    return state.step, state.theta, state.average, state.averaged, *state.slots
+
+
+def _state(carry: Sequence[Tensor]) -> State:
+    at, theta, average, averaged, *slots = carry
+    return State(at, theta, tuple(slots), average, averaged)
+
+
+def _with_a_second_slot(chunk: Chunk) -> Chunk:
+    """A chunk of one slot with another after it, of the same rows in another order."""
+    columns = {name: torch.cat([each, each.roll(1, dims=2)]) for name, each in chunk.columns.items()}
+    row_id = None if chunk.row_id is None else torch.cat([chunk.row_id, chunk.row_id.roll(1, dims=2)])
+    return Chunk(columns, chunk.valid.repeat(2, 1), chunk.batch_rows.repeat(2), row_id)
