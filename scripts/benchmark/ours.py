@@ -1,0 +1,159 @@
+"""Ours: a program over chunks of views of memory, or over chunks that the reader's thread takes from shards.
+
+Shapes: K steps of a chunk, one lane group, B rows of a batch.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scripts.benchmark.problems import MODELS, Setting, load
+from trainer.data.plan import Plan, default_lanes
+from trainer.data.reader import ShardFolder, open_split
+from trainer.lit.datamodule import ChunkData, Ranks
+from trainer.svi.guides import MeanField
+from trainer.svi.materialise import materialise
+from trainer.svi.objective import Objective
+from trainer.svi.optim import Adam
+from trainer.svi.plates import Batch
+from trainer.svi.programs import Chunk, Eager, Program
+from trainer.svi.schedules import Constant, Cosine
+from trainer.svi.step import Inference, State, Update
+
+LR = 0.01
+_FOREVER = 10**9
+_EAGER_SLOTS = 16  # nothing is gained by more
+
+
+@dataclass(frozen=True)
+class Way:
+    """How we run: ``recipe``: the schedule and the average that `svi train` has by default."""
+
+    fused: bool
+    antithetic: bool = False
+    shards: bool = False
+    recipe: bool = False
+
+
+class Ours:
+    def __init__(self, setting: Setting, way: Way):
+        torch.set_num_threads(setting.threads)
+        self.setting, self.way = setting, way
+        self.slots = setting.slots if way.fused else min(setting.slots, _EAGER_SLOTS)
+        columns = {name: torch.from_numpy(column[: setting.batch].copy()) for name, column in load(setting).items()}
+        self.first = Batch(
+            {name: column.to(setting.device) for name, column in columns.items()},
+            torch.tensor(setting.batch, device=setting.device),
+            torch.tensor(setting.num_obs / setting.batch, dtype=torch.float64, device=setting.device),
+        )
+        self.chunks: Callable[[], Iterator[Chunk]]
+        if way.shards:
+            self.chunks = self._from_shards
+        else:
+            held = self._views()
+            self.chunks = lambda: itertools.cycle(held)
+
+    def _views(self) -> list[Chunk]:
+        """The stored rows as chunks, the last rows dropped where they fill none."""
+        slots, batch, device = self.slots, self.setting.batch, self.setting.device
+        columns = {name: torch.from_numpy(column).to(device) for name, column in load(self.setting).items()}
+        rows = slots * batch
+        full = torch.full((slots,), batch, device=device)
+        return [
+            Chunk(
+                {n: c[i : i + rows].view(slots, 1, batch, *c.shape[1:]) for n, c in columns.items()},
+                full.view(slots, 1),
+                full,
+                None,
+            )
+            for i in range(0, self.setting.stored_rows - rows + 1, rows)
+        ]
+
+    def _from_shards(self) -> Iterator[Chunk]:
+        """Shuffled by the plan over N rows, checked, gathered and read ahead, as `svi train` does it."""
+        setting = self.setting
+        stored = open_split(Path(setting.folder) / "shards", "train")
+        assert stored is not None
+        folder: Any = stored if setting.num_obs == stored.num_rows else Repeated(stored, setting.num_obs)
+        lanes = default_lanes(setting.batch, 1, setting.num_obs)
+        plan = Plan(folder.block_rows, setting.seed, lanes, setting.batch)
+        columns, ranks = tuple(self.first.columns), Ranks(1, 0, lanes, 1)
+        data = ChunkData(folder, plan, ranks, columns, torch.float32, False, self.slots)
+        data.last = _FOREVER
+        for chunk in data:
+            yield chunk if setting.device == "cpu" else on_device(chunk, setting.device)
+
+    def start(self) -> None:
+        setting, way = self.setting, self.way
+        objective = Objective(antithetic=way.antithetic)
+        self.inference, self.theta = materialise(
+            MODELS[setting.model], MeanField, self.first, setting.num_obs, objective, seed=setting.seed
+        )
+        horizon = setting.horizon or _FOREVER
+        schedule = Constant() if setting.horizon is None else Cosine(final=0.02 if way.recipe else 0.0)
+        average_from = horizon * 3 // 4 if way.recipe else horizon
+        adam: Any = Adam(lr=LR)
+        self.update = Update(adam, schedule, horizon, average_from)
+        self.program = program(way.fused, self.inference, self.update, setting.seed)
+        self.reset(setting.seed)
+        self.advance()
+
+    def reset(self, seed: int) -> None:
+        """Back to the first state; ``seed`` turns the order of the chunks, the program stays compiled."""
+        self.state: State = self.update.init(self.theta)
+        self.order = self.chunks()
+        if not self.way.shards:
+            for _ in range(seed):
+                next(self.order)
+
+    def advance(self) -> tuple[int, int]:
+        """One chunk: (steps, rows)."""
+        chunk = next(self.order)
+        steps = len(chunk.batch_rows)
+        self.state = self.program.run(self.state, chunk, steps).state
+        if self.setting.device == "cuda":
+            torch.cuda.synchronize()
+        return steps, int(chunk.batch_rows.sum())
+
+    def means(self) -> np.ndarray:
+        """The guide's locations [D] in the order of the sites."""
+        values = self.inference.parameters.unflatten(self.state.average)
+        return values["guide.loc"].detach().cpu().double().numpy()
+
+    def gpu_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.setting.device == "cuda" else 0
+
+
+def program(fused: bool, inference: Inference, update: Update, seed: int) -> Program:
+    """The reference program, or the compiled one."""
+    if not fused:
+        return Eager(inference, update, seed, [0])
+    from trainer.svi.fused import Fused
+
+    return Fused(inference, update, seed, [0])
+
+
+def on_device(chunk: Chunk, device: str) -> Chunk:
+    return Chunk(
+        {name: column.to(device, non_blocking=True) for name, column in chunk.columns.items()},
+        chunk.valid.to(device),
+        chunk.batch_rows.to(device),
+        None,
+    )
+
+
+class Repeated:
+    """A shard folder whose blocks repeat until there are ``num_rows``: the plan's work at N, the disk's at M."""
+
+    def __init__(self, folder: ShardFolder, num_rows: int):
+        self._folder, self.index = folder, folder.index
+        self.block_rows = np.tile(folder.block_rows, num_rows // folder.num_rows)
+        self.num_rows = num_rows
+
+    def read_block(self, block: int, name: str) -> np.ndarray:
+        return self._folder.read_block(block % len(self._folder.block_rows), name)

@@ -1,0 +1,48 @@
+"""The benchmark runs: every contender that can be imported has figures, a missing one says that it is not installed."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts.benchmark.posterior import optimum
+from scripts.benchmark.worker import CONTENDERS
+
+ROOT = Path(__file__).parent.parent
+NAMES = [name for name in CONTENDERS if name not in ("fused-pair", "fused-recipe")]  # the same code as fused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_quick_gives_figures_for_every_contender(tmp_path):
+    command = [sys.executable, "-m", "scripts.benchmark", "--quick", "--threads", "1", "--out", str(tmp_path)]
+    run = subprocess.run([*command, "--contenders", *NAMES], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    content = json.loads((tmp_path / "bench.json").read_text())
+    results = {result["contender"]: result for result in content["results"]}
+    assert list(results) == NAMES
+    for name, result in results.items():
+        if name.startswith("numpyro") and not find_spec("numpyro"):
+            assert result["error"] == "not installed"
+            continue
+        for figure in ("rows_per_second", "us_per_step", "compile_seconds", "peak_bytes", "of_a_copy"):
+            assert result.get(figure, 0) > 0, f"{name} has no {figure}: {result}\n{(tmp_path / 'log.txt').read_text()}"
+        assert len(result["us_per_step_by_round"]) == 3
+    ratios = {ratio["ratio"] for ratio in content["ratios"]}
+    assert {"fused / Pyro tutorial", "fused / Pyro indices given", "shards / in memory"} <= ratios
+    assert "how many times as fast" in run.stdout
+
+
+def test_the_optimum_is_stationary():
+    """Half the rows 0 and half 1 at the same x: the means are 0; the sd solves 1 / s^2 = 1 / tau^2 + sum E sigmoid'."""
+    rows, tau = 2_000, np.array([1.0, 10.0])
+    columns = {"x": np.ones((rows, 1), np.float32), "y": np.repeat([0.0, 1.0], rows // 2).astype(np.float32)}
+    mean, sd = optimum(columns, tau)
+    np.testing.assert_allclose(mean, 0, atol=1e-10)
+    u = np.sqrt((sd**2).sum()) * np.random.default_rng(0).normal(size=400_000)
+    slope = (1 / (2 + np.exp(u) + np.exp(-u))).mean()
+    np.testing.assert_allclose(sd**-2, tau**-2 + rows * slope, rtol=1e-4)
