@@ -20,10 +20,11 @@ from scripts.benchmark.turns import COMPILING, Result, play
 from scripts.benchmark.worker import CONTENDERS
 
 _STORED = 1_000_000  # rows; a larger N repeats them
-_RACE_BATCH = 4_000
 _CPU = [name for name in CONTENDERS if name != "fused-recipe"]
 _CUDA = [name for name in _CPU if not name.startswith("pyro")]
 _QUICK = {"models": ["logistic"], "batch": [256], "rows": [20_000], "seconds": 0.2, "rounds": 3}
+_RACE = {"models": ["logistic"], "batch": [4_000], "rows": [_STORED], "seconds": 0.0, "rounds": 3}
+_QUICK_RACE = {**_RACE, "batch": [1_000], "rows": [100_000], "rounds": 1}
 _FULL = {
     "models": list(MODELS),
     "batch": [256, 4_096, 65_536],
@@ -40,7 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="above 10^6 with the middle batch only")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
     parser.add_argument("--seconds", type=float, help="of a round, at least (5)")
-    parser.add_argument("--rounds", type=int, help="medians are over these (5)")
+    parser.add_argument(
+        "--rounds", type=int, help="medians are over these (5); with --posterior over as many seeds (3)"
+    )
     parser.add_argument("--slots", type=int, default=64, metavar="K", help="steps a call, for NumPyro's scan and us")
     parser.add_argument("--threads", type=int, default=len(cores()), help="and as many cores, for every contender")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -48,7 +51,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke test: one small setting")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the rows and the JSON")
     arguments = parser.parse_args()
-    for name, value in (_QUICK if arguments.quick else _FULL).items():
+    defaults = (
+        (_QUICK_RACE if arguments.quick else _RACE) if arguments.posterior else _QUICK if arguments.quick else _FULL
+    )
+    for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     return arguments
@@ -139,8 +145,7 @@ def content(done: list[list[Result]]) -> dict[str, Any]:
 def measure_posterior(arguments: argparse.Namespace, console: Console) -> None:
     """The table of arrivals."""
     names = arguments.contenders or list(RACERS)
-    num_obs = min(arguments.rows)
-    batch = arguments.batch[0] if len(arguments.batch) == 1 else _RACE_BATCH
+    num_obs, batch = arguments.rows[0], arguments.batch[0]
     folder = (arguments.out / "data" / f"logistic-{num_obs}").absolute()
     make_data("logistic", num_obs, folder, shards="fused-shards" in names)
     setting = fit_setting(

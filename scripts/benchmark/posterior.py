@@ -15,6 +15,7 @@ approximation revisited", Neural Computation 21 (2009)). Shapes: x [N, D] with a
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -81,13 +82,13 @@ def fit_setting(setting: Setting) -> Setting:
     return replace(setting, slots=max(k for k in range(1, setting.slots + 1) if steps % k == 0))
 
 
-def arrive(name: str, setting: Setting, best: Optimum, seeds: int, log: Path, tick: Tick) -> Arrival:
-    """Runs of ever more epochs, until one arrives."""
+def arrive(name: str, setting: Setting, best: Optimum, seeds: int, log: Path, caches: Path, tick: Tick) -> Arrival:
+    """Runs of ever more epochs, until one arrives. They share ``caches``: what is compiled may serve any horizon."""
     steps = setting.num_obs // setting.batch
     tried: list[tuple[int, float, float]] = []
     for epochs in EPOCHS:
         tick(f"{name}: {epochs} epochs", 10.0)
-        player = Player(name, replace(setting, horizon=epochs * steps), log)
+        player = Player(name, replace(setting, horizon=epochs * steps), log, caches)
         try:
             player.ask("start")
             runs = [player.ask("fit", seed=seed, steps=epochs * steps) for seed in range(seeds)]
@@ -107,7 +108,8 @@ def race(setting: Setting, names: list[str], seeds: int, log: Path, tick: Tick) 
     """Every contender's arrival at the same optimum."""
     zoo = MODELS["logistic"]
     best = optimum(load(setting), np.array([zoo.weight_sd] * zoo.features + [zoo.intercept_sd]))
-    return [arrive(name, setting, best, seeds, log, tick) for name in names]
+    with TemporaryDirectory(prefix="svi-bench-") as caches:
+        return [arrive(name, setting, best, seeds, log, Path(caches), tick) for name in names]
 
 
 def arrivals_table(arrivals: list[Arrival], setting: Setting) -> Table:

@@ -5,15 +5,15 @@ So all see the same noise of a shared machine, and each one's peak memory is its
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from scripts.benchmark.problems import Setting
@@ -25,19 +25,18 @@ COMPILING = 15.0  # seconds that a contender's first step is expected to take, f
 
 
 class Player:
-    """A worker process. Its compilers' caches are empty, so that compiling is measured."""
+    """A worker process. ``caches``: the folder of its compilers' caches, an empty one where compiling is measured."""
 
-    def __init__(self, name: str, setting: Setting, log: Path):
+    def __init__(self, name: str, setting: Setting, log: Path, caches: Path):
         self.error = "" if find_spec("numpyro") or not name.startswith("numpyro") else "not installed"
-        self.caches = tempfile.mkdtemp(prefix="svi-bench-")
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(setting.threads),
             "MKL_NUM_THREADS": str(setting.threads),
             "JAX_PLATFORMS": "cpu" if setting.device == "cpu" else "cuda,cpu",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "XDG_CACHE_HOME": self.caches,
-            "TORCHINDUCTOR_CACHE_DIR": f"{self.caches}/inductor",
+            "XDG_CACHE_HOME": str(caches),
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         }
         with log.open("a") as file:
             self._process = subprocess.Popen(
@@ -73,7 +72,6 @@ class Player:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self.caches, ignore_errors=True)
 
 
 @dataclass
@@ -116,10 +114,12 @@ def play(setting: Setting, names: list[str], rounds: int, seconds: float, log: P
     """Starts every contender, one after another, then lets them run in turns."""
     results = [Result(name, setting) for name in names]
     players: list[Player] = []
-    try:
+    with ExitStack() as ending:
         for result in results:
             tick(f"{result.contender}: first step", COMPILING)
-            player = Player(result.contender, setting, log)
+            caches = ending.enter_context(TemporaryDirectory(prefix="svi-bench-"))
+            player = Player(result.contender, setting, log, Path(caches))
+            ending.callback(player.close)
             players.append(player)
             result.compile_seconds = player.ask("start").get("seconds", 0.0)
         for turn in range(rounds):
@@ -130,9 +130,6 @@ def play(setting: Setting, names: list[str], rounds: int, seconds: float, log: P
                     result.step_seconds.append(answer["seconds"] / answer["steps"])
                     result.rows_per_second.append(answer["rows"] / answer["seconds"])
                     result.peak_bytes, result.gpu_bytes = answer["peak_bytes"], answer["gpu_bytes"]
-    finally:
-        for player in players:
-            player.close()
     for result, player in zip(results, players):
         result.error = player.error
     return results
