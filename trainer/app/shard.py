@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.app import build
+from trainer.data.columns import source_columns
 from trainer.data.index import Column
+from trainer.data.mixed import refuse_mixed
 from trainer.data.pack import pack
 from trainer.data.sources import Source, open_source
 from trainer.data.store import atomic_write
@@ -50,7 +52,6 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
 def _options(cfg: DictConfig) -> dict[str, Any]:
     """The arguments of `pack`. Raises UserError for one of another type."""
     columns: Any = OmegaConf.to_container(cfg.columns, resolve=True)
-    standardise = cfg.standardise or []
     return {
         "columns": {name: _source_columns(name, value) for name, value in columns.items()} or None,
         "held_out": _number("split.held_out", cfg.split.held_out),
@@ -59,7 +60,7 @@ def _options(cfg: DictConfig) -> dict[str, Any]:
         "block_rows": _integer("block_rows", cfg.block_rows),
         "memory_bytes": _integer("memory_bytes", cfg.memory_bytes),
         "missing": str(cfg.missing),
-        "standardise": (standardise,) if isinstance(standardise, str) else tuple(map(str, standardise)),
+        "standardise": _names(cfg.standardise),
         "group_by": None if cfg.group_by is None else str(cfg.group_by),
         "overwrite": _truth_value("overwrite", cfg.overwrite),
     }
@@ -72,6 +73,11 @@ def _source_columns(name: str, value: Any) -> str | list[str]:
     if isinstance(value, str | int | float):
         return str(value)
     raise UserError(f"columns.{name} names no source column: write columns.{name}=a or columns.{name}=[a,b].")
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """The names in a list, or the only one."""
+    return (value,) if isinstance(value, str) else tuple(str(name) for name in value or ())
 
 
 def _number(key: str, value: Any) -> float:
@@ -134,15 +140,16 @@ class _Watch:
 
     def show(self, done: int, total: int | None) -> None:
         """``done`` of ``total`` rows."""
-        rate = f"{done / max(time.monotonic() - self.start, 1e-9) / 1e6:.2f} M rows/s"
+        rate = f"{done / max(time.monotonic() - self.start, 1e-9):,.0f} rows/s"
         self.bar.update(self.task, description="packing", completed=done, total=total, rate=rate)
-        if not self.console.is_terminal and done >= self.next_line:
+        if not self.console.is_terminal and (done >= self.next_line or done == total):
             self.console.print(f"packing {done:,}" + (f"/{total:,} rows" if total else " rows") + f"  {rate}")
             self.next_line = done + max(1, (total or 0) // _LINES)
 
 
 def _named(column: Column) -> str:
-    return f"{column.name}{list(column.shape)}" if column.shape else column.name
+    categories = f" ({len(column.vocabulary):,} categories)" if column.vocabulary is not None else ""
+    return (f"{column.name}{list(column.shape)}" if column.shape else column.name) + categories
 
 
 def _source(cfg: DictConfig) -> tuple[Source, dict[str, Any] | None]:
@@ -150,7 +157,10 @@ def _source(cfg: DictConfig) -> tuple[Source, dict[str, Any] | None]:
     if cfg.source == "synthetic":
         return _synthetic(cfg)
     if cfg.source:
-        return open_source(str(cfg.source)), None
+        source = open_source(str(cfg.source))
+        columns = _options(cfg)["columns"]
+        refuse_mixed(source, source_columns(columns) if columns else source.fields, _names(cfg.categories))
+        return source, None
     raise UserError("no table was given: add source=PATH (Parquet, CSV or .npz; a glob works too) or source=synthetic.")
 
 
@@ -158,6 +168,8 @@ def _synthetic(cfg: DictConfig) -> tuple[SyntheticSource, dict[str, Any]]:
     if not cfg.rows:
         raise UserError("a synthetic table needs a size: add rows=1000000.")
     rows, seed = _integer("rows", cfg.rows), _integer("seed", cfg.seed)
+    if seed < 0:
+        raise UserError(f"seed={seed} is out of range: give an integer from 0 to 2**63 - 1.")
     model = build.model(cfg.model)
     if not hasattr(model, "truth") or not hasattr(model, "rows"):
         raise UserError(
