@@ -171,6 +171,7 @@ def main() -> None:
         return
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores()[: arguments.threads])
+    torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (measure_posterior if arguments.posterior else measure)(arguments, console)
 
