@@ -1,0 +1,130 @@
+"""Run by test_fused.py, not a test: every model of the zoo, 200 steps eagerly and fused, on W gloo ranks.
+
+`python fused_ranks.py OUT STORE W` writes OUT.RANK.npz: {model/program/key: array}.
+"""
+
+import multiprocessing
+import sys
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.distributed as distributed
+from pyro.distributions import constraints
+
+from trainer.lit.strategy import sum_over_ranks
+from trainer.models.hierarchical import VaryingSlopes
+from trainer.models.linear import LinearRegression
+from trainer.models.logistic import LogisticRegression
+from trainer.models.poisson import PoissonRegression
+from trainer.svi.fused import Fused
+from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.materialise import materialise
+from trainer.svi.objective import Objective
+from trainer.svi.optim import Adam
+from trainer.svi.plates import Batch, PlatedModel
+from trainer.svi.programs import Chunk
+from trainer.svi.schedules import Cosine
+from trainer.svi.step import Update
+
+GROUPS, ROWS, STEPS, CUT, N = 2, 64, 200, 77, 100_000
+
+
+def with_local(x: torch.Tensor, y: torch.Tensor) -> None:
+    m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        pyro.sample("y", dist.Normal(z + x.sum(-1), 0.5), obs=y)
+
+
+def local_guide(x: torch.Tensor, y: torch.Tensor) -> None:
+    slope, spread = (pyro.param(n, torch.tensor(0.4, dtype=x.dtype), constraint=constraints.positive) for n in "ab")
+    pyro.sample("m", dist.Normal(pyro.param("loc", torch.zeros((), dtype=x.dtype)), 0.1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(slope * (y - x.sum(-1)), spread))
+
+
+def amortised(_: PlatedModel, batch: Batch) -> PyroGuide:
+    return PyroGuide(PlatedModel(local_guide, batch.columns))
+
+
+PROBLEMS: dict[str, tuple[Any, Any, torch.dtype]] = {
+    "linear": (LinearRegression(features=4), MeanField, torch.float32),
+    "logistic": (LogisticRegression(features=4), MeanField, torch.float32),
+    "poisson": (PoissonRegression(features=4), MeanField, torch.float32),
+    "hierarchical": (VaryingSlopes(groups=30, slopes=2), MeanField, torch.float32),
+    "amortised": (with_local, amortised, torch.float64),
+}
+
+
+def all_rows(model: Any, dtype: torch.dtype) -> Chunk:
+    """The chunk of both groups, with uneven valid counts and a group that is empty at step 3."""
+    generator = np.random.default_rng(0)
+    count = STEPS * GROUPS * ROWS
+    zoo = model if hasattr(model, "rows") else LinearRegression(features=2, noise_sd=1.0)
+    columns = zoo.rows(zoo.truth(generator), generator, 0, count)
+    valid = generator.integers(ROWS // 2, ROWS + 1, size=(STEPS, GROUPS))
+    valid[3, 1] = 0
+    tensors = {name: torch.as_tensor(c).view(STEPS, GROUPS, ROWS, *c.shape[1:]) for name, c in columns.items()}
+    floats = {name: t.to(dtype) if t.is_floating_point() else t.long() for name, t in tensors.items()}
+    ids = torch.arange(count).view(STEPS, GROUPS, ROWS)
+    return Chunk(floats, torch.tensor(valid), torch.tensor(valid.sum(1)), ids)
+
+
+def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
+    model, guide, dtype = PROBLEMS[name]
+    torch.set_default_dtype(dtype)
+    chunk = all_rows(model, dtype)
+    first = {column: values[0, 0] for column, values in chunk.columns.items()}
+    batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
+    inference, theta = materialise(
+        model, guide, batch, N, Objective("analytic" if guide is MeanField else "monte_carlo")
+    )
+    held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
+    mine = Chunk(
+        {column: values[:, held].contiguous() for column, values in chunk.columns.items()},
+        chunk.valid[:, held].contiguous(),
+        chunk.batch_rows,
+        chunk.row_id[:, held].contiguous() if inference.guide.noise_size[1] else None,
+    )
+    update = Update(Adam(lr=0.01), Cosine(), STEPS, 150)
+    fused = Fused(inference, update, 11, held, world, sum_over_ranks)
+    start = update.init(theta)
+    fused.prepare(start, mine.part(0, 4))
+    out = {}
+    for kind, program in (("eager", fused.eager), ("fused", fused)):
+        whole = program.run(start, mine, STEPS)
+        cut = program.run(start, mine.part(0, CUT + 5), CUT)  # five slots more than are used
+        rest = program.run(cut.state, mine.part(CUT, STEPS), STEPS - CUT)
+        found = {"theta": whole.state.theta, "average": whole.state.average, "terms": whole.terms,
+                 "norm": whole.grad_norm, "theta cut": rest.state.theta, "average cut": rest.state.average,
+                 "square cut": rest.state.slots[1], "square": whole.state.slots[1],
+                 "terms cut": torch.cat([cut.terms, rest.terms])}  # fmt: skip
+        out |= {f"{name}/{kind}/{key}": value.double().numpy() for key, value in found.items()}
+    return out
+
+
+def process(rank: int, world: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    results: dict[str, np.ndarray] = {}
+    for name in PROBLEMS:
+        results |= train(name, rank, world)
+    np.savez(f"{out}.{rank}.npz", **results)
+    if world > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    out, store, world = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=process, args=(rank, world, store, out)) for rank in range(world)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    sys.exit(any(child.exitcode for child in children))

@@ -1,0 +1,97 @@
+"""The compiled step: equal to the eager one on the same noise, on one rank and two, wherever its chunks end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from svi_problems import build, chunk_of, regression
+
+from trainer.errors import UserError
+from trainer.svi import native
+from trainer.svi.fused import Fused
+from trainer.svi.optim import SGD, Adam
+from trainer.svi.schedules import Constant
+from trainer.svi.step import Update
+
+HERE = Path(__file__).parent
+MODELS = ["linear", "logistic", "poisson", "hierarchical", "amortised"]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def results(request, tmp_path_factory):
+    """[{"model/program/key": array}] by rank."""
+    folder = tmp_path_factory.mktemp("fused")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, str(HERE / "fused_ranks.py"), str(folder / "out"), str(folder / "store"),
+               str(request.param)]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [dict(np.load(folder / f"out.{rank}.npz")) for rank in range(request.param)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_two_hundred_steps_are_the_eager_ones(results, model):
+    for key in ("theta", "average", "terms", "norm"):
+        eager, fused = (results[0][f"{model}/{program}/{key}"] for program in ("eager", "fused"))
+        assert np.isfinite(eager).all()
+        assert np.linalg.norm(fused - eager) <= 1e-5 * np.linalg.norm(eager), key
+    assert np.linalg.norm(results[0][f"{model}/eager/theta"][:3]) > 0.1  # it went somewhere
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_cut_anywhere_is_bit_equal(results, model):
+    """77 steps of a chunk of 82, then the rest."""
+    for key in ("theta", "average", "square", "terms"):
+        assert np.array_equal(results[0][f"{model}/fused/{key}"], results[0][f"{model}/fused/{key} cut"]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_ranks_hold_the_same_bits(results, model):
+    for other in results[1:]:
+        for key in ("theta", "average", "terms"):
+            assert np.array_equal(other[f"{model}/fused/{key}"], results[0][f"{model}/fused/{key}"]), key
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """`program(seed, update)`: a small one, its compiled step shared by the tests of this file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chunk = chunk_of(6, 1, 8, torch.float32, x=(2,), y=())
+    columns = {name: column[0, 0] for name, column in chunk.columns.items()}
+
+    def make(seed=0, update=None, num_obs=1000):
+        inference, theta = build(regression, num_obs=num_obs, **columns)
+        update = update or Update(Adam(lr=0.01), Constant(), 10, 5)
+        return Fused(inference, update, seed, [0]), update.init(theta), chunk
+
+    return make
+
+
+@pytest.mark.slow
+def test_one_compiled_step_serves_seeds_rates_horizons_and_sizes(program):
+    """What a sweep changes is an input: nothing is compiled again, and the numbers are those of the eager program."""
+    first, start, chunk = program()
+    assert "compiled the step in" in first.prepare(start, chunk)
+    assert sorted(path.suffix for path in native.cache_folder().iterdir()) == [".lock", ".so"]
+    other, start, chunk = program(seed=5, update=Update(Adam(lr=0.3), Constant(), 7, 2), num_obs=77)
+    assert other.prepare(start, chunk) == ""
+    want, got = other.eager.run(start, chunk, 6), other.run(start, chunk, 6)
+    assert torch.allclose(got.state.theta, want.state.theta, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(got.state.average, want.state.average, rtol=1e-5, atol=1e-6)
+    assert int(got.state.averaged) == 4
+    assert not torch.allclose(first.run(start, chunk, 6).state.theta, want.state.theta, rtol=1e-3)
+    wrong, start, chunk = program()
+    wrong.prepare(start, chunk)
+    wrong.seed = 1  # the eager program's noise is now another
+    with pytest.raises(UserError, match="differs from the eager one by 0"):
+        wrong._compare(start, chunk.part(0, 1))
+    again, start, _ = program(update=Update(SGD(), Constant(), 10, 5))
+    assert again.prepare(start, chunk.part(0, 1))  # another optimiser is another step; a chunk of one slot will do
+    assert torch.equal(again.run(start, chunk, 1).terms, again.run(start, chunk, 6).terms[:1])
