@@ -1,0 +1,205 @@
+"""What the documentation shows is so: commands compose and run, models run, links and paths lead somewhere."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from trainer import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
+NOT_OURS = {"weights_only=True"}  # torch.load's
+OVERRIDE = re.compile(r"[a-z_]+(\._?[a-z_]+)*=[^ ]*")
+SVI = """#!/usr/bin/env bash
+# The command on a smaller scale.
+case $1 in
+  shard) set -- "$@" rows=3000 ;;
+  train) set -- "$@" max_steps=4 program=eager ;;
+esac
+exec "$PYTHON" -m trainer "$@"
+"""
+
+
+class Block(NamedTuple):
+    """A fenced block of code."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(page, text[: found.start()].count("\n") + 1, *found.groups()) for found in fences]
+
+
+def spans(page: Path) -> list[str]:
+    """The `code` within sentences."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+def svi_commands(text: str) -> list[list[str]]:
+    """The arguments of every `svi` line of a shell script."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("svi ")]
+
+
+def composed(verb: str, overrides: list[str]) -> DictConfig:
+    """The config that the overrides make. Raises for a key, a group or a choice that does not exist."""
+    cli.register_open_nodes()
+    with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
+        return compose(verb, overrides)
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+COMMANDS = [
+    *((str(block), command) for block in BLOCKS for command in svi_commands(block.text)),
+    *((page.name, shlex.split(span)[1:]) for page in PAGES for span in spans(page) if span.startswith("svi ")),
+]
+OVERRIDES = [
+    (page.name, span)
+    for page in PAGES
+    for span in spans(page)
+    if span not in NOT_OURS and all(OVERRIDE.fullmatch(word) for word in span.split())
+]
+SCRIPTS = [block for block in BLOCKS if svi_commands(block.text)]
+
+
+def test_the_pages_were_read():
+    assert {block.language for block in BLOCKS} >= {"bash", "python"}
+    assert len(SCRIPTS) >= 3
+    assert len(COMMANDS) >= 10
+    assert len(OVERRIDES) >= 5
+
+
+@pytest.mark.parametrize(("place", "command"), COMMANDS, ids=lambda value: str(value))
+def test_a_command_composes(place, command):
+    verb, *arguments = command
+    if verb == "VERB":
+        return
+    assert verb in cli.VERBS
+    overrides = [word for word in arguments if not word.startswith("-")]
+    assert all("=" in word for word in overrides), f"{place}: a word of {overrides} is no override"
+    composed(verb, ["model=linear" if word == "model=NAME" else word for word in overrides])
+
+
+@pytest.mark.parametrize(("place", "span"), OVERRIDES, ids=lambda value: str(value))
+def test_options_in_a_sentence_exist(place, span):
+    errors = []
+    for verb in cli.VERBS:
+        words = [
+            word for word in span.split() if not (word.endswith("=") and (cli.config_folder() / word[:-1]).is_dir())
+        ]
+        try:
+            composed(verb, [word + "''" if word.endswith("=") else word for word in words])
+            return
+        except HydraException as error:
+            errors.append(str(error))
+    pytest.fail(f"{place}: `{span}` is an option of no verb: {errors}")
+
+
+def test_an_option_that_does_not_exist_is_noticed():
+    with pytest.raises(HydraException):
+        composed("train", ["data.path=x", "batchsize=10"])
+    with pytest.raises(HydraException):
+        composed("train", ["data.path=x", "optimizer=adamx"])
+
+
+def test_the_readme_lists_every_verb():
+    listed = {command[0] for place, command in COMMANDS if place == "README.md"}
+    assert listed >= set(cli.VERBS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+    tops = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    for word in [word for span in spans(page) for word in span.split()]:
+        path = word.removeprefix("./").partition("::")[0]
+        if path.split("/")[0] in tops and "/" in path and not re.search(r"[A-Z]{4}", path):
+            assert list(ROOT.glob(path)), f"{page.name} speaks of {word}"
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
+def test_a_script_of_a_block_can_be_run(block):
+    for line in block.text.splitlines():
+        if line.startswith("./"):
+            assert os.access(ROOT / shlex.split(line, comments=True)[0], os.X_OK), line
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_python_of_a_block_runs(block):
+    exec(compile(block.text, str(block), "exec"), {"__name__": "shown"})
+
+
+def write_table(path: Path) -> None:
+    """The table of the README."""
+    generator = np.random.default_rng(0)
+    columns = {name: generator.normal(size=500) for name in ("age", "income", "height")}
+    pq.write_table(pa.table({**columns, "score": sum(columns.values())}), path)
+
+
+def copy_example(example: Path, to: Path) -> None:
+    """An example with the first 5,000 rows of its table."""
+    shutil.copytree(example, to, ignore=shutil.ignore_patterns("data.parquet"))
+    pq.write_table(pq.read_table(example / "data.parquet").slice(0, 5000), to / "data.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", SCRIPTS, ids=str)
+def test_a_block_of_commands_runs(block, tmp_path):
+    """As it stands, in order, with `svi` on a smaller scale and `pip` left out."""
+    write_table(tmp_path / "table.parquet")
+    for python in (other for other in blocks(block.page) if other.language == "python"):
+        name = re.match(r"# (\w+\.py):", python.text)
+        assert name, f"{python} does not say its file's name"
+        (tmp_path / name[1]).write_text(python.text)
+    for example in ROOT.glob("examples/*/README.md"):
+        if f"cd examples/{example.parent.name}\n" in block.text:
+            copy_example(example.parent, tmp_path / "examples" / example.parent.name)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in (("svi", SVI), ("pip", "#!/usr/bin/env bash\n")):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    env = {
+        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block.text],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = sum(command[0] == "train" for command in svi_commands(block.text))
+    assert len(list(tmp_path.rglob("summary.csv"))) == done.stdout.count("ELBO ") == trained
