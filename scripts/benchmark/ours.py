@@ -86,6 +86,7 @@ class Ours:
         data = ChunkData(folder, plan, ranks, columns, torch.float32, False, self.slots)
         data.last = _FOREVER
         for chunk in data:
+            assert isinstance(chunk, Chunk)
             yield chunk if setting.device == "cpu" else on_device(chunk, setting.device)
 
     def start(self) -> None:

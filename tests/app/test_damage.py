@@ -72,11 +72,13 @@ def test_verify_of_a_damaged_or_lost_index_exits_with_1_and_of_no_folder_with_2(
 
 
 @pytest.mark.slow
-def test_training_meets_a_flipped_byte_on_its_way(folder, tmp_path):
+@pytest.mark.parametrize("ranks", [["trainer=cpu", "data.lanes=1"], ["trainer=ddp_sim", "data.lanes=2"]], ids=[1, 2])
+def test_training_meets_a_flipped_byte_on_its_way(folder, tmp_path, ranks):
+    """On two ranks one of them meets it, and both leave with that sentence, told once."""
     path, block = flip_in_the_last_block(folder / "train")
     died = svi(
         "train", "model._target_=app_models.linear", f"data.path={folder}", "batch_size=256", "max_steps=60", "slots=2",
-        "trainer=cpu", "threads=1", "data.lanes=1", f"run_dir={tmp_path}/run",
+        "program=eager", "threads=1", f"run_dir={tmp_path}/run", *ranks,
     )  # fmt: skip
     assert died.returncode == 2, died.stderr
     assert died.stderr.strip() == (

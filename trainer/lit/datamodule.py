@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.data.plan import Plan
 from trainer.data.reader import ChunkArrays, Reader, ShardFolder
+from trainer.errors import UserError
 from trainer.svi.programs import Chunk
 
 
@@ -74,12 +75,15 @@ class ChunkData(pl.LightningDataModule):
         finally:
             reader.close()
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[Chunk | UserError]:
+        """Chunks; at last the error, if one ends them, for the ranks to agree on."""
         assert self.slots is not None
         reader = self._reader()
         try:
             for arrays in reader.chunks(spans(self.first, self.last, self.slots, self.every)):
                 yield self._chunk(arrays)
+        except UserError as error:
+            yield error
         finally:
             reader.close()
 

@@ -11,8 +11,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from trainer.errors import UserError
 from trainer.lit.datamodule import ChunkData
-from trainer.lit.strategy import from_rank_zero, max_over_ranks
+from trainer.lit.strategy import from_rank_zero, max_over_ranks, raise_together
 from trainer.svi.checks import finite_or_raise
 from trainer.svi.programs import Chunk, ChunkResult, Program
 from trainer.svi.step import Inference, State, Update
@@ -69,7 +70,11 @@ class VariationalModule(pl.LightningModule):
         self.state = state_from_flat(on_device)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ChunkData)
-        chunk = self.transfer_batch_to_device(data.trial_chunk(_TRIAL_SLOTS), device, 0)
+        try:
+            error, chunk = None, self.transfer_batch_to_device(data.trial_chunk(_TRIAL_SLOTS), device, 0)
+        except UserError as found:
+            error = found
+        raise_together(error, device)
         self._prepare(chunk)
         if data.slots is None:
             data.slots = self._slots(chunk)
@@ -100,7 +105,9 @@ class VariationalModule(pl.LightningModule):
     def on_train_start(self) -> None:
         self._started = self._previous = time.monotonic()
 
-    def training_step(self, chunk: Chunk, batch_idx: int) -> None:
+    def training_step(self, chunk: Chunk | UserError, batch_idx: int) -> None:
+        raise_together(chunk if isinstance(chunk, UserError) else None, self.device)
+        assert isinstance(chunk, Chunk)
         steps = len(chunk.batch_rows)
         result = self.program.run(self.state, chunk, steps)
         self.state = result.state

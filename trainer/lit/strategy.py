@@ -16,6 +16,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
 
+from trainer.errors import UserError
+
 
 class RankStrategy(DDPStrategy):
     """DDP's process group without its module wrapper; the ranks leave together."""
@@ -79,6 +81,19 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     tensor = torch.tensor(value, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def raise_together(error: UserError | None, device: torch.device) -> None:
+    """Raises a rank's ``error`` on every rank, so that all leave and rank 0 can tell of it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        if error is not None:
+            raise error
+        return
+    failed = max_over_ranks(0 if error is None else dist.get_rank() + 1, device)
+    if failed:
+        message = [str(error)]
+        dist.broadcast_object_list(message, src=failed - 1)
+        raise UserError(message[0])
 
 
 def from_rank_zero(tensor: Tensor) -> Tensor:
