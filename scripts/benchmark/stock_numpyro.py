@@ -91,7 +91,8 @@ class NumPyro:
         else:
             self.run = jax.jit(svi.update)
         self.reset(self.setting.seed)
-        self.advance()
+        for _ in range(2):  # jax compiles again for the state that comes out of the first call
+            self.advance()
 
     def reset(self, seed: int) -> None:
         self.state = self.svi.init(jax.random.PRNGKey(seed), *self.first)
