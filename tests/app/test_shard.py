@@ -221,6 +221,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(shard, here, table, overri
     assert sorted(here.rglob("*")) == before
 
 
+def test_a_stray_word_is_named_by_its_row_in_a_long_table(shard):
+    Path("long.csv").write_text("y\n" + "1.5\n" * 70_000 + "lost\n")
+    done = shard("source=long.csv", "out=packed")
+    assert done.code == 2
+    assert "'lost' in row 70000, '1.5' in row 0, counted from 0" in done.err
+
+
 def test_words_and_numbers_are_categories_where_it_is_said(shard):
     Path("codes.csv").write_text("icd,y\n250,1\nV27,2\n250,3\n")
     done = shard("source=codes.csv", "out=packed", "categories=icd", "split.held_out=0")
