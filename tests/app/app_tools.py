@@ -28,12 +28,23 @@ def svi(
     *arguments: str, launcher: tuple[str, ...] = ("-m", "trainer"), **environment: str
 ) -> subprocess.CompletedProcess:
     """`svi ARGUMENTS` in a process of its own, where `app_models` can be imported."""
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+    command = [sys.executable, *launcher, *arguments]
+    return subprocess.run(
+        command, env=_environment(**environment), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """`svi ARGUMENTS` in a process of its own, left running."""
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _environment(**changes: str) -> dict[str, str]:
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **changes}
     for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
-    return subprocess.run(
-        [sys.executable, *launcher, *arguments], env=env, capture_output=True, text=True, timeout=240, check=False
-    )
+    return env
 
 
 def final_state(run_dir: Path) -> tuple[Any, dict[str, Any]]:

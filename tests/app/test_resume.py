@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from app_tools import final_state, svi
+from app_tools import final_state, start, svi
 
 from trainer.errors import UserError
 from trainer.lit import checkpoint
@@ -42,6 +42,26 @@ def test_killed_twice_in_one_epoch_and_continued(shards, tmp_path, uninterrupted
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["elbo"] == pytest.approx(
         json.loads((uninterrupted / "metrics.json").read_text())["elbo"], abs=0
     )
+
+
+@pytest.mark.slow
+def test_a_compiled_run_killed_from_outside_and_continued(shards, tmp_path):
+    """Wherever SIGKILL finds it: between two chunks, in one, or while it saves."""
+    common = ("train", "model._target_=app_models.linear", f"data.path={shards}", "batch_size=256", "trainer=cpu",
+              "threads=1", "max_steps=20000", "checkpoint.every_n_steps=500", "ckpt_path=last")  # fmt: skip
+    whole = svi(*common, f"run_dir={tmp_path}/whole")
+    assert whole.returncode == 0, whole.stderr
+    for _ in range(2):
+        saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+        run = start(*common, f"run_dir={tmp_path}/run")
+        while run.poll() is None and checkpoint.newest(tmp_path / "run" / "checkpoints") == saved:
+            pass
+        run.kill()
+        assert run.wait() == -signal.SIGKILL
+    done = svi(*common, f"run_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step" in done.stdout
+    assert same_bits(final_state(tmp_path / "run")[0], final_state(tmp_path / "whole")[0])
 
 
 @pytest.mark.slow
