@@ -17,6 +17,7 @@ from trainer.svi.optim import SGD, Adam
 from trainer.svi.schedules import Constant
 from trainer.svi.step import Update
 
+pytestmark = pytest.mark.xdist_group("fused")  # one worker compiles, the other goes on
 HERE = Path(__file__).parent
 MODELS = ["linear", "logistic", "poisson", "hierarchical", "amortised"]
 

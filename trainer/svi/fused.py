@@ -55,14 +55,11 @@ class Fused:
             raise Untraceable(f"a compiled step for {state.theta.device.type} is not made yet")
         if len(chunk.batch_rows) < 2:
             chunk = _with_a_second_slot(chunk)
-        layout = _Layout(self.inference.guide.noise_size, tuple(chunk.columns), chunk.row_id is not None)
-        draws = draw_numbers(self.groups, self.inference.objective.pairs, state.theta.device)
-        numbers = self._numbers()
-        carry, data = _carry(state), layout.data(chunk)
-        noise = layout.noise(torch.tensor(self.seed), draws, state.step, data, state.theta.dtype)
-        first, second = ([*carry, *(each[k] for each in (*noise, *data)), *numbers] for k in (0, 1))
-        traced = trace(self._flat_step(layout, len(carry)), first, second)
-        self._fixed = (torch.tensor(self.seed), draws, *numbers, *traced.constants)
+        step_of_tensors, (first, second) = self.flat(state, chunk.part(0, 2))
+        traced = trace(step_of_tensors, first, second)
+        self._fixed = (*self._stream(), *self._numbers(), *traced.constants)
+        layout, carry = self._layout(chunk), _carry(state)
+        data = layout.data(chunk)
         slots = torch.export.Dim("slots", min=1)
         inputs = (carry, data, self._fixed)
         dynamic: tuple[Any, ...] = (
@@ -86,29 +83,40 @@ class Fused:
         if self._call is None:
             self.prepare(state, chunk)
         assert self._call is not None
-        layout = _Layout(self.inference.guide.noise_size, tuple(chunk.columns), chunk.row_id is not None)
-        *carry, terms, norms = self._call([*_carry(state), *layout.data(chunk.part(0, steps)), *self._fixed])
+        data = self._layout(chunk).data(chunk.part(0, steps))
+        *carry, terms, norms = self._call([*_carry(state), *data, *self._fixed])
         return ChunkResult(_state(carry), self.reduce(terms), norms)
 
+    def flat(self, state: State, chunk: Chunk) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
+        """The pure step as a function of tensors in a row (carry, noise, data, numbers), and these for each slot."""
+        layout, carry = self._layout(chunk), _carry(state)
+        data = layout.data(chunk)
+        each = (*layout.noise(*self._stream(), state.step, data, state.theta.dtype), *data)
+        size = len(carry)
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            before, (num_obs, lr, horizon, average_from) = tensors[:size], tensors[-4:]
+            noise, batch = layout.slot(tensors[size:-4], before[1])
+            inference = dataclasses.replace(self.inference, num_obs=num_obs)  # type: ignore[arg-type]
+            optimizer = dataclasses.replace(self.update.optimizer, lr=lr)  # type: ignore[type-var]
+            update = Update(optimizer, self.update.schedule, horizon, average_from)  # type: ignore[arg-type]
+            made, terms, norm = step(inference, update, self.reduce, self.world_size, _state(before), noise, batch)
+            return *_carry(made), terms, norm
+
+        return flat, [[*carry, *(e[k] for e in each), *self._numbers()] for k in range(len(chunk.batch_rows))]
+
+    def _stream(self) -> tuple[Tensor, Tensor]:
+        """Seed and draws [A, R]: which noise is this rank's."""
+        return torch.tensor(self.seed), draw_numbers(self.groups, self.inference.objective.pairs, torch.device("cpu"))
+
     def _numbers(self) -> tuple[Tensor, ...]:
-        """N, lr, horizon and first averaged step as tensors, in the order of `_flat_step`."""
+        """N, lr, horizon and first averaged step."""
         reals = [self.inference.num_obs, self.update.optimizer.lr]
         whole = [self.update.horizon, self.update.average_from]
         return *(torch.tensor(x, dtype=torch.float64) for x in reals), *map(torch.tensor, whole)
 
-    def _flat_step(self, layout: "_Layout", size: int) -> Callable[..., tuple[Tensor, ...]]:
-        """The pure step as a function of tensors in a row: carry, noise, data, numbers."""
-
-        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-            carry, (num_obs, lr, horizon, average_from) = tensors[:size], tensors[-4:]
-            noise, batch = layout.slot(tensors[size:-4], carry[1])
-            inference = dataclasses.replace(self.inference, num_obs=num_obs)  # type: ignore[arg-type]
-            optimizer = dataclasses.replace(self.update.optimizer, lr=lr)  # type: ignore[type-var]
-            update = Update(optimizer, self.update.schedule, horizon, average_from)  # type: ignore[arg-type]
-            made, terms, norm = step(inference, update, self.reduce, self.world_size, _state(carry), noise, batch)
-            return *_carry(made), terms, norm
-
-        return flat
+    def _layout(self, chunk: Chunk) -> "_Layout":
+        return _Layout(self.inference.guide.noise_size, tuple(chunk.columns), chunk.row_id is not None)
 
     def _compare(self, state: State, slot: Chunk) -> None:
         """One step of both programs, by the optimiser's vectors: in theta Adam makes steps of lr of mere rounding."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -43,8 +44,8 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor], others: Sequen
     for node in list(graph.graph.nodes):
         if node.target in _CHECKS:  # finiteness is checked after every chunk
             graph.graph.erase_node(node)
-    constants = _lift_constants(graph)
     graph.graph.eliminate_dead_code()
+    constants = _lift_constants(graph)
     graph.recompile()
     return Traced(graph, constants)
 
@@ -83,7 +84,8 @@ class _LastSite(Messenger):
     name = ""
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        self.name = str(msg["name"])
+        if not isinstance(msg["fn"], _Subsample):
+            self.name = str(msg["name"])
 
 
 def _refuse_difference(graph: GraphModule, again: GraphModule) -> None:
