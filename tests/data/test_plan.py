@@ -90,6 +90,22 @@ def test_every_row_once_in_balanced_batches(shape: dict, epoch: int) -> None:
 
 
 @many
+@given(shapes(), st.integers(0, 40), st.integers(1, 40))
+def test_many_steps_at_once_are_the_single_ones(shape: dict, first: int, steps: int) -> None:
+    """Over the ends of epochs and pools, with steps in which a lane has no row."""
+    plan = Plan(**shape)
+    assert np.array_equal(
+        plan.rows_at(np.arange(first, first + steps)), [plan.rows_at(first + k) for k in range(steps)]
+    )
+    for lane in range(plan.lanes):
+        step, runs = plan.pieces_of(first, steps, lane)
+        assert (runs.rows > 0).all()
+        assert step.tolist() == sorted(step)
+        for k in range(steps):
+            assert rows(Pieces(*(column[step == k] for column in runs))) == rows(plan.pieces(first + k, lane))
+
+
+@many
 @given(shapes(), st.integers(0, 5), st.data())
 def test_any_step_is_its_definition_whatever_was_read_before(shape: dict, epoch: int, data: st.DataObject) -> None:
     """A plan that has read other steps (its caches full of them) and a fresh one, at the position of a resume."""

@@ -4,6 +4,7 @@ import os
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,23 +119,51 @@ def test_a_resumed_run_reads_what_an_uninterrupted_one_would_have(folder: ShardF
 
     def steps(first: int, slots: int) -> list[ChunkArrays]:
         reader = Reader(folder, plan_of(folder), list(TABLE), ranks.lanes_by_group, with_row_id=True)
-        chunks = list(reader.chunks(spans(first, last, slots, every=(5,))))
-        reader.close()
-        return [
+        found = [
             ChunkArrays(
-                {name: values[k] for name, values in chunk.columns.items()},
+                {name: values[k].copy() for name, values in chunk.columns.items()},
                 chunk.valid[k],
                 chunk.batch_rows[k],
-                chunk.row_id[k],  # type: ignore[index]
+                chunk.row_id[k].copy(),  # type: ignore[index]
             )
-            for chunk in chunks
+            for chunk in reader.chunks(spans(first, last, slots, every=(5,)))
             for k in range(len(chunk.valid))
         ]
+        reader.close()
+        return found
 
     whole, resumed = steps(0, 3), steps(step, 4)
     assert len(whole) == last
     assert len(resumed) == last - step
     assert all(same_bits(a, b) for a, b in zip(whole[step:], resumed, strict=True))
+
+
+def test_a_chunk_stays_as_it_is_until_the_second_after_it_is_asked_for(folder: ShardFolder) -> None:
+    """The memory of four chunks takes turns: while one is used the next is held and the one after it read."""
+    plan, seen = plan_of(folder), []
+    reader = Reader(folder, plan, list(TABLE), [list(range(8))], with_row_id=True)
+    held: list[tuple[ChunkArrays, bytes]] = []
+    for chunk in reader.chunks(spans(0, 40, 3)):
+        assert chunk.row_id is not None
+        held = [*held[-1:], (chunk, chunk.row_id.tobytes())]
+        assert all(each.row_id is not None and each.row_id.tobytes() == bits for each, bits in held)
+        seen.append(chunk.row_id.ctypes.data)
+    reader.close()
+    assert len(seen) == 14
+    assert len(set(seen)) == 4
+
+
+def test_values_come_in_the_types_that_are_trained_on(folder: ShardFolder) -> None:
+    plan = plan_of(folder)
+    stored = read(folder, plan, Ranks(1, 0, 8, 1), 0, 3)
+    for floats in (np.dtype(np.float32), np.dtype(np.float64)):
+        reader = Reader(folder, plan, list(TABLE), [list(range(8))], True, floats)
+        chunk = reader.chunk(0, 3)
+        reader.close()
+        for name, values in stored.columns.items():
+            wanted = floats if values.dtype.kind == "f" else np.dtype(np.int64)
+            assert chunk.columns[name].dtype == wanted
+            assert chunk.columns[name].tobytes() == values.astype(wanted).tobytes()
 
 
 def test_chunks_end_where_something_else_happens() -> None:
@@ -193,10 +222,10 @@ def test_the_next_chunk_is_read_while_the_caller_uses_this_one(folder: ShardFold
     started: dict[int, threading.Event] = {step: threading.Event() for step in (0, 2, 4, 6)}
     inner = reader.chunk
 
-    def chunk(first: int, steps: int) -> ChunkArrays:
+    def chunk(first: int, *more: Any) -> ChunkArrays:
         assert threading.current_thread() is not threading.main_thread()
         started[first].set()
-        return inner(first, steps)
+        return inner(first, *more)
 
     reader.chunk = chunk  # type: ignore[method-assign]
     chunks = reader.chunks(spans(0, 8, 2))

@@ -66,9 +66,9 @@ class Plan:
         self._lane = lru_cache(maxsize=2 * lanes)(self._segments)
         self._pool = lru_cache(maxsize=4 * lanes)(self._pool_runs)
 
-    def rows_at(self, step: int) -> np.ndarray:
-        """int64 [L]: rows of each lane at a global step."""
-        t, lane_rows = step % self.steps_per_epoch, np.diff(self.lane_ends)
+    def rows_at(self, step: int | np.ndarray) -> np.ndarray:
+        """int64 [..., L]: rows of each lane at global steps [...]."""
+        t, lane_rows = np.asarray(step)[..., None] % self.steps_per_epoch, np.diff(self.lane_ends)
         return (t + 1) * lane_rows // self.steps_per_epoch - t * lane_rows // self.steps_per_epoch
 
     def pieces(self, step: int, lane: int) -> Pieces:
@@ -76,6 +76,25 @@ class Plan:
         epoch, t = divmod(step, self.steps_per_epoch)
         rows = int(self.lane_ends[lane + 1] - self.lane_ends[lane])
         return self._slice(epoch, lane, t * rows // self.steps_per_epoch, (t + 1) * rows // self.steps_per_epoch)
+
+    def pieces_of(self, first: int, steps: int, lane: int) -> tuple[np.ndarray, Pieces]:
+        """The runs of ``lane`` at ``steps`` global steps from ``first``, cut where steps end, and each one's step,
+        int64 [runs], counted from ``first``."""
+        parts, done, per_epoch = [], 0, self.steps_per_epoch
+        rows = int(self.lane_ends[lane + 1] - self.lane_ends[lane])
+        while done < steps:
+            epoch, t = divmod(first + done, per_epoch)
+            here = min(steps - done, per_epoch - t)
+            bounds = np.arange(t, t + here + 1) * rows // per_epoch
+            runs = self._slice(epoch, lane, int(bounds[0]), int(bounds[-1]))
+            begins = bounds[0] + np.cumsum(runs.rows) - runs.rows
+            cuts = np.union1d(begins, bounds[bounds < bounds[-1]])
+            i = np.searchsorted(begins, cuts, "right") - 1
+            sizes = np.diff(cuts, append=bounds[-1])
+            step = done + np.searchsorted(bounds, cuts, "right") - 1
+            parts.append((step, Pieces(runs.block[i], runs.first[i] + cuts - begins[i], sizes)))
+            done += here
+        return np.concatenate([step for step, _ in parts]), _joined([runs for _, runs in parts])
 
     def _slice(self, epoch: int, lane: int, start: int, stop: int) -> Pieces:
         """Rows [start, stop) of a lane's stream."""
@@ -87,7 +106,7 @@ class Plan:
             runs, ends = self._pool(epoch, lane, pool)
             low, high = max(start - pool_ends[pool], 0), min(stop, pool_ends[pool + 1]) - pool_ends[pool]
             parts.append(_cut(runs, ends, int(low), int(high)))
-        return Pieces(*(np.concatenate(columns) for columns in zip(*parts))) if parts else Pieces(*(_NONE,) * 3)
+        return _joined(parts)
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in the epoch's order, and where each begins in the stream of rows (one more for the end)."""
@@ -122,6 +141,11 @@ class Plan:
 
 
 _NONE = np.empty(0, dtype=np.int64)
+
+
+def _joined(parts: list[Pieces]) -> Pieces:
+    """All pieces in order."""
+    return Pieces(*(np.concatenate(columns) for columns in zip(*parts))) if parts else Pieces(*(_NONE,) * 3)
 
 
 def _cut(runs: Pieces, ends: np.ndarray, low: int, high: int) -> Pieces:

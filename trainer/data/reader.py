@@ -1,13 +1,14 @@
 """Reading: from the plan's runs to arrays. Every member is compared with the index before a row of it is used.
 
-`preadv` into a block, hash once per process, gather whole runs into the chunk. Nothing is parsed and nothing unpickled:
-a member's two headers are known to the byte.
+A block is read and hashed once per process; afterwards its rows are copied straight out of a map of the file into the
+chunk (a map gives 12.9 GB/s where `pread` gives 6.2 from the same page cache). Nothing is parsed and nothing unpickled:
+a member's two headers are known to the byte. A shard that is truncated while a run uses it ends the run with SIGBUS.
 
 Shapes: K steps of a chunk, A lane groups of this rank, B rows of a group (padding included).
 """
 
+import mmap
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ import numpy as np
 import xxhash
 
 from trainer.data.index import INDEX_NAME, ROW_ID, Column, Shard, read_index
-from trainer.data.plan import Plan
+from trainer.data.plan import Pieces, Plan
 from trainer.data.shards import member_name, npy_header, padding, payload_bytes, tar_header
 from trainer.errors import UserError
 
+_RING = 4  # one read, one ahead of the trainer's loop, one in use, one that may still be held
 _OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
 
 
@@ -32,6 +34,8 @@ class ShardFolder:
     def __init__(self, path: Path, check: bool = True):
         self.path, self.index = path, read_index(path)
         self._file = lru_cache(maxsize=_OPEN_FILES)(_File)
+        self._map = lru_cache(maxsize=_OPEN_FILES)(_Map)
+        self._places: dict[tuple[int, str], tuple[Path, int, int, np.dtype, tuple[int, ...]]] = {}
         self._checked: set[tuple[int, str]] = set()
         self._shard_of = [(s, b) for s, shard in enumerate(self.index.shards) for b in range(len(shard.rows))]
         self._block_names = np.cumsum([0, *(len(shard.rows) for shard in self.index.shards)])
@@ -80,6 +84,25 @@ class ShardFolder:
         values = member[len(header) : len(header) + data].view(np.dtype(column.dtype).newbyteorder("<"))
         return values.reshape(shard.rows[b], *column.shape)
 
+    def view_block(self, block: int, name: str) -> np.ndarray:
+        """As `read_block`, without a copy: the values where the file is mapped, checked on their first use."""
+        if (block, name) not in self._checked:
+            self.read_block(block, name)
+        if (block, name) not in self._places:
+            self._places[block, name] = self._where(block, name)
+        file, start, size, dtype, shape = self._places[block, name]
+        with _reading(file):
+            values = self._map(file).values(start, size)
+        return values.view(dtype).reshape(shape)
+
+    def _where(self, block: int, name: str) -> tuple[Path, int, int, np.dtype, tuple[int, ...]]:
+        """File, first byte, bytes, type and shape of the values of a column in a block."""
+        s, b = self._shard_of[block]
+        shard, column = self.index.shards[s], self.index.column(name)
+        start, rows = shard.offsets[name][b] + len(self._headers(column, s, b)[0]), shard.rows[b]
+        dtype = np.dtype(column.dtype).newbyteorder("<")
+        return self.path / shard.name, start, payload_bytes(column, rows), dtype, (rows, *column.shape)
+
     def _headers(self, column: Column, s: int, b: int) -> tuple[bytes, int]:
         """The bytes before the values of a member, and the size that its tar header gives."""
         rows = self.index.shards[s].rows[b]
@@ -104,6 +127,22 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
+
+
+class _Map:
+    """A file in memory, unmapped with the last array that shows a part of it."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        self.bytes = np.frombuffer(self.map, dtype=np.uint8)
+
+    def values(self, start: int, size: int) -> np.ndarray:
+        """Bytes [start, start + size), which the system is told to have ready."""
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if size:
+            self.map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+        return self.bytes[start : start + size]
 
 
 @contextmanager
@@ -147,7 +186,10 @@ class ChunkArrays(NamedTuple):
 
 
 class Reader:
-    """Chunks of the lanes of this rank: ``groups`` lists the lanes of each draw's group, all of the same number."""
+    """Chunks of the lanes of this rank: ``groups`` lists the lanes of each draw's group, all of the same number.
+
+    ``floats``: deliver floats as this type and everything else as int64; None: as they are stored.
+    """
 
     def __init__(
         self,
@@ -156,30 +198,46 @@ class Reader:
         columns: Sequence[str],
         groups: Sequence[Sequence[int]],
         with_row_id: bool = False,
+        floats: np.dtype | None = None,
     ):
         self.folder, self.plan, self.groups, self.with_row_id = folder, plan, groups, with_row_id
         self.columns = [folder.index.column(name) for name in (*columns, *([ROW_ID] if with_row_id else []))]
+        self.dtypes = {column.name: _delivered(column, floats) for column in self.columns}
         self.capacity = len(groups[0]) * plan.capacity
-        self._blocks: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
-        self._keep = 2 * plan.pool_blocks * sum(map(len, groups)) * len(self.columns)
+        self._blocks: dict[int, dict[str, np.ndarray]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
-    def chunk(self, first: int, steps: int) -> ChunkArrays:
-        """The rows of global steps ``first`` to ``first + steps``."""
+    def chunk(self, first: int, steps: int, into: dict[str, np.ndarray] | None = None) -> ChunkArrays:
+        """The rows of global steps ``first`` to ``first + steps``, in memory of their own or in that of ``into``."""
+        slots = steps * len(self.groups)
+        slot, pieces = self._pieces(first, steps)
+        valid = np.bincount(slot, pieces.rows, minlength=slots).astype(np.int64)
+        slot, pieces = self._padded(slot, pieces, valid)
+        before, self._blocks = self._blocks, {}
+        for block in np.unique(pieces.block).tolist():
+            held = before.get(block) or {c.name: self.folder.view_block(block, c.name) for c in self.columns}
+            self._blocks[block] = held
+        arrays = {} if into is None else into
+        runs = list(zip(pieces.block.tolist(), pieces.first.tolist(), (pieces.first + pieces.rows).tolist()))
+        for column in self.columns:
+            target = _room(arrays, column, slots * self.capacity, self.dtypes[column.name])
+            sources = [self._blocks[block][column.name][start:stop] for block, start, stop in runs]
+            np.concatenate(sources, out=target, casting="same_kind")
         shape = (steps, len(self.groups), self.capacity)
-        arrays = {c.name: np.empty((*shape, *c.shape), np.dtype(c.dtype).newbyteorder("<")) for c in self.columns}
-        valid = np.zeros(shape[:2], dtype=np.int64)
-        batch_rows = np.array([self.plan.rows_at(first + k).sum() for k in range(steps)])
-        for k in range(steps):
-            for a, lanes in enumerate(self.groups):
-                valid[k, a] = self._fill(arrays, k, a, first + k, lanes)
-        return ChunkArrays(arrays, valid, batch_rows, arrays.pop(ROW_ID) if self.with_row_id else None)
+        found = {c.name: arrays[c.name][: slots * self.capacity].reshape(*shape, *c.shape) for c in self.columns}
+        batch_rows = self.plan.rows_at(np.arange(first, first + steps)).sum(-1)
+        row_id = found.pop(ROW_ID) if self.with_row_id else None
+        return ChunkArrays(found, valid.reshape(shape[:2]), batch_rows, row_id)
 
     def chunks(self, spans: Iterable[tuple[int, int]]) -> Iterator[ChunkArrays]:
-        """The chunk of each (first step, steps), the next one read while the caller uses this one."""
+        """The chunk of each (first step, steps), the next one read while the caller uses this one.
+
+        A chunk's memory is used again: it holds until the second chunk after it is asked for.
+        """
+        ring: list[dict[str, np.ndarray]] = [{} for _ in range(_RING)]
         ahead = None
-        for first, steps in spans:
-            coming = self._thread.submit(self.chunk, first, steps)
+        for number, (first, steps) in enumerate(spans):
+            coming = self._thread.submit(self.chunk, first, steps, ring[number % _RING])
             if ahead is not None:
                 yield ahead.result()
             ahead = coming
@@ -190,27 +248,41 @@ class Reader:
         """Ends the thread; what it was reading is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _fill(self, arrays: dict[str, np.ndarray], k: int, a: int, step: int, lanes: Sequence[int]) -> int:
-        """Gathers one group's rows of one step and pads them; returns how many count."""
-        at = 0
-        for lane in lanes:
-            for block, first, rows in zip(*(column.tolist() for column in self.plan.pieces(step, lane))):
-                for column in self.columns:
-                    source = self._block(block, column.name)
-                    arrays[column.name][k, a, at : at + rows] = source[first : first + rows]
-                at += rows
-        for column in self.columns:
-            target = arrays[column.name][k, a]
-            target[at:] = target[0] if at else self._block(0, column.name)[0]
-        return at
+    def _pieces(self, first: int, steps: int) -> tuple[np.ndarray, Pieces]:
+        """The runs in the order of their places, and the slot (step, group) of each, int64 [runs]."""
+        found = []
+        for a, lanes in enumerate(self.groups):
+            for lane in lanes:
+                step, runs = self.plan.pieces_of(first, steps, lane)
+                found.append((step * len(self.groups) + a, *runs))
+        slot, *columns = (np.concatenate(each) for each in zip(*found))
+        order = np.argsort(slot, kind="stable")  # lanes come in their order
+        return slot[order], Pieces(*(column[order] for column in columns))
 
-    def _block(self, block: int, name: str) -> np.ndarray:
-        """A block's values, the most recently used kept."""
-        key = (block, name)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-        else:
-            self._blocks[key] = self.folder.read_block(block, name)
-            if len(self._blocks) > self._keep:
-                self._blocks.popitem(last=False)
-        return self._blocks[key]
+    def _padded(self, slot: np.ndarray, pieces: Pieces, valid: np.ndarray) -> tuple[np.ndarray, Pieces]:
+        """The runs with what fills every slot up: its first row again, or the first of all where it has none."""
+        missing = self.capacity - valid
+        if not missing.any():
+            return slot, pieces
+        which = np.repeat(np.arange(len(valid)), missing)
+        block, first = np.zeros(len(valid), dtype=np.int64), np.zeros(len(valid), dtype=np.int64)
+        filled, start = np.unique(slot, return_index=True)
+        block[filled], first[filled] = pieces.block[start], pieces.first[start]
+        more = (block[which], first[which], np.ones(len(which), dtype=np.int64))
+        order = np.argsort(np.concatenate([slot, which]), kind="stable")
+        joined = Pieces(*(np.concatenate(pair)[order] for pair in zip(pieces, more)))
+        return np.concatenate([slot, which])[order], joined
+
+
+def _delivered(column: Column, floats: np.dtype | None) -> np.dtype:
+    stored = np.dtype(column.dtype).newbyteorder("<")
+    if floats is None:
+        return stored
+    return np.dtype(floats) if stored.kind == "f" else np.dtype(np.int64)
+
+
+def _room(arrays: dict[str, np.ndarray], column: Column, rows: int, dtype: np.dtype) -> np.ndarray:
+    """The first ``rows`` of the array of a column, which is made or grown."""
+    if column.name not in arrays or len(arrays[column.name]) < rows:
+        arrays[column.name] = np.empty((rows, *column.shape), dtype)
+    return arrays[column.name][:rows]

@@ -88,11 +88,12 @@ class ChunkData(pl.LightningDataModule):
             reader.close()
 
     def _reader(self) -> Reader:
-        return Reader(self.folder, self.plan, self.columns, self.ranks.lanes_by_group, self.with_row_id)
+        floats = np.dtype(str(self.dtype).removeprefix("torch."))
+        return Reader(self.folder, self.plan, self.columns, self.ranks.lanes_by_group, self.with_row_id, floats)
 
     def _chunk(self, arrays: ChunkArrays) -> Chunk:
         return Chunk(
-            {name: to_tensor(array, self.dtype) for name, array in arrays.columns.items()},
+            {name: torch.from_numpy(array) for name, array in arrays.columns.items()},
             torch.from_numpy(arrays.valid),
             torch.from_numpy(arrays.batch_rows),
             None if arrays.row_id is None else torch.from_numpy(arrays.row_id),
