@@ -16,9 +16,10 @@ import torch.distributed as distributed
 from pyro.distributions import constraints
 
 from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.local_steps import LocalSteps
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
-from trainer.svi.optim import Adam
+from trainer.svi.optim import SGD, Adam
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.programs import Chunk, Eager
 from trainer.svi.schedules import Cosine
@@ -99,6 +100,36 @@ def train(name: str, rank: int, world: int, reduce: Any) -> dict[str, np.ndarray
     return {key: value.double().numpy() for key, value in out.items()}
 
 
+def train_locally(rank: int, reduce: Any) -> dict[str, np.ndarray]:
+    """Two ranks, full batches: plain SGD with and without local steps, and 12 local steps taken apart by hand."""
+    model, guide, kl, dtype = PROBLEMS["mean_field, float64"]
+    chunk = rows(dtype)._replace(
+        valid=torch.full((STEPS, GROUPS), ROWS), batch_rows=torch.full((STEPS,), GROUPS * ROWS)
+    )
+    first = {column: values[0, 0] for column, values in chunk.columns.items()}
+    batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
+    inference, theta = materialise(model, guide, batch, N, Objective(kl))
+    held = [2 * rank, 2 * rank + 1]
+    columns = {column: values[:, held] for column, values in chunk.columns.items()}
+    mine = Chunk(columns, chunk.valid[:, held], chunk.batch_rows, chunk.row_id[:, held])
+    update = Update(SGD(lr=0.01), Cosine(), STEPS, 30)
+    common = (inference, update, 11, held, 2, reduce)
+    start = update.init(theta)
+    together = Eager(*common).run(start, mine, STEPS)
+    single = LocalSteps(*common, sync_every=1, program=Eager).run(start, mine, STEPS)
+    state, alone = start, Eager(inference, update, 11, held)
+    own = mine._replace(batch_rows=mine.valid.sum(1))
+    for at, stop in ((0, 5), (5, 10), (10, 12)):
+        state = alone.run(state, own.part(at, stop), stop - at).state
+        state = state._replace(theta=reduce(state.theta) / 2, slots=(reduce(state.slots[0]) / 2,))
+    several = LocalSteps(*common, sync_every=5, program=Eager)
+    seven = several.run(start, mine, 10).state
+    out = {"together": together.state.theta, "single": single.state.theta, "average": single.state.average,
+           "together average": together.state.average, "terms": single.terms, "together terms": together.terms,
+           "by hand": state.theta, "several": several.run(seven, mine.part(10, 12), 2).state.theta}  # fmt: skip
+    return {f"local/{key}": value.numpy() for key, value in out.items()}
+
+
 def process(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=max(WORLDS))
@@ -114,6 +145,8 @@ def process(rank: int, store: str, out: str) -> None:
 
             for name in PROBLEMS:
                 results |= {f"{name}/{world}/{key}": value for key, value in train(name, rank, world, reduce).items()}
+            if world == 2:
+                results |= train_locally(rank, reduce)
     np.savez(out.replace(".npz", f".{rank}.npz"), **results)
     distributed.barrier()
     distributed.destroy_process_group()

@@ -49,3 +49,15 @@ def test_the_run_went_somewhere(results):
     loc = results[0]["mean_field, float64/4/theta"][:3]
     assert np.sign(loc).tolist() == [1, -1, 1]
     assert np.abs(loc).min() > 0.2
+
+
+def test_averaging_after_every_step_of_plain_descent_is_summing_gradients(results):
+    for key in ("", " average", " terms"):
+        single, together = results[0][f"local/{key.strip() or 'single'}"], results[0][f"local/together{key}"]
+        assert np.allclose(single, together, rtol=1e-12, atol=1e-12)
+
+
+def test_local_steps_are_each_ranks_own_until_the_average(results):
+    for rank in (0, 1):
+        assert np.array_equal(results[rank]["local/several"], results[0]["local/by hand"])
+    assert not np.allclose(results[0]["local/several"], results[0]["local/together"], rtol=1e-3)

@@ -97,6 +97,9 @@ def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
     module = VariationalModule(inference, update, program, state, seconds, console.print)
     local_latents = bool(inference.guide.noise_size[1])
     every = int(cfg.checkpoint.every_n_steps or 0)
+    for name, count in (("checkpoint.every_n_steps", every), ("slots", int(cfg.slots or 0))):
+        if count % program.sync_every:
+            raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
     data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), local_latents,
                      cfg.slots and int(cfg.slots), (every,) if every else ())  # fmt: skip
     data.first, data.last = int(state.step), update.horizon

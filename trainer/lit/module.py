@@ -99,8 +99,9 @@ class VariationalModule(pl.LightningModule):
         per_step = (time.monotonic() - began) / count
         held = sum(each.nbytes for each in (*chunk.columns.values(), chunk.valid)) // count
         held += 4 * self.inference.guide.noise_size[0] * chunk.valid.shape[1]
-        slots = min(_CHUNK_SECONDS / per_step, _CHUNK_BYTES / held)
-        return max_over_ranks(max(1, int(slots)), self.device)
+        unit = self.program.sync_every
+        slots = int(min(_CHUNK_SECONDS / per_step, _CHUNK_BYTES / held)) // unit * unit
+        return max_over_ranks(max(unit, slots), self.device)
 
     def on_train_start(self) -> None:
         self._started = self._previous = time.monotonic()

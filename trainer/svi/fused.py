@@ -38,6 +38,7 @@ class Fused:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = alone
     """Sums over the ranks by a functional collective, which a graph can hold."""
+    sync_every = 1
     _call: SharedObject | None = field(default=None, init=False, repr=False)
     _fixed: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
 

@@ -46,6 +46,9 @@ class ChunkResult(NamedTuple):
 
 
 class Program(Protocol):
+    sync_every: int
+    """Chunks end at multiples of it, where all ranks hold the same state."""
+
     @property
     def eager(self) -> "Eager":
         """The reference that this program must equal."""
@@ -76,6 +79,7 @@ class Eager:
     """The numbers of this rank's lane groups among all P: they number the draws."""
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = alone
+    sync_every = 1
 
     @property
     def eager(self) -> "Eager":
