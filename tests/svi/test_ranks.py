@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 HERE = Path(__file__).parent
 PROBLEMS = {"mean_field, float64": 1e-12, "amortised, float64": 1e-12, "mean_field, float32": 1e-5}
 
