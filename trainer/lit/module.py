@@ -81,15 +81,14 @@ class VariationalModule(pl.LightningModule):
 
     def _prepare(self, chunk: Chunk) -> None:
         """Compiles the program, or falls back on the eager one, on all ranks alike."""
-        failed = ""
+        failed = False
         try:
-            note = self.program.prepare(self.state, chunk)
+            self.program.prepare(self.state, chunk, self.say)
         except Untraceable as error:
-            failed = note = f"training with program=eager, since the step cannot be compiled ({error})"
-        if max_over_ranks(int(bool(failed)), self.device):
+            failed = True
+            self.say(f"training with program=eager, since the step cannot be compiled ({error})")
+        if max_over_ranks(int(failed), self.device):
             self.program = self.program.eager
-        if note:
-            self.say(note)
 
     def _slots(self, chunk: Chunk) -> int:
         """Steps of a chunk: those of a tenth of a second, in bounded memory. No result depends on them."""

@@ -47,7 +47,7 @@ class Fused:
         """The program that this one must equal."""
         return Eager(self.inference, self.update, self.seed, self.groups, self.world_size, self.reduce)
 
-    def prepare(self, state: State, chunk: Chunk) -> str:
+    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
         """Compiles for chunks like ``chunk`` and compares with the eager program at its first and last slot.
 
         Raises Untraceable for what has to run eagerly, UserError for what the traces or the comparison refuse.
@@ -73,12 +73,11 @@ class Fused:
         key = "\n".join([traced.graph.code, str(layout), *shapes, *ours])
         module = _Scan(traced, layout, state.theta.dtype)
         try:
-            self._call, seconds = compiled(module, inputs, dynamic, key, cache_folder())
+            self._call = compiled(module, inputs, dynamic, key, cache_folder(), say)
         except Exception as error:
             raise Untraceable(f"the compiler: {str(error).strip().splitlines()[0]}") from error
         for k in (0, len(chunk.batch_rows) - 1):
             self._compare(state, chunk.part(k, k + 1))
-        return f"compiled the step in {seconds:.0f} s, kept in {cache_folder()}" if seconds else ""
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         if self._call is None:

@@ -47,8 +47,8 @@ class LocalSteps:
         made.local = self.local.eager
         return made
 
-    def prepare(self, state: State, chunk: Chunk) -> str:
-        return self.local.prepare(state, _own(chunk))
+    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        self.local.prepare(state, _own(chunk), say)
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         """The chunk's end is an average too, so it has to be a multiple of ``sync_every`` or the end of the run."""

@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,10 +67,14 @@ _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes
 
 
 def compiled(
-    module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...], key: str, folder: Path
-) -> tuple[SharedObject, float]:
-    """``module(*inputs)`` as a shared object, from ``folder`` if it was compiled before, and the seconds it took to
-    compile (0 from the folder).
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    dynamic: tuple[Any, ...],
+    key: str,
+    folder: Path,
+    say: Callable[[str], None] = print,
+) -> SharedObject:
+    """``module(*inputs)`` as a shared object, from ``folder`` if it was compiled before.
 
     ``dynamic``: as `torch.export.export`'s ``dynamic_shapes``; ``key``: text that tells one computation from another.
     Ranks of one machine compile once: the others wait.
@@ -78,14 +82,14 @@ def compiled(
     name = hashlib.sha256("\n".join([key, *_environment()]).encode()).hexdigest()[:32]
     path = folder / f"{name}.so"
     folder.mkdir(parents=True, exist_ok=True)
-    seconds = 0.0
     if not path.exists():
         with FileLock(folder / f"{name}.lock"):
             if not path.exists():
+                say("compiling the step: 10 to 30 s, this once ...")
                 began = time.monotonic()
                 _compile(module, inputs, dynamic, path)
-                seconds = time.monotonic() - began
-    return SharedObject(path), seconds
+                say(f"compiled in {time.monotonic() - began:.0f} s, kept in {folder}")
+    return SharedObject(path)
 
 
 def _environment() -> list[str]:

@@ -54,8 +54,8 @@ class Program(Protocol):
         """The reference that this program must equal."""
         ...
 
-    def prepare(self, state: State, chunk: Chunk) -> str:
-        """Makes ready for chunks like ``chunk``, of any number of slots; what the user should know, or ""."""
+    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        """Makes ready for chunks like ``chunk``, of any number of slots, and says what takes its time."""
         ...
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
@@ -85,8 +85,8 @@ class Eager:
     def eager(self) -> "Eager":
         return self
 
-    def prepare(self, state: State, chunk: Chunk) -> str:
-        return ""
+    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        pass
 
     def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
         """The noise of step ``at``: a function of (seed, step, draw, element or row) alone."""
