@@ -25,6 +25,7 @@ from trainer.data.shards import member_name, npy_header, padding, payload_bytes,
 from trainer.errors import UserError
 
 _RING = 4  # one read, one ahead of the trainer's loop, one in use, one that may still be held
+_LARGE = 2**22  # bytes that are worth a second thread
 _OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
 
 
@@ -46,6 +47,12 @@ class ShardFolder:
     def num_rows(self) -> int:
         """N of this split."""
         return self.index.num_rows
+
+    @cached_property
+    def _exceeds_memory(self) -> bool:
+        """Whether the system may not keep all of the split in its page cache."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 2 * sum(shard.bytes for shard in self.index.shards) > memory
 
     @cached_property
     def block_rows(self) -> np.ndarray:
@@ -92,8 +99,10 @@ class ShardFolder:
             self._places[block, name] = self._where(block, name)
         file, start, size, dtype, shape = self._places[block, name]
         with _reading(file):
-            values = self._map(file).values(start, size)
-        return values.view(dtype).reshape(shape)
+            shard = self._map(file)
+            if size and self._exceeds_memory:
+                shard.prefetch(start, size)
+        return shard.values(start, size).view(dtype).reshape(shape)
 
     def _where(self, block: int, name: str) -> tuple[Path, int, int, np.dtype, tuple[int, ...]]:
         """File, first byte, bytes, type and shape of the values of a column in a block."""
@@ -138,11 +147,13 @@ class _Map:
         self.bytes = np.frombuffer(self.map, dtype=np.uint8)
 
     def values(self, start: int, size: int) -> np.ndarray:
-        """Bytes [start, start + size), which the system is told to have ready."""
-        page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if size:
-            self.map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+        """Bytes [start, start + size)."""
         return self.bytes[start : start + size]
+
+    def prefetch(self, start: int, size: int) -> None:
+        """Has the system read bytes [start, start + size) in one go, not page by page as runs touch them."""
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self.map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
 
 @contextmanager
@@ -205,7 +216,7 @@ class Reader:
         self.dtypes = {column.name: _delivered(column, floats) for column in self.columns}
         self.capacity = len(groups[0]) * plan.capacity
         self._blocks: dict[int, dict[str, np.ndarray]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._thread, self._helper = (ThreadPoolExecutor(1, thread_name_prefix="reader") for _ in range(2))
 
     def chunk(self, first: int, steps: int, into: dict[str, np.ndarray] | None = None) -> ChunkArrays:
         """The rows of global steps ``first`` to ``first + steps``, in memory of their own or in that of ``into``."""
@@ -221,8 +232,7 @@ class Reader:
         runs = list(zip(pieces.block.tolist(), pieces.first.tolist(), (pieces.first + pieces.rows).tolist()))
         for column in self.columns:
             target = _room(arrays, column, slots * self.capacity, self.dtypes[column.name])
-            sources = [self._blocks[block][column.name][start:stop] for block, start, stop in runs]
-            np.concatenate(sources, out=target, casting="same_kind")
+            self._gather([self._blocks[block][column.name][start:stop] for block, start, stop in runs], target)
         shape = (steps, len(self.groups), self.capacity)
         found = {c.name: arrays[c.name][: slots * self.capacity].reshape(*shape, *c.shape) for c in self.columns}
         batch_rows = self.plan.rows_at(np.arange(first, first + steps)).sum(-1)
@@ -245,8 +255,20 @@ class Reader:
             yield ahead.result()
 
     def close(self) -> None:
-        """Ends the thread; what it was reading is dropped."""
+        """Ends the threads; what they were reading is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._helper.shutdown()
+
+    def _gather(self, sources: list[np.ndarray], target: np.ndarray) -> None:
+        """Copies ``sources`` one after the other into ``target``; two threads share what is large."""
+        if target.nbytes < _LARGE:
+            np.concatenate(sources, out=target, casting="same_kind")
+            return
+        half = len(sources) // 2
+        rows = sum(map(len, sources[:half]))
+        other = self._helper.submit(np.concatenate, sources[:half], out=target[:rows], casting="same_kind")
+        np.concatenate(sources[half:], out=target[rows:], casting="same_kind")
+        other.result()
 
     def _pieces(self, first: int, steps: int) -> tuple[np.ndarray, Pieces]:
         """The runs in the order of their places, and the slot (step, group) of each, int64 [runs]."""
