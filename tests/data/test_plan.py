@@ -102,7 +102,7 @@ def test_many_steps_at_once_are_the_single_ones(shape: dict, first: int, steps: 
         assert (runs.rows > 0).all()
         assert step.tolist() == sorted(step)
         for k in range(steps):
-            assert rows(Pieces(*(column[step == k] for column in runs))) == rows(plan.pieces(first + k, lane))
+            assert rows(Pieces(*(column[step == first + k] for column in runs))) == rows(plan.pieces(first + k, lane))
 
 
 @many

@@ -8,6 +8,7 @@ Shapes: L lanes, T steps of an epoch. Steps are global: step s is step s % T of 
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -73,48 +74,31 @@ class Plan:
 
     def pieces(self, step: int, lane: int) -> Pieces:
         """The runs of ``lane`` at a global step, in order."""
-        epoch, t = divmod(step, self.steps_per_epoch)
-        rows = int(self.lane_ends[lane + 1] - self.lane_ends[lane])
-        return self._slice(epoch, lane, t * rows // self.steps_per_epoch, (t + 1) * rows // self.steps_per_epoch)
+        return self.pieces_of(step, 1, lane)[1]
 
     def pieces_of(self, first: int, steps: int, lane: int) -> tuple[np.ndarray, Pieces]:
-        """The runs of ``lane`` at ``steps`` global steps from ``first``, cut where steps end, and each one's step,
-        int64 [runs], counted from ``first``."""
-        parts, done, per_epoch = [], 0, self.steps_per_epoch
-        rows = int(self.lane_ends[lane + 1] - self.lane_ends[lane])
-        while done < steps:
-            epoch, t = divmod(first + done, per_epoch)
-            here = min(steps - done, per_epoch - t)
-            bounds = np.arange(t, t + here + 1) * rows // per_epoch
-            runs = self._slice(epoch, lane, int(bounds[0]), int(bounds[-1]))
-            begins = bounds[0] + np.cumsum(runs.rows) - runs.rows
-            cuts = np.union1d(begins, bounds[bounds < bounds[-1]])
-            i = np.searchsorted(begins, cuts, "right") - 1
-            sizes = np.diff(cuts, append=bounds[-1])
-            step = done + np.searchsorted(bounds, cuts, "right") - 1
-            parts.append((step, Pieces(runs.block[i], runs.first[i] + cuts - begins[i], sizes)))
-            done += here
-        return np.concatenate([step for step, _ in parts]), _joined([runs for _, runs in parts])
-
-    def _slice(self, epoch: int, lane: int, start: int, stop: int) -> Pieces:
-        """Rows [start, stop) of a lane's stream."""
-        pool_ends = self._lane(epoch, lane)[1]
-        parts = []
-        for pool in range(int(np.searchsorted(pool_ends, start, "right")) - 1, len(pool_ends) - 1):
-            if pool_ends[pool] >= stop:
-                break
-            runs, ends = self._pool(epoch, lane, pool)
-            low, high = max(start - pool_ends[pool], 0), min(stop, pool_ends[pool + 1]) - pool_ends[pool]
-            parts.append(_cut(runs, ends, int(low), int(high)))
-        return _joined(parts)
+        """The runs of ``lane`` at ``steps`` global steps from ``first``, in order, and the global step of each,
+        int64 [runs]."""
+        parts = [_NONE]
+        for epoch in range(first // self.steps_per_epoch, -(-(first + steps) // self.steps_per_epoch)):
+            begin = epoch * self.steps_per_epoch
+            low, high = max(first - begin, 0), min(first + steps - begin, self.steps_per_epoch)
+            rows, pool_ends = self._lane(epoch, lane)[1:]
+            start, stop = low * rows // self.steps_per_epoch, high * rows // self.steps_per_epoch
+            for pool in range(bisect_right(pool_ends, start) - 1, bisect_left(pool_ends, stop)):
+                runs = self._pool(epoch, lane, pool)
+                i, j = runs[0].searchsorted((begin + low, begin + high))
+                parts.append(runs[:, i:j])
+        step, *columns = np.concatenate(parts, axis=1)
+        return step, Pieces(*columns)
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in the epoch's order, and where each begins in the stream of rows (one more for the end)."""
         order = _permutation(len(self.block_rows), self.seed, epoch, _BLOCKS, 0, 0)
         return order, np.concatenate([[0], np.cumsum(self.block_rows[order])])
 
-    def _segments(self, epoch: int, lane: int) -> tuple[Pieces, np.ndarray]:
-        """The parts of blocks that make a lane, in order, and where each pool begins (one more for the end).
+    def _segments(self, epoch: int, lane: int) -> tuple[Pieces, int, list[int]]:
+        """The parts of blocks that make a lane, in order, its rows, and where each pool begins (one more for the end).
 
         A block at an edge is shared by two lanes.
         """
@@ -123,36 +107,37 @@ class Plan:
         i = np.arange(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left"))
         first = np.maximum(low - starts[i], 0)
         rows = np.minimum(high, starts[i + 1]) - starts[i] - first
-        pool_ends = np.concatenate([[0], np.cumsum(np.add.reduceat(rows, np.arange(0, len(rows), self.pool_blocks)))])
-        return Pieces(order[i], first, rows), pool_ends
+        pools = np.add.reduceat(rows, np.arange(0, len(rows), self.pool_blocks))
+        return Pieces(order[i], first, rows), int(high - low), [0, *np.cumsum(pools).tolist()]
 
-    def _pool_runs(self, epoch: int, lane: int, pool: int) -> tuple[Pieces, np.ndarray]:
-        """A pool's runs in their permuted order, and where each begins (one more for the end)."""
-        segments, _ = self._lane(epoch, lane)
+    def _pool_runs(self, epoch: int, lane: int, pool: int) -> np.ndarray:
+        """A pool's runs in their permuted order, cut where steps end, int64 [4, runs]: global step, block, first row
+        in it, number of rows."""
+        segments, lane_rows, pool_ends = self._lane(epoch, lane)
         here = slice(pool * self.pool_blocks, (pool + 1) * self.pool_blocks)
         block, first, rows = (column[here] for column in segments)
         counts = -(-rows // self.run_rows)
         segment = np.repeat(np.arange(len(rows)), counts)
         offset = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * self.run_rows
-        runs = Pieces(block[segment], first[segment] + offset, np.minimum(self.run_rows, rows[segment] - offset))
         order = _permutation(len(segment), self.seed, epoch, _RUNS, lane, pool)
-        runs = Pieces(*(column[order] for column in runs))
-        return runs, np.concatenate([[0], np.cumsum(runs.rows)])
+        segment, offset = segment[order], offset[order]
+        rows = np.minimum(self.run_rows, rows[segment] - offset)
+        starts, end = pool_ends[pool] + np.cumsum(rows) - rows, pool_ends[pool + 1]
+        t = self._step_of(np.array([starts[0], end - 1]), lane_rows)
+        steps = np.arange(t[0] + 1, t[1] + 1) * lane_rows // self.steps_per_epoch
+        cuts = np.sort(np.concatenate([starts, steps]), kind="stable")  # two sorted parts: a merge
+        cuts = cuts[np.diff(cuts, prepend=-1) > 0]
+        i = np.searchsorted(starts, cuts, "right") - 1
+        segment, offset = segment[i], offset[i] + cuts - starts[i]
+        step = epoch * self.steps_per_epoch + self._step_of(cuts, lane_rows)
+        return np.stack([step, block[segment], first[segment] + offset, np.diff(cuts, append=end)])
+
+    def _step_of(self, place: np.ndarray, lane_rows: int) -> np.ndarray:
+        """The step of an epoch to which the rows at ``place`` of a lane's stream belong."""
+        return ((place + 1) * self.steps_per_epoch - 1) // lane_rows
 
 
-_NONE = np.empty(0, dtype=np.int64)
-
-
-def _joined(parts: list[Pieces]) -> Pieces:
-    """All pieces in order."""
-    return Pieces(*(np.concatenate(columns) for columns in zip(*parts))) if parts else Pieces(*(_NONE,) * 3)
-
-
-def _cut(runs: Pieces, ends: np.ndarray, low: int, high: int) -> Pieces:
-    """Rows [low, high) of a stream of runs; ``ends``: where each run begins, and the end."""
-    i = np.arange(np.searchsorted(ends, low, "right") - 1, np.searchsorted(ends, high, "left"))
-    skipped = np.maximum(low - ends[i], 0)
-    return Pieces(runs.block[i], runs.first[i] + skipped, np.minimum(high, ends[i + 1]) - ends[i] - skipped)
+_NONE = np.empty((4, 0), dtype=np.int64)
 
 
 def _permutation(n: int, seed: int, epoch: int, stream: int, lane: int, pool: int) -> np.ndarray:
