@@ -1,7 +1,10 @@
 """Reading: the plan's rows to the bit, on any number of ranks, from any step, with nothing left behind."""
 
+import gc
+import mmap
 import os
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -139,7 +142,7 @@ def test_a_resumed_run_reads_what_an_uninterrupted_one_would_have(folder: ShardF
 
 
 def test_a_chunk_stays_as_it_is_until_the_second_after_it_is_asked_for(folder: ShardFolder) -> None:
-    """The memory of four chunks takes turns: while one is used the next is held and the one after it read."""
+    """The memory of three chunks takes turns: while one is used the next is held and the one after it read."""
     plan, seen = plan_of(folder), []
     reader = Reader(folder, plan, list(TABLE), [list(range(8))], with_row_id=True)
     held: list[tuple[ChunkArrays, bytes]] = []
@@ -150,7 +153,7 @@ def test_a_chunk_stays_as_it_is_until_the_second_after_it_is_asked_for(folder: S
         seen.append(chunk.row_id.ctypes.data)
     reader.close()
     assert len(seen) == 14
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 3
 
 
 def test_values_come_in_the_types_that_are_trained_on(folder: ShardFolder) -> None:
@@ -205,16 +208,36 @@ def test_the_splits_are_apart(tmp_path: Path) -> None:
 # Reading ahead
 
 
-def test_every_block_is_read_once_an_epoch_but_for_the_edges_of_lanes(folder: ShardFolder) -> None:
+def test_every_block_is_read_once_a_process(folder: ShardFolder) -> None:
+    """Later its rows are copied out of a map."""
     reads: Counter = Counter()
     inner = folder.read_block
     folder.read_block = lambda block, name: reads.update([(block, name)]) or inner(block, name)  # type: ignore[method-assign,func-returns-value]
     plan = plan_of(folder)
     reader = Reader(folder, plan, ["int8", "float32"], Ranks(1, 0, 8, 1).lanes_by_group)
-    assert len(list(reader.chunks(spans(0, plan.steps_per_epoch, 2)))) == 3
+    assert len(list(reader.chunks(spans(0, 3 * plan.steps_per_epoch, 2)))) == 9
     reader.close()
-    assert set(reads) == {(block, name) for block in range(len(BLOCKS)) for name in ("int8", "float32")}
-    assert sum(reads.values()) <= 2 * (len(BLOCKS) + 7)
+    assert reads == dict.fromkeys(((block, name) for block in range(len(BLOCKS)) for name in ("int8", "float32")), 1)
+
+
+@pytest.mark.parametrize("floats", [None, np.dtype(np.float32), np.dtype(np.float64)])
+def test_short_and_long_runs_are_copied_alike(
+    folder: ShardFolder, floats: np.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row or run by run, in the types stored or others, with pages asked for ahead or not."""
+    plan = Plan(folder.block_rows, 5, 4, 24, run_rows=256, pool_blocks=2)
+    found = []
+    for short, ahead in ((0, False), (0, True), (1000, False)):
+        monkeypatch.setattr(reading, "_SHORT", short)
+        folder.__dict__["_exceeds_memory"] = ahead
+        reader = Reader(folder, plan, list(TABLE), [[0, 1], [2, 3]], True, floats)
+        for first in (0, 3):
+            found.append(reader.chunk(first, 9))
+        reader.close()
+    assert same_bits(found[0], found[2])
+    assert same_bits(found[0], found[4])
+    assert same_bits(found[1], found[3])
+    assert same_bits(found[1], found[5])
 
 
 def test_the_next_chunk_is_read_while_the_caller_uses_this_one(folder: ShardFolder) -> None:
@@ -276,6 +299,38 @@ def test_a_folder_of_many_shards_keeps_few_files_open(tmp_path: Path) -> None:
     for block in (*range(200), 0, 199):
         assert folder.read_block(block, "x").tolist() == [block]
     assert len(os.listdir("/proc/self/fd")) - before <= 64
+
+
+@linux
+def test_few_shards_are_mapped_at_a_time_and_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of an epoch over 300 shards, more than are mapped at once."""
+    live: weakref.WeakSet = weakref.WeakSet()
+    peak = [0]
+    inner = reading._map
+
+    def counted(path: Path) -> mmap.mmap:
+        live.add(made := inner(path))
+        peak[0] = max(peak[0], len(live))
+        return made
+
+    monkeypatch.setattr(reading, "_map", counted)
+    write_folder(tmp_path / "train", {"x": np.arange(300)}, [1] * 300, shard_bytes=1)
+    before = len(os.listdir("/proc/self/fd"))
+    folder = ShardFolder(tmp_path / "train")
+    reader = Reader(folder, Plan(folder.block_rows, 0, 8, 16), ["x"], [list(range(8))])
+    for first in (0, 7):
+        chunk = reader.chunk(first, 12)
+        steps = [chunk.columns["x"][k, 0, : chunk.valid[k, 0]].tolist() for k in range(12)]
+        assert steps == [
+            [b for lane in range(8) for b in reader.plan.pieces(first + k, lane).block.tolist()] for k in range(12)
+        ]
+    assert 64 <= peak[0] <= 2 * 64
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 64
+    reader.close()
+    del folder, reader, chunk
+    gc.collect()
+    assert not live
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Damage that comes to light while reading

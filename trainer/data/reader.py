@@ -1,18 +1,21 @@
 """Reading: from the plan's runs to arrays. Every member is compared with the index before a row of it is used.
 
-A block is read and hashed once per process; afterwards its rows are copied straight out of a map of the file into the
-chunk (a map gives 12.9 GB/s where `pread` gives 6.2 from the same page cache). Nothing is parsed and nothing unpickled:
-a member's two headers are known to the byte. A shard that is truncated while a run uses it ends the run with SIGBUS.
+A block is read and hashed once per process; its rows are copied straight out of a map of the file into the chunk (a map
+gives 12.9 GB/s where `pread` gives 6.2 from the same page cache). Nothing is parsed and nothing unpickled: a member's
+two headers are known to the byte. Sizes are compared when a folder is opened; a shard that is truncated while a run
+uses it ends the run with SIGBUS.
 
 Shapes: K steps of a chunk, A lane groups of this rank, B rows of a group (padding included).
 """
 
+import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +24,12 @@ import xxhash
 
 from trainer.data.index import INDEX_NAME, ROW_ID, Column, Shard, read_index
 from trainer.data.plan import Pieces, Plan
-from trainer.data.shards import member_name, npy_header, padding, payload_bytes, tar_header
+from trainer.data.shards import RECORD, member_name, npy_header, padding, payload_bytes, tar_header
 from trainer.errors import UserError
 
-_RING = 4  # one read, one ahead of the trainer's loop, one in use, one that may still be held
-_LARGE = 2**22  # bytes that are worth a second thread
+_RING = 3  # one in use, one that Lightning's loop holds ahead of it, one that is read
+_SHORT = 16  # rows: shorter runs are copied row by row
+_LINE = 64  # bytes; copies to an address that is no multiple of it took up to 1.7 x as long
 _OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
 
 
@@ -35,8 +39,7 @@ class ShardFolder:
     def __init__(self, path: Path, check: bool = True):
         self.path, self.index = path, read_index(path)
         self._file = lru_cache(maxsize=_OPEN_FILES)(_File)
-        self._map = lru_cache(maxsize=_OPEN_FILES)(_Map)
-        self._places: dict[tuple[int, str], tuple[Path, int, int, np.dtype, tuple[int, ...]]] = {}
+        self._map = lru_cache(maxsize=_OPEN_FILES)(_map)
         self._checked: set[tuple[int, str]] = set()
         self._shard_of = [(s, b) for s, shard in enumerate(self.index.shards) for b in range(len(shard.rows))]
         self._block_names = np.cumsum([0, *(len(shard.rows) for shard in self.index.shards)])
@@ -49,15 +52,20 @@ class ShardFolder:
         return self.index.num_rows
 
     @cached_property
+    def block_rows(self) -> np.ndarray:
+        """int64 [blocks]."""
+        return self.index.block_rows
+
+    @cached_property
+    def shard_of(self) -> np.ndarray:
+        """int64 [blocks]."""
+        return np.array([s for s, _ in self._shard_of])
+
+    @cached_property
     def _exceeds_memory(self) -> bool:
         """Whether the system may not keep all of the split in its page cache."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return 2 * sum(shard.bytes for shard in self.index.shards) > memory
-
-    @cached_property
-    def block_rows(self) -> np.ndarray:
-        """int64 [blocks]."""
-        return self.index.block_rows
 
     def check_size(self, shard: Shard) -> None:
         """Raises UserError where the file of ``shard`` is missing or has not the bytes that the index says."""
@@ -91,26 +99,32 @@ class ShardFolder:
         values = member[len(header) : len(header) + data].view(np.dtype(column.dtype).newbyteorder("<"))
         return values.reshape(shard.rows[b], *column.shape)
 
-    def view_block(self, block: int, name: str) -> np.ndarray:
-        """As `read_block`, without a copy: the values where the file is mapped, checked on their first use."""
+    def map_of(self, s: int) -> mmap.mmap:
+        """Shard ``s`` in memory. What it shows was compared with the index only where `make_ready` was called."""
+        file = self.path / self.index.shards[s].name
+        with _reading(file):
+            return self._map(file)
+
+    def make_ready(self, block: int, name: str) -> None:
+        """Compares a column of a block with the index, once; later has the system read it in one go, not page by page.
+
+        The latter only where the split may not stay in memory: for pages that are there it costs a tenth of a copy.
+        """
         if (block, name) not in self._checked:
             self.read_block(block, name)
-        if (block, name) not in self._places:
-            self._places[block, name] = self._where(block, name)
-        file, start, size, dtype, shape = self._places[block, name]
-        with _reading(file):
-            shard = self._map(file)
-            if size and self._exceeds_memory:
-                shard.prefetch(start, size)
-        return shard.values(start, size).view(dtype).reshape(shape)
+        elif self._exceeds_memory:
+            s, b = self._shard_of[block]
+            shard, column = self.index.shards[s], self.index.column(name)
+            start = shard.offsets[name][b]
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            size = len(self._headers(column, s, b)[0]) + payload_bytes(column, shard.rows[b])
+            self.map_of(s).madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
-    def _where(self, block: int, name: str) -> tuple[Path, int, int, np.dtype, tuple[int, ...]]:
-        """File, first byte, bytes, type and shape of the values of a column in a block."""
-        s, b = self._shard_of[block]
-        shard, column = self.index.shards[s], self.index.column(name)
-        start, rows = shard.offsets[name][b] + len(self._headers(column, s, b)[0]), shard.rows[b]
-        dtype = np.dtype(column.dtype).newbyteorder("<")
-        return self.path / shard.name, start, payload_bytes(column, rows), dtype, (rows, *column.shape)
+    def values_at(self, column: Column) -> np.ndarray:
+        """int64 [blocks]: the byte of its shard at which the values of a column begin, for each block."""
+        before = {rows: RECORD + len(npy_header(column, rows)) for rows in set(self.block_rows.tolist())}
+        places = [place for shard in self.index.shards for place in shard.offsets[column.name]]
+        return np.array(places) + [before[rows] for rows in self.block_rows.tolist()]
 
     def _headers(self, column: Column, s: int, b: int) -> tuple[bytes, int]:
         """The bytes before the values of a member, and the size that its tar header gives."""
@@ -138,22 +152,10 @@ class _File:
             os.close(self.number)
 
 
-class _Map:
-    """A file in memory, unmapped with the last array that shows a part of it."""
-
-    def __init__(self, path: Path):
-        with path.open("rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        self.bytes = np.frombuffer(self.map, dtype=np.uint8)
-
-    def values(self, start: int, size: int) -> np.ndarray:
-        """Bytes [start, start + size)."""
-        return self.bytes[start : start + size]
-
-    def prefetch(self, start: int, size: int) -> None:
-        """Has the system read bytes [start, start + size) in one go, not page by page as runs touch them."""
-        page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        self.map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+def _map(path: Path) -> mmap.mmap:
+    """A file in memory, unmapped with the last view of a part of it."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
 
 @contextmanager
@@ -215,39 +217,34 @@ class Reader:
         self.columns = [folder.index.column(name) for name in (*columns, *([ROW_ID] if with_row_id else []))]
         self.dtypes = {column.name: _delivered(column, floats) for column in self.columns}
         self.capacity = len(groups[0]) * plan.capacity
-        self._blocks: dict[int, dict[str, np.ndarray]] = {}
-        self._thread, self._helper = (ThreadPoolExecutor(1, thread_name_prefix="reader") for _ in range(2))
+        self._values_at = [folder.values_at(column) for column in self.columns]
+        self._used, self._chunks = np.full(len(folder.block_rows), -2), 0
+        self._ring: Iterator[dict[str, np.ndarray]] = cycle([{} for _ in range(_RING)])
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
     def chunk(self, first: int, steps: int, into: dict[str, np.ndarray] | None = None) -> ChunkArrays:
         """The rows of global steps ``first`` to ``first + steps``, in memory of their own or in that of ``into``."""
-        slots = steps * len(self.groups)
-        slot, pieces = self._pieces(first, steps)
-        valid = np.bincount(slot, pieces.rows, minlength=slots).astype(np.int64)
-        slot, pieces = self._padded(slot, pieces, valid)
-        before, self._blocks = self._blocks, {}
-        for block in np.unique(pieces.block).tolist():
-            held = before.get(block) or {c.name: self.folder.view_block(block, c.name) for c in self.columns}
-            self._blocks[block] = held
-        arrays = {} if into is None else into
-        runs = list(zip(pieces.block.tolist(), pieces.first.tolist(), (pieces.first + pieces.rows).tolist()))
-        for column in self.columns:
-            target = _room(arrays, column, slots * self.capacity, self.dtypes[column.name])
-            self._gather([self._blocks[block][column.name][start:stop] for block, start, stop in runs], target)
         shape = (steps, len(self.groups), self.capacity)
-        found = {c.name: arrays[c.name][: slots * self.capacity].reshape(*shape, *c.shape) for c in self.columns}
-        batch_rows = self.plan.rows_at(np.arange(first, first + steps)).sum(-1)
+        lane_rows = self.plan.rows_at(np.arange(first, first + steps))
+        valid = np.stack([lane_rows[:, lanes].sum(-1) for lanes in self.groups], axis=1)
+        arrays = {} if into is None else into
+        targets = [_room(arrays, c, math.prod(shape), self.dtypes[c.name]) for c in self.columns]
+        runs, place = self._places(first, steps, valid.ravel())
+        self._make_ready(runs.block)
+        self._gather(targets, runs, place)
+        self._pad(targets, valid.ravel())
+        found = {c.name: target.reshape(*shape, *c.shape) for c, target in zip(self.columns, targets)}
         row_id = found.pop(ROW_ID) if self.with_row_id else None
-        return ChunkArrays(found, valid.reshape(shape[:2]), batch_rows, row_id)
+        return ChunkArrays(found, valid, lane_rows.sum(-1), row_id)
 
     def chunks(self, spans: Iterable[tuple[int, int]]) -> Iterator[ChunkArrays]:
         """The chunk of each (first step, steps), the next one read while the caller uses this one.
 
         A chunk's memory is used again: it holds until the second chunk after it is asked for.
         """
-        ring: list[dict[str, np.ndarray]] = [{} for _ in range(_RING)]
         ahead = None
-        for number, (first, steps) in enumerate(spans):
-            coming = self._thread.submit(self.chunk, first, steps, ring[number % _RING])
+        for first, steps in spans:
+            coming = self._thread.submit(self.chunk, first, steps, next(self._ring))
             if ahead is not None:
                 yield ahead.result()
             ahead = coming
@@ -255,56 +252,126 @@ class Reader:
             yield ahead.result()
 
     def close(self) -> None:
-        """Ends the threads; what they were reading is dropped."""
+        """Ends the thread; what it was reading is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._helper.shutdown()
 
-    def _gather(self, sources: list[np.ndarray], target: np.ndarray) -> None:
-        """Copies ``sources`` one after the other into ``target``; two threads share what is large."""
-        if target.nbytes < _LARGE:
-            np.concatenate(sources, out=target, casting="same_kind")
+    def _places(self, first: int, steps: int, valid: np.ndarray) -> tuple[Pieces, np.ndarray]:
+        """The runs of all lanes, and the row of the chunk at which each begins, int64 [runs]; ``valid`` [K A]."""
+        found = [
+            np.stack([(step - first) * len(self.groups) + a, *runs])
+            for a, lanes in enumerate(self.groups)
+            for step, runs in (self.plan.pieces_of(first, steps, lane) for lane in lanes)
+        ]
+        joined = np.concatenate(found, axis=1)
+        slot, *columns = joined[:, np.argsort(joined[0], kind="stable")]  # lanes stay in their order
+        runs = Pieces(*columns)
+        skipped = np.arange(len(valid)) * self.capacity - np.cumsum(valid) + valid
+        return runs, np.cumsum(runs.rows) - runs.rows + skipped[slot]
+
+    def _make_ready(self, blocks: np.ndarray) -> None:
+        """Readies those of ``blocks`` that the chunk before did not use."""
+        new = blocks[self._used[blocks] < self._chunks - 1]
+        self._used[blocks] = self._chunks
+        self._chunks += 1
+        for block in np.unique(new).tolist():
+            for column in self.columns:
+                self.folder.make_ready(block, column.name)
+
+    def _gather(self, targets: list[np.ndarray], runs: Pieces, place: np.ndarray) -> None:
+        """Copies runs to the rows of ``targets`` at which they begin, from a bounded number of maps at a time."""
+        shard = self.folder.shard_of[runs.block]
+        numbers = np.unique(shard).tolist()
+        if len(numbers) > _OPEN_FILES:
+            for half in (slice(None, len(place) // 2), slice(len(place) // 2, None)):
+                self._gather(targets, Pieces(*(column[half] for column in runs)), place[half])
             return
-        half = len(sources) // 2
-        rows = sum(map(len, sources[:half]))
-        other = self._helper.submit(np.concatenate, sources[:half], out=target[:rows], casting="same_kind")
-        np.concatenate(sources[half:], out=target[rows:], casting="same_kind")
-        other.result()
+        maps = {s: self.folder.map_of(s) for s in numbers}
+        copy = _copy_runs if runs.rows.sum() > _SHORT * len(place) else _copy_rows
+        for column, target, values_at in zip(self.columns, targets, self._values_at):
+            start, stored = values_at[runs.block] + runs.first * payload_bytes(column, 1), _stored(column)
+            copy(_Source(maps, stored, shard, start, runs.rows, place), target)
 
-    def _pieces(self, first: int, steps: int) -> tuple[np.ndarray, Pieces]:
-        """The runs in the order of their places, and the slot (step, group) of each, int64 [runs]."""
-        found = []
-        for a, lanes in enumerate(self.groups):
-            for lane in lanes:
-                step, runs = self.plan.pieces_of(first, steps, lane)
-                found.append((step * len(self.groups) + a, *runs))
-        slot, *columns = (np.concatenate(each) for each in zip(*found))
-        order = np.argsort(slot, kind="stable")  # lanes come in their order
-        return slot[order], Pieces(*(column[order] for column in columns))
-
-    def _padded(self, slot: np.ndarray, pieces: Pieces, valid: np.ndarray) -> tuple[np.ndarray, Pieces]:
-        """The runs with what fills every slot up: its first row again, or the first of all where it has none."""
+    def _pad(self, targets: list[np.ndarray], valid: np.ndarray) -> None:
+        """Fills every slot up: with its first row again, or the first of all where it has none; ``valid`` [K A]."""
         missing = self.capacity - valid
-        if not missing.any():
-            return slot, pieces
-        which = np.repeat(np.arange(len(valid)), missing)
-        block, first = np.zeros(len(valid), dtype=np.int64), np.zeros(len(valid), dtype=np.int64)
-        filled, start = np.unique(slot, return_index=True)
-        block[filled], first[filled] = pieces.block[start], pieces.first[start]
-        more = (block[which], first[which], np.ones(len(which), dtype=np.int64))
-        order = np.argsort(np.concatenate([slot, which]), kind="stable")
-        joined = Pieces(*(np.concatenate(pair)[order] for pair in zip(pieces, more)))
-        return np.concatenate([slot, which])[order], joined
+        slot = np.repeat(np.arange(len(valid)), missing)
+        row = np.arange(len(slot)) + np.repeat(
+            (np.arange(len(valid)) + 1) * self.capacity - np.cumsum(missing), missing
+        )
+        for column, target in zip(self.columns, targets):
+            target[row] = target[slot * self.capacity]
+            if not valid.all():
+                target[row[valid[slot] == 0]] = self.folder.read_block(0, column.name)[0]
+
+
+class _Source(NamedTuple):
+    """Where the rows of a column's runs come from and go to: int64 [runs] but for the first two."""
+
+    maps: dict[int, mmap.mmap]
+    stored: np.dtype
+    shard: np.ndarray
+    start: np.ndarray
+    """The byte of the shard."""
+    rows: np.ndarray
+    place: np.ndarray
+    """The row of the target."""
+
+
+def _copy_runs(source: _Source, target: np.ndarray) -> None:
+    """Copies into ``target`` [rows, ...] run by run."""
+    start, per_row, item = source.start, math.prod(target.shape[1:]), source.stored.itemsize
+    to: Any = target.reshape(-1)
+    views: dict[int, Any]
+    if target.dtype == source.stored:
+        per_row *= item
+        # In bytes: a slice of a memoryview costs half of an array's. NumPy would also let go of Python's lock for each
+        # run, and get it back late where another thread is busy in Python.
+        to, views = memoryview(to.view(np.uint8)), {s: memoryview(each) for s, each in source.maps.items()}
+    else:
+        start = start // item
+        views = {s: np.frombuffer(each, source.stored, len(each) // item) for s, each in source.maps.items()}
+    low, size = source.place * per_row, source.rows * per_row
+    ends = (start.tolist(), (start + size).tolist(), low.tolist(), (low + size).tolist())
+    for s, begin, end, first, last in zip(source.shard.tolist(), *ends):
+        to[first:last] = views[s][begin:end]
+
+
+def _copy_rows(source: _Source, target: np.ndarray) -> None:
+    """As `_copy_runs`, without a Python loop over the runs: for short ones."""
+    per_row, item = math.prod(target.shape[1:]), source.stored.itemsize
+    rows, stride = source.rows, per_row * item
+    within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+    start, place = np.repeat(source.start, rows) + within * stride, np.repeat(source.place, rows) + within
+    shard = np.repeat(source.shard, rows)
+    same = target.dtype == source.stored
+    to = target.reshape(-1).view(f"V{stride}") if same else target.reshape(len(target), per_row)
+    for s, each in source.maps.items():
+        here, count = shard == s, (len(each) - stride) // item + 1
+        # A row may begin at any item of the file: rows that overlap, of which those asked for are taken.
+        every = (
+            np.ndarray(count, to.dtype, each, strides=(item,))
+            if same
+            else np.ndarray((count, per_row), source.stored, each, strides=(item, item))
+        )
+        to[place[here]] = every[start[here] // item]
+
+
+def _stored(column: Column) -> np.dtype:
+    return np.dtype(column.dtype).newbyteorder("<")
 
 
 def _delivered(column: Column, floats: np.dtype | None) -> np.dtype:
-    stored = np.dtype(column.dtype).newbyteorder("<")
+    stored = _stored(column)
     if floats is None:
         return stored
     return np.dtype(floats) if stored.kind == "f" else np.dtype(np.int64)
 
 
 def _room(arrays: dict[str, np.ndarray], column: Column, rows: int, dtype: np.dtype) -> np.ndarray:
-    """The first ``rows`` of the array of a column, which is made or grown."""
+    """The first ``rows`` of the array of a column, which is made or grown, and begins on a cache line."""
     if column.name not in arrays or len(arrays[column.name]) < rows:
-        arrays[column.name] = np.empty((rows, *column.shape), dtype)
+        count = rows * math.prod(column.shape) * dtype.itemsize
+        memory = np.empty(count + _LINE, dtype=np.uint8)
+        start = -memory.ctypes.data % _LINE
+        arrays[column.name] = memory[start : start + count].view(dtype).reshape(rows, *column.shape)
     return arrays[column.name][:rows]
