@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from scripts.benchmark.problems import MODELS, Setting, load
+from trainer.data.index import Column
 from trainer.data.plan import Plan, default_lanes
 from trainer.data.reader import ShardFolder, open_split
 from trainer.lit.datamodule import ChunkData, Ranks
@@ -155,6 +156,14 @@ class Repeated:
         self._folder, self.index = folder, folder.index
         self.block_rows = np.tile(folder.block_rows, num_rows // folder.num_rows)
         self.num_rows = num_rows
+        self.map_of = folder.map_of
+        self.shard_of = np.tile(folder.shard_of, num_rows // folder.num_rows)
+
+    def values_at(self, column: Column) -> np.ndarray:
+        return np.tile(self._folder.values_at(column), self.num_rows // self._folder.num_rows)
+
+    def make_ready(self, block: int, name: str) -> None:
+        self._folder.make_ready(block % len(self._folder.block_rows), name)
 
     def read_block(self, block: int, name: str) -> np.ndarray:
         return self._folder.read_block(block % len(self._folder.block_rows), name)
