@@ -79,7 +79,7 @@ class Plan:
     def pieces_of(self, first: int, steps: int, lane: int) -> tuple[np.ndarray, Pieces]:
         """The runs of ``lane`` at ``steps`` global steps from ``first``, in order, and the global step of each,
         int64 [runs]."""
-        parts = [_NONE]
+        parts = []
         for epoch in range(first // self.steps_per_epoch, -(-(first + steps) // self.steps_per_epoch)):
             begin = epoch * self.steps_per_epoch
             low, high = max(first - begin, 0), min(first + steps - begin, self.steps_per_epoch)
@@ -89,7 +89,7 @@ class Plan:
                 runs = self._pool(epoch, lane, pool)
                 i, j = runs[0].searchsorted((begin + low, begin + high))
                 parts.append(runs[:, i:j])
-        step, *columns = np.concatenate(parts, axis=1)
+        step, *columns = parts[0] if len(parts) == 1 else np.concatenate([_NONE, *parts], axis=1)
         return step, Pieces(*columns)
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -257,14 +257,12 @@ class Reader:
 
     def _places(self, first: int, steps: int, valid: np.ndarray) -> tuple[Pieces, np.ndarray]:
         """The runs of all lanes, and the row of the chunk at which each begins, int64 [runs]; ``valid`` [K A]."""
-        found = [
-            np.stack([(step - first) * len(self.groups) + a, *runs])
-            for a, lanes in enumerate(self.groups)
-            for step, runs in (self.plan.pieces_of(first, steps, lane) for lane in lanes)
-        ]
-        joined = np.concatenate(found, axis=1)
-        slot, *columns = joined[:, np.argsort(joined[0], kind="stable")]  # lanes stay in their order
-        runs = Pieces(*columns)
+        order = [(a, lane) for a, lanes in enumerate(self.groups) for lane in lanes]
+        steps_of, pieces = zip(*(self.plan.pieces_of(first, steps, lane) for _, lane in order))
+        slot = (np.concatenate(steps_of) - first) * len(self.groups)
+        slot += np.repeat([a for a, _ in order], [len(each) for each in steps_of])
+        by_slot = np.argsort(slot, kind="stable")  # lanes stay in their order
+        slot, runs = slot[by_slot], Pieces(*(np.concatenate(column)[by_slot] for column in zip(*pieces)))
         skipped = np.arange(len(valid)) * self.capacity - np.cumsum(valid) + valid
         return runs, np.cumsum(runs.rows) - runs.rows + skipped[slot]
 
@@ -273,14 +271,14 @@ class Reader:
         new = blocks[self._used[blocks] < self._chunks - 1]
         self._used[blocks] = self._chunks
         self._chunks += 1
-        for block in np.unique(new).tolist():
+        for block in np.unique(new).tolist() if len(new) else ():
             for column in self.columns:
                 self.folder.make_ready(block, column.name)
 
     def _gather(self, targets: list[np.ndarray], runs: Pieces, place: np.ndarray) -> None:
         """Copies runs to the rows of ``targets`` at which they begin, from a bounded number of maps at a time."""
         shard = self.folder.shard_of[runs.block]
-        numbers = np.unique(shard).tolist()
+        numbers = np.flatnonzero(np.bincount(shard)).tolist()
         if len(numbers) > _OPEN_FILES:
             for half in (slice(None, len(place) // 2), slice(len(place) // 2, None)):
                 self._gather(targets, Pieces(*(column[half] for column in runs)), place[half])
@@ -294,6 +292,8 @@ class Reader:
     def _pad(self, targets: list[np.ndarray], valid: np.ndarray) -> None:
         """Fills every slot up: with its first row again, or the first of all where it has none; ``valid`` [K A]."""
         missing = self.capacity - valid
+        if not missing.any():
+            return
         slot = np.repeat(np.arange(len(valid)), missing)
         row = np.arange(len(slot)) + np.repeat(
             (np.arange(len(valid)) + 1) * self.capacity - np.cumsum(missing), missing
