@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "svi": {"svi", "errors"},
-    "data": {"data", "errors"},
+    "svi": {"svi", "cache", "errors"},
+    "data": {"data", "cache", "errors"},
     "models": {"errors"},
     "posterior": {"posterior", "svi", "data", "errors"},
     "lit": {"lit", "posterior", "svi", "data", "errors"},

@@ -14,6 +14,7 @@ import pytest
 import torch
 from shard_tools import all_dtypes, flip, write_folder
 
+from trainer.data import gather as gathering
 from trainer.data import reader as reading
 from trainer.data.index import ROW_ID
 from trainer.data.plan import Plan
@@ -221,23 +222,23 @@ def test_every_block_is_read_once_a_process(folder: ShardFolder) -> None:
 
 
 @pytest.mark.parametrize("floats", [None, np.dtype(np.float32), np.dtype(np.float64)])
-def test_short_and_long_runs_are_copied_alike(
-    folder: ShardFolder, floats: np.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Row by row or run by run, in the types stored or others, with pages asked for ahead or not."""
+def test_rows_are_copied_alike(folder: ShardFolder, floats: np.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiled gather or by Python's, in the types stored or others, with pages asked for ahead or not."""
     plan = Plan(folder.block_rows, 5, 4, 24, run_rows=256, pool_blocks=2)
+    assert gathering._compiled() is not None
     found = []
-    for short, ahead in ((0, False), (0, True), (1000, False)):
-        monkeypatch.setattr(reading, "_SHORT", short)
+    for compiler, ahead in (("cc", False), ("cc", True), ("false", False)):
+        monkeypatch.setenv("CC", compiler)
+        gathering._compiled.cache_clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder.path / compiler))
+        assert (gathering._compiled() is None) == (compiler == "false")
         folder.__dict__["_exceeds_memory"] = ahead
         reader = Reader(folder, plan, list(TABLE), [[0, 1], [2, 3]], True, floats)
-        for first in (0, 3):
-            found.append(reader.chunk(first, 9))
+        found.append([reader.chunk(first, 9) for first in (0, 3)])
         reader.close()
-    assert same_bits(found[0], found[2])
-    assert same_bits(found[0], found[4])
-    assert same_bits(found[1], found[3])
-    assert same_bits(found[1], found[5])
+    gathering._compiled.cache_clear()
+    for other in found[1:]:
+        assert all(same_bits(one, two) for one, two in zip(found[0], other))
 
 
 def test_the_next_chunk_is_read_while_the_caller_uses_this_one(folder: ShardFolder) -> None:

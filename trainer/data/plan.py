@@ -10,6 +10,7 @@ Shapes: L lanes, T steps of an epoch. Steps are global: step s is step s % T of 
 import math
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from trainer.errors import UserError
 
 _BLOCKS, _RUNS = 0, 1  # the streams of the generator
+_PAGE = 16  # pools of a lane that are planned at once, to spare NumPy's calls
 
 
 class Pieces(NamedTuple):
@@ -65,7 +67,7 @@ class Plan:
         """The most rows that a lane has in any step."""
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
         self._lane = lru_cache(maxsize=2 * lanes)(self._segments)
-        self._pool = lru_cache(maxsize=4 * lanes)(self._pool_runs)
+        self._page = lru_cache(maxsize=2 * lanes)(self._page_runs)
 
     def rows_at(self, step: int | np.ndarray) -> np.ndarray:
         """int64 [..., L]: rows of each lane at global steps [...]."""
@@ -83,10 +85,10 @@ class Plan:
         for epoch in range(first // self.steps_per_epoch, -(-(first + steps) // self.steps_per_epoch)):
             begin = epoch * self.steps_per_epoch
             low, high = max(first - begin, 0), min(first + steps - begin, self.steps_per_epoch)
-            rows, pool_ends = self._lane(epoch, lane)[1:]
+            _, rows, page_ends = self._lane(epoch, lane)
             start, stop = low * rows // self.steps_per_epoch, high * rows // self.steps_per_epoch
-            for pool in range(bisect_right(pool_ends, start) - 1, bisect_left(pool_ends, stop)):
-                runs = self._pool(epoch, lane, pool)
+            for page in range(bisect_right(page_ends, start) - 1, bisect_left(page_ends, stop)):
+                runs = self._page(epoch, lane, page)
                 i, j = runs[0].searchsorted((begin + low, begin + high))
                 parts.append(runs[:, i:j])
         step, *columns = parts[0] if len(parts) == 1 else np.concatenate([_NONE, *parts], axis=1)
@@ -98,7 +100,7 @@ class Plan:
         return order, np.concatenate([[0], np.cumsum(self.block_rows[order])])
 
     def _segments(self, epoch: int, lane: int) -> tuple[Pieces, int, list[int]]:
-        """The parts of blocks that make a lane, in order, its rows, and where each pool begins (one more for the end).
+        """The parts of blocks that make a lane, in order, its rows, and where each page begins (one more for the end).
 
         A block at an edge is shared by two lanes.
         """
@@ -107,30 +109,34 @@ class Plan:
         i = np.arange(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left"))
         first = np.maximum(low - starts[i], 0)
         rows = np.minimum(high, starts[i + 1]) - starts[i] - first
-        pools = np.add.reduceat(rows, np.arange(0, len(rows), self.pool_blocks))
-        return Pieces(order[i], first, rows), int(high - low), [0, *np.cumsum(pools).tolist()]
+        pages = np.add.reduceat(rows, np.arange(0, len(rows), _PAGE * self.pool_blocks))
+        return Pieces(order[i], first, rows), int(high - low), [0, *np.cumsum(pages).tolist()]
 
-    def _pool_runs(self, epoch: int, lane: int, pool: int) -> np.ndarray:
-        """A pool's runs in their permuted order, cut where steps end, int64 [4, runs]: global step, block, first row
-        in it, number of rows."""
-        segments, lane_rows, pool_ends = self._lane(epoch, lane)
-        here = slice(pool * self.pool_blocks, (pool + 1) * self.pool_blocks)
-        block, first, rows = (column[here] for column in segments)
+    def _page_runs(self, epoch: int, lane: int, page: int) -> np.ndarray:
+        """The runs of a page of pools, permuted within each pool, cut where steps end, int64 [4, runs]: global step,
+        block, first row in it, number of rows."""
+        segments, lane_rows, page_ends = self._lane(epoch, lane)
+        size = _PAGE * self.pool_blocks
+        block, first, rows = (column[page * size : (page + 1) * size] for column in segments)
         counts = -(-rows // self.run_rows)
-        segment = np.repeat(np.arange(len(rows)), counts)
-        offset = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * self.run_rows
-        order = _permutation(len(segment), self.seed, epoch, _RUNS, lane, pool)
+        ends = counts.cumsum()
+        segment = np.arange(len(rows)).repeat(counts)
+        offset = (np.arange(ends[-1]) - (ends - counts)[segment]) * self.run_rows
+        of_pools = np.add.reduceat(counts, np.arange(0, len(rows), self.pool_blocks)).tolist()
+        pools = zip(accumulate([0, *of_pools]), of_pools, range(page * _PAGE, (page + 1) * _PAGE))
+        order = np.concatenate([b + _permutation(n, self.seed, epoch, _RUNS, lane, pool) for b, n, pool in pools])
         segment, offset = segment[order], offset[order]
         rows = np.minimum(self.run_rows, rows[segment] - offset)
-        starts, end = pool_ends[pool] + np.cumsum(rows) - rows, pool_ends[pool + 1]
-        t = self._step_of(np.array([starts[0], end - 1]), lane_rows)
-        steps = np.arange(t[0] + 1, t[1] + 1) * lane_rows // self.steps_per_epoch
-        cuts = np.sort(np.concatenate([starts, steps]), kind="stable")  # two sorted parts: a merge
-        cuts = cuts[np.diff(cuts, prepend=-1) > 0]
-        i = np.searchsorted(starts, cuts, "right") - 1
-        segment, offset = segment[i], offset[i] + cuts - starts[i]
+        starts, end = page_ends[page] + rows.cumsum() - rows, page_ends[page + 1]
+        low, high = self._step_of(np.array([starts[0], end - 1]), lane_rows).tolist()
+        steps = np.arange(low + 1, high + 1) * lane_rows // self.steps_per_epoch
+        cuts = np.sort(np.concatenate([starts, steps, [end]]), kind="stable")  # two sorted parts: a merge
+        lengths = cuts[1:] - cuts[:-1]
+        cuts, lengths = cuts[:-1][lengths > 0], lengths[lengths > 0]
+        i = starts.searchsorted(cuts, "right") - 1
+        segment = segment[i]
         step = epoch * self.steps_per_epoch + self._step_of(cuts, lane_rows)
-        return np.stack([step, block[segment], first[segment] + offset, np.diff(cuts, append=end)])
+        return np.stack([step, block[segment], first[segment] + offset[i] + cuts - starts[i], lengths])
 
     def _step_of(self, place: np.ndarray, lane_rows: int) -> np.ndarray:
         """The step of an epoch to which the rows at ``place`` of a lane's stream belong."""

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from trainer.data.gather import gather
 from trainer.data.index import INDEX_NAME, ROW_ID, Column, Shard, read_index
 from trainer.data.plan import Pieces, Plan
 from trainer.data.shards import RECORD, member_name, npy_header, padding, payload_bytes, tar_header
 from trainer.errors import UserError
 
 _RING = 3  # one in use, one that Lightning's loop holds ahead of it, one that is read
-_SHORT = 16  # rows: shorter runs are copied row by row
 _LINE = 64  # bytes; copies to an address that is no multiple of it took up to 1.7 x as long
 _OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
 
@@ -227,13 +227,18 @@ class Reader:
         shape = (steps, len(self.groups), self.capacity)
         lane_rows = self.plan.rows_at(np.arange(first, first + steps))
         valid = np.stack([lane_rows[:, lanes].sum(-1) for lanes in self.groups], axis=1)
-        arrays = {} if into is None else into
-        targets = [_room(arrays, c, math.prod(shape), self.dtypes[c.name]) for c in self.columns]
         runs, place = self._places(first, steps, valid.ravel())
         self._make_ready(runs.block)
-        self._gather(targets, runs, place)
-        self._pad(targets, valid.ravel())
-        found = {c.name: target.reshape(*shape, *c.shape) for c, target in zip(self.columns, targets)}
+        memory = {} if into is None else into
+        stored = [_room(memory, c, math.prod(shape), _stored(c)) for c in self.columns]
+        self._gather(stored, runs, place)
+        self._pad(stored, valid.ravel())
+        found = {}
+        for column, array in zip(self.columns, stored):
+            delivered = _room(memory, column, len(array), self.dtypes[column.name])
+            if delivered.dtype != array.dtype:
+                np.copyto(delivered, array, casting="unsafe")
+            found[column.name] = delivered.reshape(*shape, *column.shape)
         row_id = found.pop(ROW_ID) if self.with_row_id else None
         return ChunkArrays(found, valid, lane_rows.sum(-1), row_id)
 
@@ -278,16 +283,17 @@ class Reader:
     def _gather(self, targets: list[np.ndarray], runs: Pieces, place: np.ndarray) -> None:
         """Copies runs to the rows of ``targets`` at which they begin, from a bounded number of maps at a time."""
         shard = self.folder.shard_of[runs.block]
-        numbers = np.flatnonzero(np.bincount(shard)).tolist()
+        numbers = np.flatnonzero(np.bincount(shard))
         if len(numbers) > _OPEN_FILES:
             for half in (slice(None, len(place) // 2), slice(len(place) // 2, None)):
                 self._gather(targets, Pieces(*(column[half] for column in runs)), place[half])
             return
-        maps = {s: self.folder.map_of(s) for s in numbers}
-        copy = _copy_runs if runs.rows.sum() > _SHORT * len(place) else _copy_rows
+        maps = [np.frombuffer(self.folder.map_of(s), np.uint8) for s in numbers.tolist()]
+        address = np.zeros(len(self.folder.index.shards), dtype=np.int64)
+        address[numbers] = [each.ctypes.data for each in maps]
         for column, target, values_at in zip(self.columns, targets, self._values_at):
-            start, stored = values_at[runs.block] + runs.first * payload_bytes(column, 1), _stored(column)
-            copy(_Source(maps, stored, shard, start, runs.rows, place), target)
+            first = values_at[runs.block] + runs.first * payload_bytes(column, 1)
+            gather(address[shard] + first, runs.rows, place, target)
 
     def _pad(self, targets: list[np.ndarray], valid: np.ndarray) -> None:
         """Fills every slot up: with its first row again, or the first of all where it has none; ``valid`` [K A]."""
@@ -304,58 +310,6 @@ class Reader:
                 target[row[valid[slot] == 0]] = self.folder.read_block(0, column.name)[0]
 
 
-class _Source(NamedTuple):
-    """Where the rows of a column's runs come from and go to: int64 [runs] but for the first two."""
-
-    maps: dict[int, mmap.mmap]
-    stored: np.dtype
-    shard: np.ndarray
-    start: np.ndarray
-    """The byte of the shard."""
-    rows: np.ndarray
-    place: np.ndarray
-    """The row of the target."""
-
-
-def _copy_runs(source: _Source, target: np.ndarray) -> None:
-    """Copies into ``target`` [rows, ...] run by run."""
-    start, per_row, item = source.start, math.prod(target.shape[1:]), source.stored.itemsize
-    to: Any = target.reshape(-1)
-    views: dict[int, Any]
-    if target.dtype == source.stored:
-        per_row *= item
-        # In bytes: a slice of a memoryview costs half of an array's. NumPy would also let go of Python's lock for each
-        # run, and get it back late where another thread is busy in Python.
-        to, views = memoryview(to.view(np.uint8)), {s: memoryview(each) for s, each in source.maps.items()}
-    else:
-        start = start // item
-        views = {s: np.frombuffer(each, source.stored, len(each) // item) for s, each in source.maps.items()}
-    low, size = source.place * per_row, source.rows * per_row
-    ends = (start.tolist(), (start + size).tolist(), low.tolist(), (low + size).tolist())
-    for s, begin, end, first, last in zip(source.shard.tolist(), *ends):
-        to[first:last] = views[s][begin:end]
-
-
-def _copy_rows(source: _Source, target: np.ndarray) -> None:
-    """As `_copy_runs`, without a Python loop over the runs: for short ones."""
-    per_row, item = math.prod(target.shape[1:]), source.stored.itemsize
-    rows, stride = source.rows, per_row * item
-    within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-    start, place = np.repeat(source.start, rows) + within * stride, np.repeat(source.place, rows) + within
-    shard = np.repeat(source.shard, rows)
-    same = target.dtype == source.stored
-    to = target.reshape(-1).view(f"V{stride}") if same else target.reshape(len(target), per_row)
-    for s, each in source.maps.items():
-        here, count = shard == s, (len(each) - stride) // item + 1
-        # A row may begin at any item of the file: rows that overlap, of which those asked for are taken.
-        every = (
-            np.ndarray(count, to.dtype, each, strides=(item,))
-            if same
-            else np.ndarray((count, per_row), source.stored, each, strides=(item, item))
-        )
-        to[place[here]] = every[start[here] // item]
-
-
 def _stored(column: Column) -> np.dtype:
     return np.dtype(column.dtype).newbyteorder("<")
 
@@ -367,11 +321,12 @@ def _delivered(column: Column, floats: np.dtype | None) -> np.dtype:
     return np.dtype(floats) if stored.kind == "f" else np.dtype(np.int64)
 
 
-def _room(arrays: dict[str, np.ndarray], column: Column, rows: int, dtype: np.dtype) -> np.ndarray:
+def _room(memory: dict[str, np.ndarray], column: Column, rows: int, dtype: np.dtype) -> np.ndarray:
     """The first ``rows`` of the array of a column, which is made or grown, and begins on a cache line."""
-    if column.name not in arrays or len(arrays[column.name]) < rows:
+    name = f"{column.name} {dtype}"
+    if name not in memory or len(memory[name]) < rows:
         count = rows * math.prod(column.shape) * dtype.itemsize
-        memory = np.empty(count + _LINE, dtype=np.uint8)
-        start = -memory.ctypes.data % _LINE
-        arrays[column.name] = memory[start : start + count].view(dtype).reshape(rows, *column.shape)
-    return arrays[column.name][:rows]
+        room = np.empty(count + _LINE, dtype=np.uint8)
+        start = -room.ctypes.data % _LINE
+        memory[name] = room[start : start + count].view(dtype).reshape(rows, *column.shape)
+    return memory[name][:rows]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
+from trainer.cache import cache_folder
 from trainer.errors import UserError
 from trainer.svi import noise as noise_source
-from trainer.svi.native import SharedObject, cache_folder, compiled
+from trainer.svi.native import SharedObject, compiled
 from trainer.svi.noise import chunk_noise
 from trainer.svi.programs import Chunk, ChunkResult, Eager, alone, draw_numbers
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step

@@ -7,7 +7,6 @@ Inductor compiles it ahead of time (AOTInductor); we call its C interface throug
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import time
@@ -15,20 +14,14 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
+from trainer.cache import kept
+
 _FORMAT = "1"
-
-
-def cache_folder() -> Path:
-    """Where compiled steps are kept: $XDG_CACHE_HOME/svi-trainer, or ~/.cache/svi-trainer."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "svi-trainer"
 
 
 class SharedObject:
@@ -79,17 +72,15 @@ def compiled(
     ``dynamic``: as `torch.export.export`'s ``dynamic_shapes``; ``key``: text that tells one computation from another.
     Ranks of one machine compile once: the others wait.
     """
+
+    def make(path: Path) -> None:
+        say("compiling the step: 10 to 30 s, this once ...")
+        began = time.monotonic()
+        _compile(module, inputs, dynamic, path)
+        say(f"compiled in {time.monotonic() - began:.0f} s, kept in {folder}")
+
     name = hashlib.sha256("\n".join([key, *_environment()]).encode()).hexdigest()[:32]
-    path = folder / f"{name}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        with FileLock(folder / f"{name}.lock"):
-            if not path.exists():
-                say("compiling the step: 10 to 30 s, this once ...")
-                began = time.monotonic()
-                _compile(module, inputs, dynamic, path)
-                say(f"compiled in {time.monotonic() - began:.0f} s, kept in {folder}")
-    return SharedObject(path)
+    return SharedObject(kept(folder / f"{name}.so", make))
 
 
 def _environment() -> list[str]:
@@ -99,13 +90,12 @@ def _environment() -> list[str]:
 
 
 def _compile(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...], path: Path) -> None:
-    with TemporaryDirectory(dir=path.parent) as name, warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch._inductor").setLevel(logging.ERROR)
         exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=f"{name}/step.pt2")
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(path.with_suffix(".pt2")))
         with zipfile.ZipFile(package) as archive:
             (member,) = (each for each in archive.namelist() if each.endswith(".so"))
-            with archive.open(member) as source, open(f"{name}/step.so", "wb") as target:
+            with archive.open(member) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
-        os.replace(f"{name}/step.so", path)
