@@ -16,7 +16,7 @@ from scripts.benchmark.posterior import CONTENDERS as RACERS
 from scripts.benchmark.posterior import EPOCHS, arrivals_table, fit_setting, race
 from scripts.benchmark.problems import MODELS, Setting, load, make_data, row_bytes
 from scripts.benchmark.table import ProgressLine, name_of, ratios, ratios_table, results_table
-from scripts.benchmark.turns import COMPILING, Result, play
+from scripts.benchmark.turns import COMPILING, Result, cores, play
 from scripts.benchmark.worker import CONTENDERS
 
 _STORED = 1_000_000  # rows; a larger N repeats them
@@ -45,7 +45,12 @@ def parse() -> argparse.Namespace:
         "--rounds", type=int, help="medians are over these (5); with --posterior over as many seeds (3)"
     )
     parser.add_argument("--slots", type=int, default=64, metavar="K", help="steps a call, for NumPyro's scan and us")
-    parser.add_argument("--threads", type=int, default=len(cores()), help="and as many cores, for every contender")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=max(1, len(cores()) - 1),
+        help="and as many cores; one core more where a reader works beside (default: all cores but one)",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--posterior", action="store_true", help="instead: seconds until the means are right")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one small setting")
@@ -58,13 +63,6 @@ def parse() -> argparse.Namespace:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     return arguments
-
-
-def cores() -> list[int]:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def settings(arguments: argparse.Namespace) -> list[Setting]:
@@ -169,8 +167,6 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         console.print("bench: torch sees no GPU here, there is nothing to measure.")
         return
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores()[: arguments.threads])
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (measure_posterior if arguments.posterior else measure)(arguments, console)

@@ -19,9 +19,18 @@ from typing import Any
 from scripts.benchmark.problems import Setting
 
 ROOT = Path(__file__).parent.parent.parent
+READS = "fused-shards"
+"""The contender that reads while it computes, as `svi train` does: it gets a core for that."""
 Tick = Callable[[str, float], None]
 """Told before each piece of work: what runs, and how many seconds it was expected to take."""
 COMPILING = 15.0  # seconds that a contender's first step is expected to take, for the time left
+
+
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 class Player:
@@ -49,6 +58,9 @@ class Player:
                 cwd=ROOT,
                 env=environment,
             )
+        if hasattr(os, "sched_setaffinity"):
+            reader = 1 if name == READS else 0
+            os.sched_setaffinity(self._process.pid, cores()[: setting.threads + reader])
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
         """The worker's answer; {} once it has failed, which `error` then says."""
