@@ -251,16 +251,18 @@ def test_one_row_is_enough_to_start():
     build(centred, x=X[:1], y=Y[:1])
 
 
-def test_dropout_in_a_network_is_refused():
+def test_batch_norm_in_a_network_is_refused():
+    """It lets a row depend on the others. (Dropout is fine: test_noise_mode.py.)"""
+
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.drop = torch.nn.Dropout(0.5)
+            self.norm = torch.nn.BatchNorm1d(1, dtype=F64)
 
         def forward(self, x, y):
             w = weight(x)
             with pyro.plate("data", len(x)):
-                normal(x, mean=w + self.drop(x), obs=y)
+                normal(x, mean=w + self.norm(x[:, None])[:, 0], obs=y)
 
     with pytest.raises(UserError, match="not exchangeable"):
         build(Net(), x=X, y=Y)

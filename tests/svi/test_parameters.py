@@ -194,7 +194,7 @@ def test_a_parameter_that_appears_late_is_named():
 
     def model(x, y):
         calls.append(0)
-        body(x @ pyro.param("late" if len(calls) > 3 else "early", torch.zeros(2, dtype=F64)), 1.0, y)
+        body(x @ pyro.param("late" if len(calls) > 5 else "early", torch.zeros(2, dtype=F64)), 1.0, y)
 
     with pytest.raises(UserError, match='param\\("late"\\) appears only after the first batch'):
         build(model, x=X, y=Y)

@@ -10,6 +10,7 @@ Shapes: D unconstrained global latents; B rows; noise.elements [E], noise.rows [
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -32,7 +33,7 @@ from trainer.svi.latents import (
     total,
     total_log_prob,
 )
-from trainer.svi.noise_mode import NoiseMode
+from trainer.svi.noise_mode import NoiseLayout, NoiseMode, measure_noise
 from trainer.svi.plates import Batch, PlatedModel, inside
 
 KL = Literal["analytic", "monte_carlo", "sticking_the_landing"]
@@ -64,7 +65,7 @@ class Draw:
 
 class Guide(Protocol):
     noise_size: tuple[int, int]
-    """(E, n): normals an evaluation takes outside the data plate, and per row inside it."""
+    """(E, n): normals an evaluation takes, without an axis over the rows and per row; the model's own among them."""
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw: ...
 
@@ -89,7 +90,9 @@ class MeanField:
             refuse_latent(self.trace.nodes[site.name], model.plate, can_be_local=False)
         self.init_scale = init_scale
         self.size = sum(site.size for site in self.sites)
-        self.noise_size = (self.size, 0)
+        with FromUnconstrained(self.sites, torch.zeros(self.size, dtype=self.dtype, device=self.device)):
+            self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)
+        self.noise_size = (self.size + self.models.elements, self.models.per_row)
 
     def init(self) -> dict[str, Tensor]:
         """{"guide.loc": zeros [D], "guide.log_scale": log(init_scale) [D]}."""
@@ -98,9 +101,11 @@ class MeanField:
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
         loc, log_scale = params["guide.loc"], params["guide.log_scale"]
-        eps = noise.elements
+        eps = noise.elements[: self.size]
         u = loc + log_scale.exp() * eps
-        with FromUnconstrained(self.sites, u) as latents:
+        # A mode is a detour for every operation, so only a model that draws gets one.
+        own = NoiseMode(self.models, noise.elements[self.size :], noise.rows, noise.seed)
+        with FromUnconstrained(self.sites, u) as latents, nullcontext() if self.models.empty else own:
             trace = poutine.trace(model).get_trace(batch)
         if kl == "analytic":
             entropy_each = log_scale + 0.5 * (1 + LOG_2PI)
@@ -149,15 +154,14 @@ class PyroGuide:
 
     def __init__(self, guide: Any, plate: str = "data"):
         self.guide, self.plate = guide, plate
+        self.layout = NoiseLayout((), 0, 0, False)
         self.noise_size = (0, 0)
 
-    def measure(self, batch: Batch) -> None:
-        """Runs the guide once to learn how many normals it takes. Raises UserError for sites it cannot hold."""
+    def measure(self, model: PlatedModel, batch: Batch) -> None:
+        """Runs guide and model to learn how many normals they take. Raises UserError for sites it cannot hold."""
         if isinstance(self.guide, AutoGuide):
             self._make_autoguide(batch)
-        with NoiseMode.measuring(batch) as mode, mode.sites(self.plate):
-            trace = poutine.trace(self.guide).get_trace(batch)
-        for site in trace.nodes.values():
+        for site in poutine.trace(self.guide).get_trace(batch).nodes.values():
             if is_latent(site):
                 refuse_latent(site, self.plate, can_be_local=True)
                 if not site["fn"].has_rsample:
@@ -165,7 +169,13 @@ class PyroGuide:
                         f'the guide\'s site "{site["name"]}" ({type(site["fn"]).__name__}) has no reparameterised '
                         "gradient: use a distribution with rsample."
                     )
-        self.noise_size = mode.used
+        self.layout = measure_noise(lambda rows: self._traces(model, rows), batch)
+        self.noise_size = (self.layout.elements, self.layout.per_row)
+
+    def _traces(self, model: PlatedModel, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
+        """The guide's, and the model's at its draw."""
+        q = poutine.trace(self.guide).get_trace(batch)
+        return q, poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
 
     def _make_autoguide(self, batch: Batch) -> None:
         """An autoguide makes its parameters in its first call, from a run of the model that it hides from handlers."""
@@ -182,9 +192,8 @@ class PyroGuide:
             raise UserError(
                 "objective.kl=sticking_the_landing needs guide=mean_field: use kl=monte_carlo with this guide."
             )
-        with NoiseMode(noise.elements, noise.rows, noise.seed, batch) as mode, mode.sites(self.plate):
-            q = poutine.trace(self.guide).get_trace(batch)
-        trace = poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
+        with NoiseMode(self.layout, noise.elements, noise.rows, noise.seed):
+            q, trace = self._traces(model, batch)
         entropy, log_prior = {}, {}
         for name, site in q.nodes.items():
             if is_latent(site):

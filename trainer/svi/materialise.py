@@ -41,7 +41,7 @@ def materialise(
         check_model(plated, batch, tuple(global_sites))
         made.append(guide(plated, batch))
         if isinstance(made[0], PyroGuide):
-            made[0].measure(batch)
+            made[0].measure(plated, batch)
             inner = made[0].guide
             return {}, (model, inner.fn if isinstance(inner, PlatedModel) else inner)
         return (made[0].init() if isinstance(made[0], MeanField) else {}), (model,)

@@ -1,111 +1,176 @@
-"""Noise for guides that draw for themselves: every random operation takes its normals from the given ones, in order.
+"""Noise for models and guides that draw for themselves: every random operation takes its normals from the given ones.
 
-A dispatch mode sees `normal_`, `randn`, `rand` and their kin below every library, so Pyro's autoguides and users' own
-need no change. What is no transformation of normals (Gamma, Dirichlet) is drawn from torch's generator, seeded
-by (run, step, draw).
+A dispatch mode sees `normal_`, `randn`, `rand`, `bernoulli_` and their kin below every library, so Pyro's autoguides,
+users' own guides and models with dropout need no change, and a compiled step holds the draws. What is no transformation
+of normals (Gamma, Dirichlet) is drawn from torch's generator, seeded by (run, step, draw), in an eager program.
+
+Shapes: B rows; elements [E], rows [B, n].
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.errors import UserError
 from trainer.svi.plates import Batch
 
 _aten = torch.ops.aten
-_IN_PLACE = {_aten.normal_.default: "normal", _aten.uniform_.default: "uniform"}
-_LIKE = {_aten.randn_like.default: "normal", _aten.rand_like.default: "uniform"}
-_FRESH = {_aten.randn.default: "normal", _aten.rand.default: "uniform"}
+
+
+class NoiseLayout(NamedTuple):
+    """The random operations of one evaluation, in their order."""
+
+    axes: tuple[int | None, ...]
+    """The axis from the right that runs over the batch's rows, of each draw; None: it has none."""
+    elements: int
+    per_row: int
+    """E and n: the normals that these draws take, without such an axis and per row."""
+    others: bool
+    """Whether torch's own generator is asked too."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is drawn."""
+        return not self.axes and not self.others
+
+
+def measure_noise(run: Callable[[Batch], Any], batch: Batch) -> NoiseLayout:
+    """What ``run(batch)`` draws, from two calls of which the second has a row more: the axis that grows is the rows'.
+
+    Raises UserError where the two calls draw in different ways.
+    """
+    one, two = _Measuring(), _Measuring()
+    with one:
+        run(batch)
+    with two:
+        run(_with_a_row_more(batch))
+    if [len(shape) for shape in one.shapes] != [len(shape) for shape in two.shapes]:
+        raise UserError(
+            f"on {batch.size} rows {len(one.shapes)} random numbers or tensors are drawn, on {batch.size + 1} rows "
+            f"{len(two.shapes)}: draw the same ones whatever the rows."
+        )
+    axes: list[int | None] = []
+    elements, per_row = 0, 0
+    for a, b in zip(one.shapes, two.shapes):
+        grown = [i for i in range(len(a)) if a[i] != b[i]]
+        if len(grown) > 1 or any(b[i] != a[i] + 1 or a[i] != batch.size for i in grown):
+            raise UserError(
+                f"a random tensor of shape {tuple(a)} is drawn on {batch.size} rows and one of {tuple(b)} on "
+                f"{batch.size + 1}: draw tensors with one axis over the rows, or none."
+            )
+        if grown:
+            axes.append(grown[0] - len(a))
+            per_row += a.numel() // a[grown[0]]
+        else:
+            axes.append(None)
+            elements += a.numel()
+    return NoiseLayout(tuple(axes), elements, per_row, one.others)
 
 
 class NoiseMode(TorchDispatchMode):
-    """Serves normals from ``elements`` [E], and inside the data plate from ``rows`` [B, n]."""
+    """Serves the draws of ``layout`` from ``elements`` and ``rows``, in their order."""
 
-    def __init__(self, elements: Tensor, rows: Tensor | None, seed: int, batch: Batch):
+    def __init__(self, layout: NoiseLayout, elements: Tensor, rows: Tensor | None, seed: int):
         super().__init__()
-        self.elements, self.rows, self.batch, self.seed = elements, rows, batch, seed
-        self.used = (0, 0)
-        self.endless = False
-        self.axis: int | None = None
-
-    @classmethod
-    def measuring(cls, batch: Batch) -> "NoiseMode":
-        """A mode that serves zeros without end and counts them in ``used``."""
-        mode = cls(torch.zeros(0), None, 0, batch)
-        mode.endless = True
-        return mode
+        self.layout, self.elements, self.rows, self.seed = layout, elements, rows, seed
+        self.draws, self.used, self.used_of_rows = 0, 0, 0
 
     def __enter__(self) -> "NoiseMode":
-        torch.manual_seed(self.seed)
+        if self.layout.others:
+            torch.manual_seed(self.seed)
         super().__enter__()
         return self
 
-    @contextmanager
-    def sites(self, plate: str) -> Iterator[None]:
-        """Tells the mode which sample sites stand in the data plate."""
-        with _SiteAxis(self, plate):
-            yield
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        serve = _SERVED.get(func)
+        return func(*args, **kwargs) if serve is None else serve(self._normals, *args, **kwargs)
+
+    def _normals(self, like: Tensor) -> Tensor:
+        """The next draw, in the shape of ``like``."""
+        axis = self.layout.axes[self.draws]
+        self.draws += 1
+        if axis is None:
+            count = like.numel()
+            self.used += count
+            return self.elements[self.used - count : self.used].view(like.shape).to(like)
+        count = like.numel() // like.shape[axis]
+        self.used_of_rows += count
+        assert self.rows is not None
+        values = self.rows[:, self.used_of_rows - count : self.used_of_rows]
+        return values.reshape(like.movedim(axis, 0).shape).movedim(0, axis).to(like)
+
+
+class _Measuring(TorchDispatchMode):
+    """Serves zeros and notes their shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+        self.others = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _IN_PLACE:
-            target = args[0]
-            return target.copy_(self._serve(_IN_PLACE[func], target, args[1:]))
-        if func in _LIKE:
-            return self._serve(_LIKE[func], args[0], ())
-        if func in _FRESH:
-            return self._serve(_FRESH[func], torch.empty(*args, **kwargs), ())
+        if func in _SERVED:
+            return _SERVED[func](self._normals, *args, **kwargs)
+        self.others = self.others or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **kwargs)
 
-    def _serve(self, kind: str, like: Tensor, bounds: tuple[float, ...]) -> Tensor:
-        low, high = bounds if len(bounds) == 2 else (0.0, 1.0)
-        normals = self._take(like)
-        if kind == "normal":
-            return low + high * normals
-        tiny = torch.finfo(like.dtype).eps
-        return low + (high - low) * torch.special.ndtr(normals).clamp(tiny, 1 - tiny)
-
-    def _take(self, like: Tensor) -> Tensor:
-        rows = self.batch.size
-        axis = (
-            self.axis if self.axis is not None and like.dim() >= -self.axis and like.shape[self.axis] == rows else None
-        )
-        elements, per_row = self.used
-        if axis is None:
-            count = like.numel()
-            self.used = (elements + count, per_row)
-            if self.endless:
-                return torch.zeros_like(like)
-            return self.elements[elements : elements + count].view(like.shape).to(like)
-        count = like.numel() // rows
-        self.used = (elements, per_row + count)
-        if self.endless or self.rows is None:
-            return torch.zeros_like(like)
-        moved = like.movedim(axis, 0).shape
-        return self.rows[:, per_row : per_row + count].reshape(moved).movedim(0, axis).to(like)
+    def _normals(self, like: Tensor) -> Tensor:
+        self.shapes.append(like.shape)
+        return torch.zeros_like(like)
 
 
-class _SiteAxis(Messenger):
-    """Keeps ``mode.axis`` at the data plate's axis (from the right, event dims included) while a site is drawn."""
+def _with_a_row_more(batch: Batch) -> Batch:
+    """The last row twice."""
 
-    def __init__(self, mode: NoiseMode, plate: str):
-        super().__init__()
-        self.mode, self.plate = mode, plate
+    def longer(column: Tensor) -> Tensor:
+        return torch.cat([column, column[-1:]])
 
-    def _pyro_sample(self, msg: Message) -> None:
-        fn: Any = msg["fn"]
-        self.mode.axis = None
-        if isinstance(fn, _Subsample):  # another plate's indices
-            return
-        for frame in msg["cond_indep_stack"]:
-            if frame.name == self.plate and frame.dim is not None:
-                self.mode.axis = frame.dim - fn.event_dim
+    row_id = None if batch.row_id is None else longer(batch.row_id)
+    return Batch({name: longer(column) for name, column in batch.columns.items()}, batch.valid, batch.scale, row_id)
 
-    def _pyro_post_sample(self, msg: Message) -> None:
-        self.mode.axis = None
+
+_Normals = Callable[[Tensor], Tensor]
+
+
+def _uniform(normals: _Normals, like: Tensor) -> Tensor:
+    tiny = torch.finfo(like.dtype).eps
+    return torch.special.ndtr(normals(like)).clamp(tiny, 1 - tiny)
+
+
+def _empty(args: Any, kwargs: Any) -> Tensor:
+    return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
+
+
+def _empty_like(like: Tensor, kwargs: Any) -> Tensor:
+    """Of a floating type, whatever ``like`` is."""
+    return torch.empty_like(like, **{"dtype": like.dtype if like.is_floating_point() else torch.float32, **kwargs})
+
+
+def _heads(normals: _Normals, like: Tensor, p: float | Tensor) -> Tensor:
+    return (_uniform(normals, _empty_like(like, {})) < p).to(like.dtype)
+
+
+def _dropout(normals: _Normals, like: Tensor, p: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
+    if not train:
+        return like.clone(), torch.ones_like(like, dtype=torch.bool)
+    kept = _heads(normals, like, 1.0 - p)
+    return like * kept / (1.0 - p), kept.bool()
+
+
+_SERVED: dict[Any, Callable[..., Any]] = {
+    _aten.normal_.default: lambda n, x, mean=0.0, std=1.0, **_: x.copy_(mean + std * n(x)),
+    _aten.uniform_.default: lambda n, x, low=0.0, high=1.0, **_: x.copy_(low + (high - low) * _uniform(n, x)),
+    _aten.bernoulli_.float: lambda n, x, p=0.5, **_: x.copy_(_heads(n, x, p)),
+    _aten.bernoulli.default: lambda n, p, **_: _heads(n, p, p),
+    _aten.bernoulli.p: lambda n, x, p=0.5, **_: _heads(n, x, p),
+    _aten.randn_like.default: lambda n, x, **options: n(_empty_like(x, options)),
+    _aten.rand_like.default: lambda n, x, **options: _uniform(n, _empty_like(x, options)),
+    _aten.randn.default: lambda n, *args, **options: n(_empty(args, options)),
+    _aten.rand.default: lambda n, *args, **options: _uniform(n, _empty(args, options)),
+    _aten.native_dropout.default: _dropout,
+}
