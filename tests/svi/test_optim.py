@@ -36,7 +36,8 @@ def test_fifty_steps_equal_the_published_optimiser(name):
     for k, g in enumerate(gradients()):
         parameter.grad = g.clone()
         oracle.step()
-        theta, slots = ours.update(g, slots, theta, torch.tensor(ours.lr, dtype=F64), torch.tensor(k + 1), 1.0)
+        rates = ours.rates(torch.tensor(ours.lr, dtype=F64), torch.tensor(k + 1), 1.0)
+        theta, slots = ours.update(g, slots, theta, rates)
         torch.testing.assert_close(theta, parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -49,8 +50,8 @@ def test_dividing_the_loss_by_n_changes_no_update_of_adam(name):
         theta = torch.linspace(-1, 2, 6, dtype=F64)
         slots = ours.init(theta)
         for k, g in enumerate(gradients()):
-            lr, count = torch.tensor(ours.lr, dtype=F64), torch.tensor(k + 1)
-            theta, slots = ours.update(g / num_obs, slots, theta, lr, count, num_obs)
+            rates = ours.rates(torch.tensor(ours.lr, dtype=F64), torch.tensor(k + 1), num_obs)
+            theta, slots = ours.update(g / num_obs, slots, theta, rates)
         paths.append(theta)
     torch.testing.assert_close(paths[0], paths[1], rtol=1e-9, atol=1e-9)
 
@@ -61,7 +62,7 @@ def test_a_latent_known_from_its_prior_alone_moves_at_a_billion_rows():
     theta = torch.zeros(1)
     slots = adam.init(theta)
     for k in range(600):
-        lr, count = torch.tensor(0.01, dtype=F64), torch.tensor(k + 1)
-        theta, slots = adam.update((theta - 1.0) / n, slots, theta, lr, count, n)
+        rates = adam.rates(torch.tensor(0.01, dtype=F64), torch.tensor(k + 1), n)
+        theta, slots = adam.update((theta - 1.0) / n, slots, theta, rates)
     assert theta.dtype == torch.float32
     assert abs(float(theta) - 1.0) < 0.01

@@ -1,7 +1,8 @@
 """The fused program: the pure step traced to one graph, scanned over a chunk's steps and compiled, noise included.
 
-No Python runs between the steps of a chunk. The number of slots is an input, so a chunk ends at any step; seed, draws,
-N, learning rate, horizon and averaging are inputs too, so one compiled step serves every rank and a whole sweep.
+No Python runs between the steps of a chunk; on a GPU it launches each with one call. The number of slots is an input, so
+a chunk ends at any step; seed, draws, N, learning rate, horizon and averaging are inputs too, so one compiled step
+serves every rank and a whole sweep.
 
 Shapes: as in `trainer.svi.programs`.
 """
@@ -19,9 +20,10 @@ from torch._higher_order_ops.scan import scan
 from trainer.cache import cache_folder
 from trainer.errors import UserError
 from trainer.svi import noise as noise_source
-from trainer.svi.native import SharedObject, compiled
+from trainer.svi.native import compiled
 from trainer.svi.noise import chunk_noise
 from trainer.svi.programs import Chunk, ChunkResult, Eager, alone, draw_numbers
+from trainer.svi.replay import Replay, Section
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
 from trainer.svi.tracing import Traced, Untraceable, trace
 
@@ -40,7 +42,7 @@ class Fused:
     reduce: Callable[[Tensor], Tensor] = alone
     """Sums over the ranks by a functional collective, which a graph can hold."""
     sync_every = 1
-    _call: SharedObject | None = field(default=None, init=False, repr=False)
+    _call: Section | None = field(default=None, init=False, repr=False)
     _fixed: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
 
     @property
@@ -53,15 +55,32 @@ class Fused:
 
         Raises Untraceable for what has to run eagerly, UserError for what the traces or the comparison refuse.
         """
-        if state.theta.device.type != "cpu":
-            raise Untraceable(f"a compiled step for {state.theta.device.type} is not made yet")
         if len(chunk.batch_rows) < 2:
             chunk = _with_a_second_slot(chunk)
         step_of_tensors, (first, second) = self.flat(state, chunk.part(0, 2))
         traced = trace(step_of_tensors, first, second)
-        self._fixed = (*self._stream(), *self._numbers(), *traced.constants)
-        layout, carry = self._layout(chunk), _carry(state)
-        data = layout.data(chunk)
+        device, layout = state.theta.device, self._layout(chunk)
+        numbers = self._numbers(device)
+        rates = trace(self._rates, [state.step, *numbers], [state.step + 1, *numbers])
+        self._fixed = (*self._stream(device), *numbers, *rates.constants, *traced.constants)
+        try:
+            module = _Scan(traced, rates, layout, state.theta.dtype)
+            self._call = self._made(module, _carry(state), layout.data(chunk), say)
+            for k in (0, len(chunk.batch_rows) - 1):
+                self._compare(state, chunk.part(k, k + 1))
+        except (UserError, Untraceable):
+            raise
+        except Exception as error:
+            raise Untraceable(f"the compiler: {str(error).strip().splitlines()[0]}") from error
+
+    def _made(
+        self, module: "_Scan", carry: tuple[Tensor, ...], data: tuple[Tensor, ...], say: Callable[[str], None]
+    ) -> Section:
+        """The chunk as one compiled function, or on a GPU as a step that is replayed."""
+        if carry[0].device.type == "cuda":
+            if self.world_size > 1:
+                raise Untraceable("a sum over GPUs is not captured yet")
+            return Replay(module.before, torch.compile(module.step))
         slots = torch.export.Dim("slots", min=1)
         inputs = (carry, data, self._fixed)
         dynamic: tuple[Any, ...] = (
@@ -71,50 +90,57 @@ class Fused:
         )
         shapes = [f"{x.dtype}{tuple(x.shape)}" for x in (*carry, *self._fixed, *(x[0] for x in data))]
         ours = [inspect.getsource(noise_source), inspect.getsource(_Scan)]
-        key = "\n".join([traced.graph.code, str(layout), *shapes, *ours])
-        module = _Scan(traced, layout, state.theta.dtype)
-        try:
-            self._call = compiled(module, inputs, dynamic, key, cache_folder(), say)
-        except Exception as error:
-            raise Untraceable(f"the compiler: {str(error).strip().splitlines()[0]}") from error
-        for k in (0, len(chunk.batch_rows) - 1):
-            self._compare(state, chunk.part(k, k + 1))
+        graphs = [module.traced.graph.code, module.rates.graph.code, str(module.layout)]
+        shared = compiled(module, inputs, dynamic, "\n".join([*graphs, *shapes, *ours]), cache_folder(), say)
+        return lambda carry, data, fixed: shared([*carry, *data, *fixed])
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         if self._call is None:
             self.prepare(state, chunk)
         assert self._call is not None
         data = self._layout(chunk).data(chunk.part(0, steps))
-        *carry, terms, norms = self._call([*_carry(state), *data, *self._fixed])
+        *carry, terms, norms = self._call(_carry(state), data, self._fixed)
         return ChunkResult(_state(carry), self.reduce(terms), norms)
 
     def flat(self, state: State, chunk: Chunk) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
-        """The pure step as a function of tensors in a row (carry, noise, data, numbers), and these for each slot."""
-        layout, carry = self._layout(chunk), _carry(state)
-        data = layout.data(chunk)
-        each = (*layout.noise(*self._stream(), state.step, data, state.theta.dtype), *data)
+        """The pure step as a function of tensors in a row (carry, noise, data, rates, numbers), and these for each
+        slot."""
+        layout, carry, device = self._layout(chunk), _carry(state), state.theta.device
+        data, numbers = layout.data(chunk), self._numbers(device)
+        rates = torch.stack([self._rates(state.step + k, *numbers) for k in range(len(chunk.batch_rows))])
+        each = (*layout.noise(*self._stream(device), state.step, data, state.theta.dtype), *data, rates)
         size = len(carry)
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-            before, (num_obs, lr, horizon, average_from) = tensors[:size], tensors[-4:]
-            noise, batch = layout.slot(tensors[size:-4], before[1])
+            before, (rates, num_obs, _, _, average_from) = tensors[:size], tensors[-5:]
+            noise, batch = layout.slot(tensors[size:-5], before[1])
             inference = dataclasses.replace(self.inference, num_obs=num_obs)  # type: ignore[arg-type]
-            optimizer = dataclasses.replace(self.update.optimizer, lr=lr)  # type: ignore[type-var]
-            update = Update(optimizer, self.update.schedule, horizon, average_from)  # type: ignore[arg-type]
-            made, terms, norm = step(inference, update, self.reduce, self.world_size, _state(before), noise, batch)
+            update = dataclasses.replace(self.update, average_from=average_from)  # type: ignore[arg-type]
+            made, terms, norm = step(
+                inference, update, self.reduce, self.world_size, _state(before), noise, batch, rates
+            )
             return *_carry(made), terms, norm
 
-        return flat, [[*carry, *(e[k] for e in each), *self._numbers()] for k in range(len(chunk.batch_rows))]
+        return flat, [[*carry, *(e[k] for e in each), *numbers] for k in range(len(chunk.batch_rows))]
 
-    def _stream(self) -> tuple[Tensor, Tensor]:
+    def _rates(self, step: Tensor, num_obs: Tensor, lr: Tensor, horizon: Tensor, average_from: Tensor) -> Tensor:
+        """`Update.rates` as a function of tensors."""
+        optimizer = dataclasses.replace(self.update.optimizer, lr=lr)  # type: ignore[type-var]
+        update = dataclasses.replace(self.update, optimizer=optimizer, horizon=horizon)  # type: ignore[arg-type]
+        return update.rates(step, num_obs)  # type: ignore[arg-type]
+
+    def _stream(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Seed and draws [A, R]: which noise is this rank's."""
-        return torch.tensor(self.seed), draw_numbers(self.groups, self.inference.objective.pairs, torch.device("cpu"))
+        return torch.tensor(self.seed, device=device), draw_numbers(self.groups, self.inference.objective.pairs, device)
 
-    def _numbers(self) -> tuple[Tensor, ...]:
+    def _numbers(self, device: torch.device) -> tuple[Tensor, ...]:
         """N, lr, horizon and first averaged step."""
         reals = [self.inference.num_obs, self.update.optimizer.lr]
         whole = [self.update.horizon, self.update.average_from]
-        return *(torch.tensor(x, dtype=torch.float64) for x in reals), *map(torch.tensor, whole)
+        return (
+            *(torch.tensor(x, dtype=torch.float64, device=device) for x in reals),
+            *(torch.tensor(x, device=device) for x in whole),
+        )
 
     def _layout(self, chunk: Chunk) -> "_Layout":
         return _Layout(self.inference.guide.noise_size, tuple(chunk.columns), chunk.row_id is not None)
@@ -134,25 +160,32 @@ class Fused:
 
 
 class _Scan(nn.Module):
-    """A chunk: noise for all its steps at once, then the traced step over the slots."""
+    """A chunk: noise and rates for all its steps at once, then the traced step over the slots."""
 
-    def __init__(self, traced: Traced, layout: "_Layout", dtype: torch.dtype):
+    def __init__(self, traced: Traced, rates: Traced, layout: "_Layout", dtype: torch.dtype):
         super().__init__()
-        self.traced, self.layout, self.dtype = traced, layout, dtype
+        self.traced, self.rates, self.layout, self.dtype = traced, rates, layout, dtype
+
+    def before(self, carry: Sequence[Tensor], data: Sequence[Tensor], fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the steps take besides carry and ``fixed``, each [K, ...]."""
+        seed, draws, *numbers = fixed[:6]
+        noise = self.layout.noise(seed, draws, carry[0], data, self.dtype)
+        steps = carry[0] + torch.arange(data[0].shape[0], device=carry[0].device)
+        constants = fixed[6 : 6 + len(self.rates.constants)]
+        return *noise, *data, torch.vmap(lambda at: self.rates.graph(at, *numbers, *constants))(steps)
+
+    def step(self, carry: Sequence[Tensor], here: Sequence[Tensor], fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The traced step: carry, terms, norm."""
+        return self.traced.graph(*carry, *here, *fixed[2:6], *fixed[6 + len(self.rates.constants) :])
 
     def forward(
         self, carry: tuple[Tensor, ...], data: tuple[Tensor, ...], fixed: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        seed, draws, *rest = fixed
-        noise = self.layout.noise(seed, draws, carry[0], data, self.dtype)
-        slots = data[0].shape[0]
-        same = [each.unsqueeze(0).expand(slots, *each.shape) for each in rest]
-
-        def body(before: tuple[Tensor, ...], here: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            *after, terms, norm = self.traced.graph(*before, *here)
+        def body(carry: tuple[Tensor, ...], here: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            *after, terms, norm = self.step(carry, here, fixed)
             return tuple(each.clone() for each in after), (terms, norm)
 
-        last, (terms, norms) = scan(body, carry, (*noise, *data, *same))
+        last, (terms, norms) = scan(body, carry, self.before(carry, data, fixed))
         return *last, terms, norms
 
 
@@ -170,7 +203,7 @@ class _Layout:
         return chunk.valid, chunk.batch_rows, *row_id, *(chunk.columns[name] for name in self.columns)
 
     def noise(
-        self, seed: Tensor, draws: Tensor, first: Tensor, data: tuple[Tensor, ...], dtype: torch.dtype
+        self, seed: Tensor, draws: Tensor, first: Tensor, data: Sequence[Tensor], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         """The noise of the chunk ``data`` that starts at step ``first``; each [K, ...]."""
         steps = first + torch.arange(data[0].shape[0], device=first.device)

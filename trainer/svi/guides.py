@@ -90,7 +90,7 @@ class MeanField:
             refuse_latent(self.trace.nodes[site.name], model.plate, can_be_local=False)
         self.init_scale = init_scale
         self.size = sum(site.size for site in self.sites)
-        with FromUnconstrained(self.sites, torch.zeros(self.size, dtype=self.dtype, device=self.device)):
+        with FromUnconstrained(self._by_site(torch.zeros(self.size, dtype=self.dtype, device=self.device))):
             self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)
         self.noise_size = (self.size + self.models.elements, self.models.per_row)
 
@@ -101,28 +101,33 @@ class MeanField:
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
         loc, log_scale = params["guide.loc"], params["guide.log_scale"]
-        eps = noise.elements[: self.size]
-        u = loc + log_scale.exp() * eps
+        # Everything is split into sites once: the gradient of a slice is a vector of zeros around it, for each slice.
+        locs, log_scales, normals = map(self._by_site, (loc, log_scale, noise.elements[: self.size]))
+        scales = {name: each.exp() for name, each in log_scales.items()}
+        u = {name: locs[name] + scales[name] * normals[name] for name in locs}
         # A mode is a detour for every operation, so only a model that draws gets one.
         own = NoiseMode(self.models, noise.elements[self.size :], noise.rows, noise.seed)
-        with FromUnconstrained(self.sites, u) as latents, nullcontext() if self.models.empty else own:
+        with FromUnconstrained(u) as latents, nullcontext() if self.models.empty else own:
             trace = poutine.trace(model).get_trace(batch)
-        if kl == "analytic":
-            entropy_each = log_scale + 0.5 * (1 + LOG_2PI)
-        elif kl == "monte_carlo":
-            entropy_each = 0.5 * eps * eps + log_scale + 0.5 * LOG_2PI
-        else:  # only the path through z carries a gradient
-            loc_, log_scale_ = loc.detach(), log_scale.detach()
-            entropy_each = 0.5 * ((u - loc_) * (-log_scale_).exp()) ** 2 + log_scale_ + 0.5 * LOG_2PI
         entropy, log_prior = {}, {}
-        for site in self.sites:
-            span = slice(site.start, site.start + site.size)
-            node = trace.nodes[site.name]
-            entropy[site.name] = entropy_each[span].sum(dtype=torch.float64)
-            q = (loc[span].view(site.shape), log_scale[span].exp().view(site.shape))
-            exact = _expected_normal_log_prob(node, q) if kl == "analytic" else None
-            log_prior[site.name] = total(node, exact) if exact is not None else latents.log_prior(node)
+        for name in u:
+            node = trace.nodes[name]
+            if kl == "analytic":
+                entropy_each = log_scales[name] + 0.5 * (1 + LOG_2PI)
+            elif kl == "monte_carlo":
+                entropy_each = 0.5 * normals[name] ** 2 + log_scales[name] + 0.5 * LOG_2PI
+            else:  # only the path through z carries a gradient
+                loc_, log_scale_ = locs[name].detach(), log_scales[name].detach()
+                entropy_each = 0.5 * ((u[name] - loc_) * (-log_scale_).exp()) ** 2 + log_scale_ + 0.5 * LOG_2PI
+            entropy[name] = entropy_each.sum(dtype=torch.float64)
+            exact = _expected_normal_log_prob(node, (locs[name], scales[name])) if kl == "analytic" else None
+            log_prior[name] = total(node, exact) if exact is not None else latents.log_prior(node)
         return Draw(trace, entropy, log_prior, frozenset())
+
+    def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parts of a vector [D], each in its site's unconstrained shape."""
+        parts = flat.split([site.size for site in self.sites])
+        return {site.name: part.view(site.shape) for site, part in zip(self.sites, parts)}
 
 
 def _expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | None:

@@ -5,7 +5,7 @@ z = biject_to(support)(u). Shapes: D unconstrained scalars in all.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -96,25 +96,23 @@ def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
 
 
 class FromUnconstrained(Messenger):
-    """Gives every latent site its value from the flat ``u`` [D], through its support's bijection at that moment."""
+    """Gives every latent site its value from ``u`` by site, through its support's bijection at that moment."""
 
-    def __init__(self, sites: tuple[LatentSite, ...], u: Tensor):
+    def __init__(self, u: dict[str, Tensor]):
         super().__init__()
-        self.sites = {site.name: site for site in sites}
         self.u = u
         self.jacobian: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Message) -> None:
-        site = self.sites.get(str(msg["name"]))
-        if site is None or msg["is_observed"]:
+        name = str(msg["name"])
+        if name not in self.u or msg["is_observed"]:
             return
-        u = self.u[site.start : site.start + site.size].view(site.shape)
-        fn: Any = msg["fn"]
+        u, fn = self.u[name], cast(Any, msg["fn"])
         transform = biject_to(fn.support)
         value = transform(u)
         if not isinstance(fn.support, type(constraints.real)):
             jacobian = transform.log_abs_det_jacobian(u, value)
-            self.jacobian[site.name] = jacobian.reshape(*fn.batch_shape, -1).sum(-1)
+            self.jacobian[name] = jacobian.reshape(*fn.batch_shape, -1).sum(-1)
         msg["value"], msg["done"] = value, True
 
     def log_prior(self, site: Site) -> Tensor:

@@ -52,7 +52,8 @@ def _normals(words: tuple[Tensor, ...], count: int, dtype: torch.dtype) -> Tenso
     r0, r1 = (-2.0 * w0.log()).sqrt(), (-2.0 * w2.log()).sqrt()
     a0, a1 = 2.0 * math.pi * w1, 2.0 * math.pi * w3
     quads = torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], dim=-1)
-    return quads.flatten(-2)[..., :count]
+    # Contiguous: of a view of a larger tensor Inductor would copy all steps at each step.
+    return quads.flatten(-2)[..., :count].contiguous()
 
 
 def chunk_noise(

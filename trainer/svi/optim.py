@@ -3,8 +3,9 @@
 The gradient is that of loss / N, so `eps` (given for the full-data loss, as in the papers) is divided by N: with
 Adam's usual 1e-8 against gradients of size 1/N, a latent known from its prior alone would hardly move.
 
-Every optimiser has the same two sections: `init(theta) -> slots` and `update(...) -> (theta, slots)`.
-Shapes: theta, gradient and slots [P]; count is the number of this update, from 1 (int64 []).
+Every optimiser has the same three sections: `init(theta) -> slots`, `rates(...) -> rates` (what depends on the step
+alone, so that a chunk's are computed at once and no power is taken for each element) and `update(...) -> (theta,
+slots)`. Shapes: theta, gradient and slots [P]; count is the number of this update, from 1 (int64 []); rates [m].
 """
 
 from dataclasses import dataclass
@@ -17,15 +18,15 @@ Slots = tuple[Tensor, ...]
 
 
 class Optimizer(Protocol):
-    """What the step needs of an optimiser. ``lr`` is a float64 scalar tensor."""
+    """What the step needs of an optimiser. ``lr`` is the scheduled rate, like ``rates`` a float64 tensor."""
 
     lr: float
 
     def init(self, theta: Tensor) -> Slots: ...
 
-    def update(
-        self, grad: Tensor, slots: Slots, theta: Tensor, lr: Tensor, count: Tensor, num_obs: float
-    ) -> tuple[Tensor, Slots]: ...
+    def rates(self, lr: Tensor, count: Tensor, num_obs: float) -> Tensor: ...
+
+    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]: ...
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,25 @@ class Adam:
     def init(self, theta: Tensor) -> Slots:
         return torch.zeros_like(theta), torch.zeros_like(theta)
 
-    def update(
-        self, grad: Tensor, slots: Slots, theta: Tensor, lr: Tensor, count: Tensor, num_obs: float
-    ) -> tuple[Tensor, Slots]:
+    def rates(self, lr: Tensor, count: Tensor, num_obs: float) -> Tensor:
+        """[4]: corrected step size, correction of the root of the second moment, eps, what a decay leaves."""
+        count = count.double()
+        root = (1 - self.beta2**count).sqrt()
+        rates = [lr / (1 - self.beta1**count), 1 / root, self.effective_eps(root) / num_obs, 1 - lr * self.weight_decay]
+        return torch.stack([torch.as_tensor(each, dtype=torch.float64, device=lr.device) for each in rates])
+
+    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]:
+        size, correction, eps, left = rates.unbind()[:4]
         if self.weight_decay and self.decoupled:
-            theta = theta * (1 - lr * self.weight_decay)
+            theta = theta * left
         elif self.weight_decay:
             grad = grad + self.weight_decay * theta
         mean = self.beta1 * slots[0] + (1 - self.beta1) * grad
         square = self.beta2 * slots[1] + (1 - self.beta2) * grad * grad
-        count = count.double()
-        correction1, correction2 = 1 - self.beta1**count, 1 - self.beta2**count
-        denominator = square.sqrt() / correction2.sqrt() + self.effective_eps(correction2) / num_obs
-        return theta - (lr / correction1) * mean / denominator, (mean, square)
+        return theta - size * mean / (square.sqrt() * correction + eps), (mean, square)
 
-    def effective_eps(self, correction2: Tensor) -> Tensor | float:
-        """eps beside the bias-corrected root of the second moment."""
+    def effective_eps(self, root: Tensor) -> Tensor | float:
+        """eps beside the corrected root of the second moment."""
         return self.eps
 
 
@@ -69,14 +73,17 @@ class ClippedAdam(Adam):
 
     clip: float = 10.0
 
-    def effective_eps(self, correction2: Tensor) -> Tensor | float:
-        return self.eps / correction2.sqrt()
+    def effective_eps(self, root: Tensor) -> Tensor | float:
+        return self.eps / root
 
-    def update(
-        self, grad: Tensor, slots: Slots, theta: Tensor, lr: Tensor, count: Tensor, num_obs: float
-    ) -> tuple[Tensor, Slots]:
-        bound = self.clip / num_obs
-        return super().update(grad.clamp(-bound, bound), slots, theta, lr, count, num_obs)
+    def rates(self, lr: Tensor, count: Tensor, num_obs: float) -> Tensor:
+        """Adam's, then the bound of an element of the gradient of loss / N."""
+        bound = torch.as_tensor(self.clip / num_obs, dtype=torch.float64, device=lr.device)
+        return torch.cat([super().rates(lr, count, num_obs), bound[None]])
+
+    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]:
+        bound = rates[4].to(grad.dtype)
+        return super().update(grad.clamp(-bound, bound), slots, theta, rates)
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,10 @@ class SGD:
     def init(self, theta: Tensor) -> Slots:
         return (torch.zeros_like(theta),)
 
-    def update(
-        self, grad: Tensor, slots: Slots, theta: Tensor, lr: Tensor, count: Tensor, num_obs: float
-    ) -> tuple[Tensor, Slots]:
+    def rates(self, lr: Tensor, count: Tensor, num_obs: float) -> Tensor:
+        """[1]: the step size."""
+        return lr[None]
+
+    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]:
         velocity = self.momentum * slots[0] + grad
-        return theta - lr * velocity, (velocity,)
+        return theta - rates[0] * velocity, (velocity,)

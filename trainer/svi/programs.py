@@ -102,7 +102,10 @@ class Eager:
         for k in range(steps):
             batch = chunk.slot(k)
             noise = self.noise(int(state.step), batch, state.theta.dtype)
-            state, here, norm = step(self.inference, self.update, self.reduce, self.world_size, state, noise, batch)
+            rates = self.update.rates(state.step, self.inference.num_obs)
+            state, here, norm = step(
+                self.inference, self.update, self.reduce, self.world_size, state, noise, batch, rates
+            )
             terms.append(here)
             norms.append(norm)
         return ChunkResult(state, self.reduce(torch.stack(terms)), torch.stack(norms))

@@ -1,4 +1,4 @@
-"""One optimisation step as one pure function: `step(state, noise, batch) -> (state, terms, grad_norm)`.
+"""One optimisation step as one pure function: `step(state, noise, batch, rates) -> (state, terms, grad_norm)`.
 
 Every rank evaluates the draws whose lanes it holds, sums are all-reduced, and every rank makes the same update from the
 same gradient. Global terms count once over all ranks; terms inside the data plate are sums over the rows that each
@@ -113,16 +113,18 @@ class Update:
         zero = torch.zeros((), dtype=torch.int64, device=theta.device)
         return State(zero, theta.clone(), self.optimizer.init(theta), theta.clone(), zero.clone())
 
-    def __call__(self, state: State, grad: Tensor, num_obs: float) -> State:
-        count = state.step + 1
-        lr = self.optimizer.lr * self.schedule(state.step, self.horizon)
-        theta, slots = self.optimizer.update(grad, state.slots, state.theta, lr, count, num_obs)
+    def rates(self, step: Tensor, num_obs: float) -> Tensor:
+        """The optimiser's rates [m] for the update at ``step`` (int64 []), float64."""
+        return self.optimizer.rates(self.optimizer.lr * self.schedule(step, self.horizon), step + 1, num_obs)
+
+    def __call__(self, state: State, grad: Tensor, rates: Tensor) -> State:
+        theta, slots = self.optimizer.update(grad, state.slots, state.theta, rates)
         theta = theta.to(state.theta.dtype)
         slots = tuple(new.to(old.dtype) for new, old in zip(slots, state.slots))
         averaging = state.step >= self.average_from
         averaged = state.averaged + averaging
         mean = state.average + (theta - state.average) / averaged.clamp(min=1)
-        return State(count, theta, slots, torch.where(averaging, mean, theta), averaged)
+        return State(state.step + 1, theta, slots, torch.where(averaging, mean, theta), averaged)
 
 
 def step(
@@ -133,11 +135,13 @@ def step(
     state: State,
     noise: StepNoise,
     batch: StepBatch,
+    rates: Tensor,
 ) -> tuple[State, Tensor, Tensor]:
     """The state after one step, this rank's terms [S] in full-data nats and the norm of the gradient of loss / N (over
     all ranks).
 
-    ``reduce`` sums a tensor over the ranks; the terms are left for the caller to reduce once a chunk.
+    ``rates``: `update.rates` at this step. ``reduce`` sums a tensor over the ranks; the terms are left for the caller
+    to reduce once a chunk.
     """
     theta = state.theta.detach().requires_grad_()
     with torch.enable_grad():
@@ -145,5 +149,5 @@ def step(
         loss = -terms.sum() / inference.num_obs
         (grad,) = torch.autograd.grad(loss, theta)
     grad = reduce(grad)
-    new = update(state, grad, inference.num_obs)
+    new = update(state, grad, rates)
     return new, terms.detach(), grad.double().norm()
