@@ -88,7 +88,7 @@ class Ours:
         data.last = _FOREVER
         for chunk in data:
             assert isinstance(chunk, Chunk)
-            yield chunk if setting.device == "cpu" else on_device(chunk, setting.device)
+            yield chunk.map(lambda each: each.to(setting.device))
 
     def start(self) -> None:
         setting, way = self.setting, self.way
@@ -138,15 +138,6 @@ def program(fused: bool, inference: Inference, update: Update, seed: int) -> Pro
     from trainer.svi.fused import Fused
 
     return Fused(inference, update, seed, [0])
-
-
-def on_device(chunk: Chunk, device: str) -> Chunk:
-    return Chunk(
-        {name: column.to(device, non_blocking=True) for name, column in chunk.columns.items()},
-        chunk.valid.to(device),
-        chunk.batch_rows.to(device),
-        None,
-    )
 
 
 class Repeated:

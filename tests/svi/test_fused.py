@@ -10,8 +10,8 @@ import pytest
 import torch
 from svi_problems import build, chunk_of, regression
 
+from trainer.cache import cache_folder
 from trainer.errors import UserError
-from trainer.svi import native
 from trainer.svi.fused import Fused
 from trainer.svi.optim import SGD, Adam
 from trainer.svi.schedules import Constant
@@ -82,7 +82,7 @@ def test_one_compiled_step_serves_seeds_rates_horizons_and_sizes(program):
     said: list[str] = []
     first.prepare(start, chunk, said.append)
     assert [line.split()[0] for line in said] == ["compiling", "compiled"]
-    assert sorted(path.suffix for path in native.cache_folder().iterdir()) == [".lock", ".so"]
+    assert sorted(path.suffix for path in cache_folder().iterdir()) == [".lock", ".so"]
     other, start, chunk = program(seed=5, update=Update(Adam(lr=0.3), Constant(), 7, 2), num_obs=77)
     other.prepare(start, chunk, said.append)
     assert len(said) == 2

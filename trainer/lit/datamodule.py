@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.data.plan import Plan
 from trainer.data.reader import ChunkArrays, Reader, ShardFolder
 from trainer.errors import UserError
+from trainer.lit.transfer import sent_ahead
 from trainer.svi.programs import Chunk
 
 
@@ -77,6 +78,10 @@ class ChunkData(pl.LightningDataModule):
 
     def __iter__(self) -> Iterator[Chunk | UserError]:
         """Chunks; at last the error, if one ends them, for the ranks to agree on."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return self._chunks() if device.type == "cpu" else sent_ahead(self._chunks(), device)
+
+    def _chunks(self) -> Iterator[Chunk | UserError]:
         assert self.slots is not None
         reader = self._reader()
         try:

@@ -9,12 +9,18 @@ from pytorch_lightning import Callback
 
 from trainer.lit.module import VariationalModule
 
+_ALL = 1000
+
 
 class MetricsFile(Callback):
-    """One row of metrics.csv per chunk (step and wall seconds first). A resumed run drops what it will write again."""
+    """Rows of metrics.csv (step and wall seconds first), one per chunk for a while, then ever fewer (`is_kept`).
+
+    A resumed run drops what it will write again.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.chunks = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
@@ -27,7 +33,8 @@ class MetricsFile(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)
-        if not trainer.is_global_zero:
+        number, self.chunks = self.chunks, self.chunks + 1
+        if not trainer.is_global_zero or not (is_kept(number) or module.step == module.update.horizon):
             return
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
@@ -37,3 +44,11 @@ class MetricsFile(Callback):
             writer.writerow(module.last)
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in module.last.items() if k != "step"}, step=module.step)
+
+
+def is_kept(number: int) -> bool:
+    """Whether a process records its chunk ``number``: each of the first 1,000, then 500 each time the count doubles.
+
+    A chunk takes about 0.1 s: ten seconds, an hour and a month make 100, 3,600 and 8,300 rows.
+    """
+    return number % (1 << (number // _ALL).bit_length()) == 0

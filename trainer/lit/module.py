@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.lit.datamodule import ChunkData
-from trainer.lit.strategy import from_rank_zero, max_over_ranks, raise_together
+from trainer.lit.strategy import from_rank_zero, max_over_ranks, raise_together, same_on_all_ranks
 from trainer.svi.checks import finite_or_raise
 from trainer.svi.programs import Chunk, ChunkResult, Program
 from trainer.svi.step import Inference, State, Update
@@ -21,6 +21,7 @@ from trainer.svi.tracing import Untraceable
 
 _CHUNK_SECONDS, _CHUNK_BYTES = 0.1, 128 * 2**20
 _TRIAL_SLOTS = 4
+_COMPARE_EVERY = 64  # chunks: some seconds
 
 
 class VariationalModule(pl.LightningModule):
@@ -44,6 +45,7 @@ class VariationalModule(pl.LightningModule):
         self.inference, self.update, self.program, self.state = inference, update, program, state
         self.seconds_before = seconds
         self.last: dict[str, float] = {}
+        self._chunks = 0
         self._started = self._previous = time.monotonic()
 
     @property
@@ -112,7 +114,21 @@ class VariationalModule(pl.LightningModule):
         result = self.program.run(self.state, chunk, steps)
         self.state = result.state
         self._record(result, chunk)
+        self._chunks += 1
+        if self._chunks % _COMPARE_EVERY == 0:
+            self._compare_ranks()
         self._advance_lightning(steps)
+
+    def on_train_end(self) -> None:
+        self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
+        """Raises UserError on all ranks where their states, made by the same updates, are not the same to the bit."""
+        if not same_on_all_ranks(flat_state(self.state)):
+            raise UserError(
+                f"the ranks hold different parameters at step {self.step}, so memory, a network or a library failed: "
+                "resume the run from its last checkpoint, on other machines if it happens again."
+            )
 
     def _record(self, result: ChunkResult, chunk: Chunk) -> None:
         now = time.monotonic()

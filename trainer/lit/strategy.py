@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+import xxhash
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
@@ -81,6 +82,19 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     tensor = torch.tensor(value, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def same_on_all_ranks(tensors: Sequence[Tensor]) -> bool:
+    """Whether every rank holds the same bits, by a hash (xxHash, 63 bits)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    hashed = xxhash.xxh3_64()
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().numpy().tobytes())
+    here = hashed.intdigest() >> 1
+    extremes = torch.tensor([here, -here], device=tensors[0].device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return int(extremes[0]) == -int(extremes[1])
 
 
 def raise_together(error: UserError | None, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The fused program: the pure step traced to one graph, scanned over a chunk's steps and compiled, noise included.
 
-No Python runs between the steps of a chunk; on a GPU it launches each with one call. The number of slots is an input, so
-a chunk ends at any step; seed, draws, N, learning rate, horizon and averaging are inputs too, so one compiled step
+No Python runs between the steps of a chunk; on a GPU it launches each with one call. The number of slots is an input,
+so a chunk ends at any step; seed, draws, N, learning rate, horizon and averaging are inputs too, so one compiled step
 serves every rank and a whole sweep.
 
 Shapes: as in `trainer.svi.programs`.

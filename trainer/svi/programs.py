@@ -32,9 +32,13 @@ class Chunk(NamedTuple):
 
     def part(self, first: int, stop: int) -> "Chunk":
         """Slots [first, stop), sharing memory."""
-        here = slice(first, stop)
-        row_id = None if self.row_id is None else self.row_id[here]
-        return Chunk({n: c[here] for n, c in self.columns.items()}, self.valid[here], self.batch_rows[here], row_id)
+        return self.map(lambda each: each[first:stop])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Chunk":
+        """Every tensor changed."""
+        row_id = None if self.row_id is None else change(self.row_id)
+        columns = {name: change(column) for name, column in self.columns.items()}
+        return Chunk(columns, change(self.valid), change(self.batch_rows), row_id)
 
 
 class ChunkResult(NamedTuple):

@@ -1,0 +1,51 @@
+"""Ranks that no longer hold the same bits are found out, by a hash, on every rank."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from trainer.errors import UserError
+from trainer.lit import module as lit_module
+from trainer.lit.metrics import is_kept
+from trainer.lit.module import VariationalModule
+from trainer.lit.strategy import same_on_all_ranks
+
+
+def compare(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    same = [torch.arange(5.0), torch.tensor(3)]
+    nearly = [torch.arange(5.0) * (1 + 1e-7 * rank), torch.tensor(3)]
+    negative_zero = [torch.tensor([0.0 if rank else -0.0])]
+    found = [same_on_all_ranks(each) for each in (same, nearly, negative_zero)]
+    (Path(folder) / str(rank)).write_text(str(found))
+    dist.destroy_process_group()
+
+
+def test_a_bit_that_differs_is_seen_on_both_ranks(tmp_path: Path) -> None:
+    multiprocessing.spawn(compare, (str(tmp_path),), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[True, False, False]"] * 2
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    assert same_on_all_ranks([torch.ones(3)])
+
+
+def test_the_module_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit_module, "same_on_all_ranks", lambda tensors: False)
+    monkeypatch.setattr(lit_module, "flat_state", lambda state: [])
+    module = VariationalModule.__new__(VariationalModule)
+    monkeypatch.setattr(VariationalModule, "step", 41)
+    monkeypatch.setattr(VariationalModule, "state", None, raising=False)
+    with pytest.raises(UserError, match="different parameters at step 41"):
+        module._compare_ranks()
+
+
+def test_metrics_thin_out() -> None:
+    kept = [number for number in range(8000) if is_kept(number)]
+    assert kept[:1000] == list(range(1000))
+    assert len(kept) == 1000 + 3 * 500
+    assert {b - a for a, b in pairwise(kept) if a >= 4000} == {8}
