@@ -19,7 +19,7 @@ from trainer.lit.datamodule import to_tensor
 from trainer.lit.module import VariationalModule
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import sum_over_ranks
-from trainer.posterior.elbo import Block, full_elbo
+from trainer.posterior.elbo import Block, full_elbo, held_out_elbo_per_row
 from trainer.posterior.summary import summarise, write_summary
 from trainer.posterior.table import closing_table
 from trainer.svi.guides import MeanField
@@ -66,15 +66,9 @@ class Finish(Callback):
         )
         held_out = None
         if self.held_out is not None:
-            other = full_elbo(
-                inference,
-                theta,
-                self._blocks(self.held_out, trainer),
-                len(self.held_out.block_rows),
-                self.seed,
-                sum_over_ranks,
-            )
-            held_out = other.expected_log_likelihood / other.rows - fitted.kl / fitted.rows
+            blocks = self._blocks(self.held_out, trainer)
+            count = len(self.held_out.block_rows)
+            held_out = held_out_elbo_per_row(inference, theta, blocks, count, self.seed, sum_over_ranks, fitted)
         return {
             "elbo": fitted.elbo,
             "elbo_se": fitted.elbo_se,
