@@ -27,7 +27,6 @@ from rich.table import Table
 
 from scripts.benchmark.ours import Ours, Way
 from scripts.benchmark.problems import MODELS, Setting, make_data
-from scripts.benchmark.turns import cores
 from trainer.lit.strategy import sum_over_ranks
 from trainer.svi.fused import Fused
 from trainer.svi.local_steps import LocalSteps
@@ -71,8 +70,6 @@ def repeated(work: Callable[[], Any], seconds: float, active: bool) -> float:
 
 
 def rank_main(rank: int, store: str, setting: Setting, rounds: int, seconds: float, out: str) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores()[rank % len(cores())]})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     ours = Ours(setting, Way(fused=True))

@@ -16,8 +16,11 @@ import xxhash
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from trainer.errors import UserError
+
+_SMALL = 2**20  # bytes, up to which a vector's latency counts more than its size
 
 
 class RankStrategy(DDPStrategy):
@@ -68,11 +71,37 @@ def leave_group(together: bool) -> None:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, as a new tensor (the tensor itself on one rank), by operations that a graph can hold."""
+    """The sum over all ranks, the same bits on each, as a new tensor (the tensor itself on one rank).
+
+    While a graph is traced, by an operation that it can hold (a compiled CPU step knows no other than all-reduce).
+    Else a small vector goes from rank to rank over gloo: 0.15 ms between two processes of a machine where its
+    all-reduce takes 1.5.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
-    assert dist.group.WORLD is not None
-    return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", dist.group.WORLD))
+    size, world = dist.get_world_size(), dist.group.WORLD
+    assert world is not None
+    if get_proxy_mode() is None and dist.get_backend() == "gloo" and size & (size - 1) == 0 and tensor.nbytes <= _SMALL:
+        return _exchanged(tensor, dist.get_rank(), size)
+    return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", world))
+
+
+def _exchanged(tensor: Tensor, rank: int, size: int) -> Tensor:
+    """The sum by recursive doubling: pairs exchange, then pairs of pairs. Both of a pair add the same two numbers.
+
+    One of a pair sends first: two sends at once take gloo ten times as long.
+    """
+    total = tensor.detach().clone()
+    for distance in (1 << i for i in range(size.bit_length() - 1)):
+        theirs, other = torch.empty_like(total), rank ^ distance
+        if rank < other:
+            dist.send(total, other)
+            dist.recv(theirs, other)
+        else:
+            dist.recv(theirs, other)
+            dist.send(total, other)
+        total = total + theirs
+    return total
 
 
 def max_over_ranks(value: int, device: torch.device) -> int:
