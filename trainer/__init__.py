@@ -1,0 +1,26 @@
+"""Stochastic variational inference for Pyro models on tables of any size: `fit`, and what it gives, a `Posterior`."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.app.fit import fit
+    from trainer.data.reader import ShardFolder
+    from trainer.errors import UserError
+    from trainer.posterior.posterior import Posterior
+
+__all__ = ["Posterior", "ShardFolder", "UserError", "fit"]
+_HOMES = {
+    "fit": "trainer.app.fit",
+    "Posterior": "trainer.posterior.posterior",
+    "ShardFolder": "trainer.data.reader",
+    "UserError": "trainer.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: the command line starts without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trainer' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

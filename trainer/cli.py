@@ -6,10 +6,10 @@ from importlib import import_module
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from trainer.app.config import config_folder, register_open_nodes
 from trainer.app.ranks import launched_rank
 from trainer.errors import UserError
 
@@ -18,7 +18,6 @@ VERBS = {
     "verify": "check every hash of a shard folder",
     "train": "fit a model to a shard folder",
 }
-_OPEN = ("columns", "model", "guide", "objective", "optimizer", "schedule", "program", "trainer", "logger")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,19 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     register_open_nodes()
     sys.argv = [f"svi {verb}", *overrides]
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_task(verb))()
-
-
-def register_open_nodes() -> None:
-    """Makes the nodes that take keys no default names: columns, and the arguments of users' own classes."""
-    for name in _OPEN:
-        node = {name: OmegaConf.create({}, flags={"struct": False})}
-        ConfigStore.instance().store(name=f"open_{name}", node=node)
-
-
-def config_folder() -> Path:
-    """`conf/`: inside an installed package, beside it in a checkout."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
 def _task(verb: str) -> Callable[[DictConfig], float]:

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import pyro.infer.autoguide
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from pyro.infer.autoguide import AutoGuide
 
 from trainer.errors import UserError
 from trainer.svi.guides import MeanField, PyroGuide
-from trainer.svi.materialise import GuideFactory
+from trainer.svi.materialise import GuideFactory, guide_factory
 from trainer.svi.plates import PlatedModel
 
 
@@ -74,8 +74,6 @@ def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...],
         return lambda plated, batch: PyroGuide(PlatedModel(owner.guide, columns, plate), plate)
     if found is MeanField:
         return make(node, partial=True)
-    if inspect.isclass(found) and issubclass(found, pyro.infer.autoguide.AutoGuide):
-        autoguide = make(node, partial=True)
-        return lambda plated, batch: PyroGuide(autoguide(plated), plate)
-    fn = make(node) if inspect.isclass(found) else make(node, partial=True)
-    return lambda plated, batch: PyroGuide(PlatedModel(fn, columns, plate), plate)
+    auto = inspect.isclass(found) and issubclass(found, AutoGuide)
+    made = make(node) if inspect.isclass(found) and not auto else make(node, partial=True)
+    return guide_factory(made, columns, plate)

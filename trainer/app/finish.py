@@ -29,7 +29,10 @@ _SUMMARY_ROWS = 64  # of the data, for models whose latents take their shapes fr
 
 
 class Finish(Callback):
-    """Evaluates the answer on all ranks (unless a signal ended the run) and writes metrics.json and summary.csv."""
+    """Evaluates the answer on all ranks (unless a signal ended the run) and writes metrics.json and summary.csv.
+
+    ``shown`` ends the closing line.
+    """
 
     def __init__(
         self,
@@ -40,11 +43,14 @@ class Finish(Callback):
         seed: int,
         console: Console,
         signals: StopOnSignal,
+        shown: str,
     ):
         self.signals = signals
         self.run_dir, self.folder, self.held_out, self.plan = run_dir, folder, held_out, plan
         self.seed, self.console = seed, console
+        self.shown = shown
         self.headline = float("nan")
+        self.metrics: dict[str, Any] = {}
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
@@ -52,6 +58,7 @@ class Finish(Callback):
             return
         seconds = module.seconds
         metrics = {**self._evaluate(trainer, module), **self._facts(module, seconds, trainer.world_size)}
+        self.metrics = metrics
         self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
         if trainer.is_global_zero:
             self._write(module, metrics)
@@ -106,13 +113,16 @@ class Finish(Callback):
 
         return Block(number, {name: values(name) for name in module.inference.model.arguments}, values(ROW_ID))
 
+    def first_rows(self, module: VariationalModule) -> Batch:
+        """A few rows of the training data, as a batch."""
+        first = self._block(self.folder, 0, module, rows=_SUMMARY_ROWS)
+        count = torch.tensor(len(first.row_id), device=module.device)
+        return Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
+
     def _write(self, module: VariationalModule, metrics: dict[str, Any]) -> None:
         with atomic_write(self.run_dir / "metrics.json") as file:
             file.write(json.dumps(metrics, indent=1).encode())
-        first = self._block(self.folder, 0, module, rows=_SUMMARY_ROWS)
-        count = torch.tensor(len(first.row_id), device=module.device)
-        batch = Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
-        sites = summarise(module.inference, module.theta, batch, seed=self.seed)
+        sites = summarise(module.inference, module.theta, self.first_rows(module), seed=self.seed)
         write_summary(self.run_dir / "summary.csv", sites)
         parameters = module.inference.parameters
         own = {n: v for n, v in parameters.constrain(parameters.unflatten(module.theta)).items() if n[:6] != "guide."}
@@ -122,5 +132,5 @@ class Finish(Callback):
             f"ELBO {metrics['elbo']:,.3f} ± {metrics['elbo_se']:.2g} nats ({metrics['elbo_per_row']:.6g} per row"
             + (f", held out {held_out:.6g}" if held_out is not None else "")
             + f") · {metrics['steps']:,} steps in {metrics['seconds']:.1f} s"
-            f" ({metrics['rows_per_second']:,.0f} rows/s) · {self.run_dir}"
+            f" ({metrics['rows_per_second']:,.0f} rows/s){self.shown}"
         )

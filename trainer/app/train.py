@@ -5,9 +5,10 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -30,13 +31,23 @@ from trainer.lit.module import VariationalModule
 from trainer.lit.progress import ProgressBar
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import RankStrategy, sum_over_ranks
-from trainer.svi.materialise import materialise
+from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import Batch
 from trainer.svi.step import Inference, Update
 
 _CHECK_ROWS = 1024
 _DEFAULT_STEPS, _DEFAULT_EPOCHS = 5_000, 20
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+class Given(NamedTuple):
+    """What a caller from Python has made already."""
+
+    model: Callable[..., Any]
+    guide: Any
+    """As for `guide_factory`."""
+    keep: bool
+    """Whether the run folder stays."""
 
 
 def run(cfg: DictConfig, run_dir: Path) -> float:
@@ -48,10 +59,14 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     here = world(cfg.trainer)
     threads = share_threads(here.local_size, cfg.threads)
     run_dir = Path(agree_on(str(run_dir.absolute()), here, "nccl" if on_cuda(cfg.trainer) else "gloo"))
-    _quiet_lightning()
+    quiet_lightning()
     before = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
     try:
-        return _train(cfg, run_dir, here, threads)
+        console = Console(quiet=here.rank != 0, highlight=False, soft_wrap=True)
+        _, finish = train(cfg, run_dir, here, threads, console)
+        if finish.signals.received:
+            sys.exit(128 + finish.signals.received)
+        return finish.headline
     finally:
         for name, value in before.items():  # a later run of this process (a sweep) launches its own ranks
             if value is None:
@@ -60,14 +75,16 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
                 os.environ[name] = value
 
 
-def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
-    console = Console(quiet=here.rank != 0, highlight=False, soft_wrap=True)
+def train(
+    cfg: DictConfig, run_dir: Path, here: World, threads: int, console: Console, given: Given | None = None
+) -> tuple[VariationalModule, Finish]:
+    """Trains and writes the run folder; ``given``: model and guide as objects, in place of the config's."""
     folder, held_out = open_training(str(cfg.data.path)), open_split(Path(str(cfg.data.path)), "held_out")
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
     plan = Plan(folder.index.block_rows, **{k: v for k, v in plan_facts.items() if k not in ("index", "draws")})
     update = _update(cfg, plan)
-    inference, theta = infer(cfg, folder)
+    inference, theta = infer(cfg, folder, given)
     fresh = state = update.init(theta)
     facts = {
         "plan": plan_facts,
@@ -104,7 +121,8 @@ def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
                      cfg.slots and int(cfg.slots), (every,) if every else ())  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     signals = StopOnSignal()
-    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals)
+    shown = f" · {run_dir}" if given is None or given.keep else ""
+    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, shown)
     callbacks = [
         signals,
         ProgressBar(console, update.horizon),
@@ -118,8 +136,7 @@ def _train(cfg: DictConfig, run_dir: Path, here: World, threads: int) -> float:
         console.print(f"step {data.first:,} is the end already: raise max_steps= or max_epochs= to go on.")
     if signals.received:
         console.print(f"stopped by signal {signals.received} at step {module.step:,}; continue with ckpt_path=last")
-        sys.exit(128 + signals.received)
-    return finish.headline
+    return module, finish
 
 
 def open_training(path: str) -> ShardFolder:
@@ -130,10 +147,13 @@ def open_training(path: str) -> ShardFolder:
     return folder
 
 
-def infer(cfg: DictConfig, folder: ShardFolder) -> tuple[Inference, torch.Tensor]:
+def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> tuple[Inference, torch.Tensor]:
     """The inference problem of a config, checked on the first rows, and theta [P] at its start."""
     columns = tuple(column.name for column in folder.index.columns if column.name != "row_id")
-    user_model = build.model(cfg.model)
+    user_model = build.model(cfg.model) if given is None else given.model
+    factory = build.guide(cfg.guide, user_model, columns, cfg.plate)
+    if given is not None and given.guide != "mean_field":
+        factory = guide_factory(given.guide, columns, cfg.plate)
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS].copy(), dtype) for n in (*columns, "row_id")}
     count = len(rows["row_id"])
@@ -145,7 +165,7 @@ def infer(cfg: DictConfig, folder: ShardFolder) -> tuple[Inference, torch.Tensor
     )
     return materialise(
         user_model,
-        build.guide(cfg.guide, user_model, columns, cfg.plate),
+        factory,
         batch,
         folder.num_rows,
         build.make(cfg.objective),
@@ -195,7 +215,7 @@ def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Cal
     )
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Lightning's notes on hardware and hooks are about loops that we do not use."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -141,7 +141,11 @@ def _codes(raw: Raw, part: str, vocabulary: list[str]) -> tuple[np.ndarray, np.n
     text = _text(raw)
     codes = pc.index_in(text, value_set=pa.array(vocabulary, text.type))
     if codes.null_count != text.null_count:
-        raise UserError(f"column '{part}' changed while it was read: pack it again when nothing writes to it.")
+        new = pc.unique(text.filter(pc.and_(codes.is_null(), text.is_valid()))).to_pylist()
+        raise UserError(
+            f"column '{part}' holds {new[0]!r}, which the table had not when its text was numbered: "
+            "leave such rows out, or pack the table again."
+        )
     return codes.fill_null(0).to_numpy().astype(np.int64), text.is_null().to_numpy(zero_copy_only=False)
 
 

@@ -145,13 +145,14 @@ def _reading(file: Path) -> Iterator[None]:
         raise UserError(f"cannot read '{file}': {reason}.") from error
 
 
-def _arrow_field(kind: pa.DataType) -> Field:
+def arrow_field(kind: pa.DataType) -> Field:
+    """The field of an Arrow type."""
     types = pa.types
     if types.is_fixed_size_list(kind):
-        inner = _arrow_field(kind.value_type)
+        inner = arrow_field(kind.value_type)
         return Field(inner.kind, (kind.list_size, *inner.shape)) if inner.kind in NUMERIC else Field(str(kind))
     if types.is_dictionary(kind):
-        coded = _arrow_field(kind.value_type).kind in ("text", "int")
+        coded = arrow_field(kind.value_type).kind in ("text", "int")
         return Field("text" if coded else str(kind))
     if types.is_floating(kind) or types.is_decimal(kind):
         return Field("float")
@@ -166,7 +167,7 @@ def _inspect_parquet(file: Path, names: Sequence[str] | None) -> tuple[dict[str,
     with pq.ParquetFile(file) as table:
         schema = table.schema_arrow
         chosen = choose(names, schema.names, file)
-        return {name: _arrow_field(schema.field(name).type) for name in chosen}, table.metadata.num_rows
+        return {name: arrow_field(schema.field(name).type) for name in chosen}, table.metadata.num_rows
 
 
 def _read_parquet(file: Path, fields: Mapping[str, Field], rows: int) -> Iterator[dict[str, Raw]]:
@@ -198,7 +199,7 @@ def _inspect_csv(file: Path, names: Sequence[str] | None) -> tuple[dict[str, Fie
     for table in _csv_tables(file, names, {}):
         rows += len(table)
         for name, kind in zip(table.column_names, table.schema.types):
-            found = _arrow_field(kind)
+            found = arrow_field(kind)
             try:
                 fields[name] = _merge(fields.get(name), found, name, file)
             except UserError:

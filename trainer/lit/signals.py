@@ -5,6 +5,7 @@ A second Ctrl-C interrupts at once.
 """
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,8 @@ class StopOnSignal(Callback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets only the main thread handle signals
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
 

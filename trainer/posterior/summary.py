@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, transforms
 from torch.special import ndtri
 
 from trainer.data.store import atomic_write
-from trainer.svi.guides import MeanField, Noise
-from trainer.svi.latents import LatentSite, Site, is_latent
-from trainer.svi.noise import element_noise, mixed_seed, row_noise
-from trainer.svi.plates import Batch, inside
+from trainer.posterior.draws import draw, latents_of
+from trainer.svi.guides import MeanField
+from trainer.svi.latents import LatentSite, Site
+from trainer.svi.noise import element_noise, mixed_seed
+from trainer.svi.plates import Batch
 from trainer.svi.step import Inference
 
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -103,23 +103,8 @@ def write_summary(path: Path, summaries: list[SiteSummary]) -> None:
 
 def _latents(inference: Inference, theta: Tensor, batch: Batch, seed: int, pair: int, sign: float) -> dict[str, Site]:
     """One draw of every latent outside the data plate, as nodes of the model's trace."""
-    guide, device = inference.guide, theta.device
-    elements, per_row = guide.noise_size
-    when, draw = torch.tensor(0, device=device), torch.tensor([pair], device=device)
-    own = mixed_seed(seed, _STREAM, 0)
-    flat = sign * element_noise(own, when, draw, elements, theta.dtype)[0]
-    rows = None
-    if per_row:
-        assert batch.row_id is not None
-        rows = sign * row_noise(own, when, draw, batch.row_id[None], per_row, theta.dtype)[0]
-    noise = Noise(flat, rows, mixed_seed(own, 0, 2 * pair + (sign < 0)))
-    with torch.no_grad(), pyro.validation_enabled(False):
-        drawn = inference.parameters.call(
-            inference.parameters.unflatten(theta),
-            lambda values: guide.draw(inference.model, values, noise, batch, "monte_carlo"),
-        )
-    nodes = drawn.trace.nodes.items()
-    return {name: node for name, node in nodes if is_latent(node) and not inside(node, inference.model.plate)}
+    drawn = draw(inference, theta, batch, mixed_seed(seed, _STREAM, 0), pair, sign)
+    return latents_of(drawn, inference.model.plate)
 
 
 def _from_model(

@@ -1,10 +1,13 @@
 """From the user's callables and one batch to an `Inference` with its first parameters; nothing is trained before."""
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from trainer.errors import UserError
@@ -16,6 +19,21 @@ from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.step import Inference
 
 GuideFactory = Callable[[PlatedModel, Batch], Guide]
+
+
+def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> GuideFactory:
+    """What makes the guide: "mean_field", a class of Pyro's autoguides, or a guide of the user's, any callable.
+
+    Raises UserError for another name.
+    """
+    if guide in ("mean_field", MeanField):
+        return MeanField
+    if isinstance(guide, str) or not callable(guide):
+        raise UserError(f"guide={guide} is unknown: give mean_field, one of pyro.infer.autoguide, or your own guide.")
+    made = guide.func if isinstance(guide, functools.partial) else guide
+    if inspect.isclass(made) and issubclass(made, AutoGuide):
+        return lambda plated, batch: PyroGuide(guide(plated), plate)
+    return lambda plated, batch: PyroGuide(PlatedModel(guide, columns, plate), plate)
 
 
 def materialise(

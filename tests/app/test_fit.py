@@ -1,0 +1,238 @@
+"""`fit` from Python: the same answer from every kind of table, no file left behind, and what a Posterior can do."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+import trainer
+from trainer import Posterior, ShardFolder, UserError, fit
+from trainer.data.pack import pack
+from trainer.posterior.posterior import between_seeds
+from trainer.posterior.summary import SiteSummary
+
+N, NOISE = 256, 0.5
+FOUR = {"x": np.ones((4, 3)), "y": np.ones(4)}
+MANY = {"program": "eager", "slots": 64, "optimizer.lr": 0.03, "objective.pairs": 4}
+QUICK = {"program": "eager", "slots": 64, "optimizer.lr": 0.05}
+
+
+def regression(x, y=None):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
+
+
+def by_group(group, y=None):
+    with pyro.plate("groups", 3):
+        level = pyro.sample("level", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(group)):
+        pyro.sample("y", dist.Normal(level[group], NOISE), obs=y)
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    x = np.linalg.qr(rng.normal(size=(N, 3)))[0] * np.sqrt(N)
+    y = x @ np.array([1.0, -1.0, 0.5]) + NOISE * rng.normal(size=N)
+    return pd.DataFrame({"a": x[:, 0], "b": x[:, 1], "c": x[:, 2], "y": y})
+
+
+COLUMNS = {"x": ["a", "b", "c"], "y": "y"}
+
+
+def quick_fit(data, model=regression, **more):
+    more = {"max_steps": 400, "dtype": "float64", "progress": False, **more}
+    return fit(model, data, options=QUICK, **more)
+
+
+@pytest.fixture(scope="module")
+def fitted(table: pd.DataFrame) -> Posterior:
+    return fit(regression, table, columns=COLUMNS, dtype="float64", max_steps=1500, progress=False, options=MANY)
+
+
+def exact(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and mean-field sd of w (its precision is diagonal here)."""
+    x = table[["a", "b", "c"]].to_numpy()
+    precision = x.T @ x / NOISE**2 + np.eye(3) / 4
+    return np.linalg.solve(precision, x.T @ table["y"].to_numpy() / NOISE**2), 1 / np.sqrt(np.diag(precision))
+
+
+def test_the_answer_is_the_exact_one(fitted, table):
+    mean, sd = exact(table)
+    (w,) = fitted.summary()
+    assert np.abs(w.mean - mean).max() < 0.1 * sd.min()
+    np.testing.assert_allclose(w.sd, sd, rtol=0.03)
+    assert fitted.metrics["stop_reason"] == "budget"
+    assert "w" in str(fitted)
+
+
+def test_every_kind_of_table_gives_the_same_bits(fitted, table, tmp_path):
+    arrow = pa.Table.from_pandas(table)
+    pq.write_table(arrow, tmp_path / "table.parquet")
+    pack(tmp_path / "table.parquet", tmp_path / "shards", columns=COLUMNS, held_out=0.0, float_dtype="float64")
+    arrays = {name: table[name].to_numpy() for name in table}
+    files = [tmp_path / "table.parquet", str(tmp_path / "table.parquet")]
+    whole = {"x": torch.tensor(table[["a", "b", "c"]].to_numpy()), "y": torch.tensor(table["y"].to_numpy())}
+    packed = [tmp_path / "shards", ShardFolder(tmp_path / "shards" / "train")]
+    wanted = quick_fit(table, columns=COLUMNS, max_steps=20).theta
+    for data in (arrow, arrays, *files):
+        assert torch.equal(quick_fit(data, columns=COLUMNS, max_steps=20).theta, wanted)
+    for data in (whole, *packed):
+        assert torch.equal(quick_fit(data, max_steps=20).theta, wanted)
+
+
+def test_no_file_is_left_behind_and_the_process_is_as_before(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    quick_fit(table, columns=COLUMNS, max_steps=5)
+    assert not list(tmp_path.iterdir())
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == before
+
+
+def test_a_run_folder_stays_where_it_was_asked_for(table, tmp_path):
+    quick_fit(table, columns=COLUMNS, max_steps=5, run_dir=tmp_path / "run")
+    assert {"metrics.json", "summary.csv", "checkpoints"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_draws_have_the_moments_of_the_summary(fitted):
+    (w,) = fitted.summary()
+    draws = fitted.sample(800)["w"]
+    assert draws.shape == (800, 3)
+    assert np.abs((draws.mean(0) - w.mean) / w.sd).max() < 5 / np.sqrt(800)
+    assert np.abs(np.log(draws.std(0) / w.sd)).max() < 5 / np.sqrt(2 * 800)
+    assert np.array_equal(fitted.sample(3)["w"], draws[:3])
+    assert not np.array_equal(fitted.sample(3, seed=1)["w"], draws[:3])
+
+
+def test_predictions_of_new_rows(fitted, table):
+    """Mean x'm and variance NOISE^2 + sum x^2 s^2, on more rows than one batch, which have no y."""
+    (w,) = fitted.summary()
+    rows = pd.concat([table[["c", "b", "a"]]] * 9, ignore_index=True)  # in another order, 2,304 rows
+    found = fitted.predict(rows, num_draws=400)["y"]
+    x = rows[["a", "b", "c"]].to_numpy()
+    spread = np.sqrt((x**2) @ w.sd**2)
+    assert found.mean.shape == found.sd.shape == (2304,)
+    assert np.abs((found.mean - x @ w.mean) / spread).max() < 5 / np.sqrt(400)
+    np.testing.assert_allclose(found.sd, np.sqrt(NOISE**2 + spread**2), rtol=0.01)
+    inside = (found.quantiles[0] < x @ w.mean) & (x @ w.mean < found.quantiles[2])
+    assert inside.all()
+    again = fitted.predict(rows, num_draws=400)["y"]
+    assert all(np.array_equal(one, two) for one, two in zip(found, again))
+
+
+def test_a_saved_posterior_comes_back(fitted, table, tmp_path):
+    fitted.save(tmp_path / "fit.posterior")
+    again = Posterior.load(tmp_path / "fit.posterior", regression)
+    assert again.metrics == fitted.metrics
+    assert np.array_equal(again.sample(5)["w"], fitted.sample(5)["w"])
+    rows = table[["a", "b", "c"]].head(7)
+    assert np.array_equal(again.predict(rows, 5)["y"].quantiles, fitted.predict(rows, 5)["y"].quantiles)
+    assert [path.name for path in tmp_path.iterdir()] == ["fit.posterior"]
+
+    def wider(x, y=None):
+        pyro.sample("extra", dist.Normal(x.new_zeros(()), 1.0))
+        regression(x, y)
+
+    with pytest.raises(UserError, match="give the model and guide that were fitted"):
+        Posterior.load(tmp_path / "fit.posterior", wider)
+    with pytest.raises(UserError, match=r"no\.posterior does not exist"):
+        Posterior.load(tmp_path / "no.posterior", regression)
+    (tmp_path / "text").write_text("nothing of the kind")
+    with pytest.raises(UserError, match="is no saved posterior"):
+        Posterior.load(tmp_path / "text", regression)
+
+
+def test_codes_and_standardising_are_those_of_the_fit(table):
+    rng = np.random.default_rng(1)
+    names = rng.choice(["low", "mid", "top"], 300)
+    y = np.array([{"low": -1.0, "mid": 0.0, "top": 2.0}[name] for name in names])
+    posterior = quick_fit({"group": names, "y": y + 0.1 * rng.normal(size=300)}, by_group)
+    found = posterior.predict({"group": np.array(["top", "low"])}, num_draws=20)["y"]
+    np.testing.assert_allclose(found.mean, [2.0, -1.0], atol=0.2)
+    with pytest.raises(UserError, match="'group' holds 'new', which the table had not"):
+        posterior.predict({"group": np.array(["top", "new"])})
+    scaled = quick_fit(table * [100, 10, 1, 1], columns=COLUMNS, standardise=["x"])
+    far = scaled.predict((table * [100, 10, 1, 1]).drop(columns="y"), num_draws=20)["y"]
+    assert np.corrcoef(far.mean, table["y"])[0, 1] > 0.9
+
+
+def test_other_guides(table):
+    posterior = quick_fit(table, guide=AutoNormal, columns=COLUMNS)
+    mean, sd = exact(table)
+    assert np.abs(posterior.sample(100)["w"].mean(0) - mean).max() < 6 * sd.max()
+    assert posterior.predict(table.head(3), 10)["y"].mean.shape == (3,)
+
+
+def test_several_seeds_say_whether_they_agree(table, capsys):
+    posterior = quick_fit(table, columns=COLUMNS, seeds=2)
+    assert posterior.rhat["w"].shape == (3,)
+    assert posterior.rhat["w"].max() < 1.05
+    early = quick_fit(table, columns=COLUMNS, seeds=2, max_steps=1, progress=True)
+    assert early.rhat["w"].max() >= 1.0
+
+
+def test_agreement_between_seeds_by_hand():
+    def site(mean, sd):
+        return [SiteSummary("z", (1,), np.array([mean]), np.array([sd]), np.zeros((3, 1)), None, None)]
+
+    assert between_seeds([site(0.0, 1.0), site(0.0, 1.0)])["z"].tolist() == [1.0]
+    np.testing.assert_allclose(between_seeds([site(0.0, 1.0), site(2.0, 2.0)])["z"], np.sqrt(1 + 2 / 2.5))
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ({"x": np.ones((4, 3)), "y": np.ones(5)}, {}, "differ in length .x 4, y 5."),
+        ({"x": np.ones((4, 3)), "y": 1.0}, {}, "'y' of the data is a single value"),
+        ({}, {}, "the data have no columns"),
+        ({"x": np.ones((0, 3)), "y": np.ones(0)}, {}, "the data have no rows"),
+        ([1, 2], {}, "data of type list are no table"),
+        ("nowhere.parquet", {}, "no file at 'nowhere.parquet'"),
+        ({"x": np.ones((4, 3))}, {"model": lambda x, z: None}, 'needs an argument "z"'),
+        (
+            {"x": np.ones((4, 3)), "y": np.ones(4)},
+            {"options": {"optimiser": "adam"}},
+            "option optimiser=adam is unknown",
+        ),
+        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"options": {"optimizer": "adan"}}, "the options cannot be used"),
+        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"guide": "full_rank"}, "guide=full_rank is unknown"),
+        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"seeds": 0}, "seeds=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(data, more, message):
+    with pytest.raises(UserError, match=message):
+        fit(more.pop("model", regression), data, progress=False, **more)
+
+
+def test_packing_options_of_what_is_packed_are_refused(table, tmp_path):
+    pack(trainer.data.memory.MemorySource(table), tmp_path / "shards", columns=COLUMNS)
+    with pytest.raises(UserError, match="packed already"):
+        quick_fit(tmp_path / "shards", standardise=["x"])
+
+
+def test_new_rows_that_lack_a_column_are_refused(fitted, table):
+    with pytest.raises(UserError, match='the model needs an argument "x"'):
+        fitted.predict(table[["a", "b"]])
+    empty = table[["a", "b", "c"]].copy()
+    empty.loc[5, "b"] = np.nan
+    with pytest.raises(UserError, match="column 'b' has no value in row 5"):
+        fitted.predict(empty)
+
+
+def test_the_package_names_what_it_offers():
+    assert {name: getattr(trainer, name).__name__ for name in trainer.__all__} == {
+        name: name for name in trainer.__all__
+    }
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = trainer.nothing
+    assert Path(trainer.__file__).name == "__init__.py"

@@ -1,0 +1,133 @@
+"""`fit`: from a table in memory, on disk or in shards to a posterior, in one call."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from trainer.app.config import composed
+from trainer.app.ranks import share_threads, world
+from trainer.app.train import Given, quiet_lightning, train
+from trainer.data.columns import ColumnMap
+from trainer.data.index import Index
+from trainer.data.memory import MemorySource, MemoryTable
+from trainer.data.pack import pack
+from trainer.data.reader import ShardFolder
+from trainer.data.sources import open_source
+from trainer.errors import UserError
+from trainer.posterior.posterior import Posterior, between_seeds
+
+_AGREE = 1.05
+
+
+def fit(
+    model: Any,
+    data: MemoryTable | ShardFolder | str | Path,
+    guide: Any = "mean_field",
+    *,
+    columns: ColumnMap | None = None,
+    standardise: Sequence[str] = (),
+    held_out: float = 0.0,
+    batch_size: int | None = None,
+    max_epochs: float | None = None,
+    max_steps: int | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    seeds: int = 1,
+    run_dir: str | Path | None = None,
+    progress: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> Posterior:
+    """Fits ``guide`` to the posterior of a Pyro ``model`` given ``data``, in this process.
+
+    ``data``: a pandas or polars data frame, an Arrow table, a dict of arrays [N, ...], the path of a file that
+        `svi shard` reads, or a shard folder. A table is packed into a folder of its own that is removed at the end.
+    ``guide``: "mean_field", one of `pyro.infer.autoguide`'s classes, or a guide of your own.
+    ``columns``, ``standardise``, ``held_out``: as for `svi shard` (not with a shard folder, which is packed).
+    ``seeds``: how many fits to make, from ``seed`` on; the one of the highest ELBO is returned, with ``rhat`` between
+        them.
+    ``run_dir``: keep checkpoints, metrics and summary there (a folder for each of several seeds); None: no file is left
+        behind.
+    ``options``: anything else that `svi train` takes, as {"optimizer.lr": 0.01, "schedule": "constant"}.
+
+    Raises UserError for what cannot be right, with the remedy; KeyboardInterrupt when it is interrupted.
+    """
+    if seeds < 1:
+        raise UserError(f"seeds={seeds} must be at least 1.")
+    given = {"batch_size": batch_size, "max_epochs": max_epochs, "max_steps": max_steps, "dtype": dtype}
+    chosen = {**{name: value for name, value in given.items() if value is not None}, **(options or {})}
+    console = Console(quiet=not progress, highlight=False)
+    with contextlib.ExitStack() as opened:
+        keep = run_dir is not None
+        folder = Path(run_dir or opened.enter_context(TemporaryDirectory(prefix="svi-run-")))
+        path = _packed(data, columns, standardise, held_out, dtype, opened)
+        fits = []
+        for each in range(seed, seed + seeds):
+            own = folder if seeds == 1 else folder / f"seed-{each}"
+            cfg = composed("train", {**chosen, "seed": each, "data.path": str(path), "run_dir": str(own)})
+            fits.append(_fitted(cfg, own, console, Given(model, guide, keep)))
+    best = max(fits, key=lambda posterior: posterior.metrics["elbo"])
+    if seeds == 1:
+        return best
+    rhat = between_seeds([posterior.summary() for posterior in fits])
+    worst = max(rhat, key=lambda name: float(rhat[name].max()))
+    if rhat[worst].max() > _AGREE:
+        console.print(
+            f'the {seeds} seeds disagree: R-hat {rhat[worst].max():.2f} at "{worst}"; train longer (max_epochs=), or '
+            "look for latents that can stand in for each other."
+        )
+    return replace(best, rhat=rhat)
+
+
+def _packed(
+    data: Any,
+    columns: ColumnMap | None,
+    standardise: Sequence[str],
+    held_out: float,
+    dtype: str,
+    opened: contextlib.ExitStack,
+) -> Path:
+    """The shard folder of ``data``: its own, or one that is removed with ``opened``."""
+    if isinstance(data, ShardFolder) or (isinstance(data, (str, Path)) and Path(data).is_dir()):
+        if columns or standardise or held_out:
+            raise UserError("columns, standardise and held_out belong to packing: this data is packed already.")
+        return data.path if isinstance(data, ShardFolder) else Path(data)
+    path = Path(opened.enter_context(TemporaryDirectory(prefix="svi-data-"))) / "shards"
+    source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
+    pack(source, path, columns=columns, standardise=standardise, held_out=held_out, float_dtype=dtype)
+    return path
+
+
+def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> Posterior:
+    """One run."""
+    here = world(cfg.trainer)
+    if here.size > 1:
+        raise UserError("fit works in this process alone: for several ranks, use svi train.")
+    with _process_kept():
+        torch.set_default_dtype(getattr(torch, cfg.dtype))
+        threads = share_threads(1, cfg.threads)
+        quiet_lightning()
+        module, finish = train(cfg, run_dir, here, threads, console, given)
+        if finish.signals.received:
+            raise KeyboardInterrupt
+        index = finish.folder.index
+        kept = Index(index.columns, (), index.seed, index.split, index.meta)
+        theta, rows = module.theta.detach().clone(), finish.first_rows(module)
+        return Posterior(module.inference, theta, rows, kept, finish.metrics)
+
+
+@contextlib.contextmanager
+def _process_kept() -> Iterator[None]:
+    """Puts the default dtype and the number of threads back."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)

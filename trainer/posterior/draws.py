@@ -1,0 +1,63 @@
+"""Draws from the fitted guide, and of new observations given them.
+
+Shapes: B rows of a batch.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from trainer.svi.guides import Draw, Noise
+from trainer.svi.latents import Site, is_latent
+from trainer.svi.noise import element_noise, mixed_seed, row_noise
+from trainer.svi.plates import Batch, PlatedModel, inside
+from trainer.svi.step import Inference
+
+
+def draw(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int, sign: float = 1.0) -> Draw:
+    """Draw ``number`` of z ~ q and the model's trace at it; ``sign`` -1: the antithetic one.
+
+    Latents outside the data plate do not depend on ``batch``, those of a row on its row id and values alone.
+    """
+    guide, device = inference.guide, theta.device
+    elements, per_row = guide.noise_size
+    when, which = torch.tensor(0, device=device), torch.tensor([number], device=device)
+    flat = sign * element_noise(seed, when, which, elements, theta.dtype)[0]
+    rows = None
+    if per_row:
+        assert batch.row_id is not None
+        rows = sign * row_noise(seed, when, which, batch.row_id[None], per_row, theta.dtype)[0]
+    noise = Noise(flat, rows, mixed_seed(seed, 0, 2 * number + (sign < 0)))
+    with torch.no_grad(), pyro.validation_enabled(False):
+        return inference.parameters.call(
+            inference.parameters.unflatten(theta),
+            lambda values: guide.draw(inference.model, values, noise, batch, "monte_carlo"),
+        )
+
+
+def latents_of(drawn: Draw, plate: str) -> dict[str, Site]:
+    """The latents outside the data plate, as nodes of the model's trace."""
+    return {n: node for n, node in drawn.trace.nodes.items() if is_latent(node) and not inside(node, plate)}
+
+
+def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int) -> dict[str, Site]:
+    """The observed sites, as nodes of a trace in which they are drawn given draw ``number`` of the latents.
+
+    ``batch`` need not have the observed columns where the model gives them a default.
+    """
+    model = PlatedModel(inference.model.fn, batch.columns, inference.model.plate)
+    drawn = draw(replace(inference, model=model), theta, batch, seed, number)
+    latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
+    free = poutine.condition(poutine.uncondition(model), data=latents)
+    first_row = 0 if batch.row_id is None else int(batch.row_id[0])
+    with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
+        torch.manual_seed(mixed_seed(seed, number, first_row))
+        trace = inference.parameters.call(
+            inference.parameters.unflatten(theta), lambda values: poutine.trace(free).get_trace(batch)
+        )
+    observed = [name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood"]
+    return {name: trace.nodes[name] for name in observed}

@@ -1,0 +1,230 @@
+"""A fitted posterior: what a run found, to draw from, to predict with, to keep.
+
+Shapes: N rows, R draws, Q quantiles.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from trainer.data.apply import available, rows_like
+from trainer.data.index import ROW_ID, Column, Index
+from trainer.data.memory import MemorySource
+from trainer.data.reader import ShardFolder, open_split
+from trainer.data.sources import Source, open_source
+from trainer.data.store import atomic_write
+from trainer.errors import UserError
+from trainer.posterior.draws import draw, latents_of, observations
+from trainer.posterior.summary import SiteSummary, summarise
+from trainer.posterior.table import closing_table
+from trainer.svi.latents import Site
+from trainer.svi.materialise import guide_factory, materialise
+from trainer.svi.objective import Objective
+from trainer.svi.plates import Batch, arguments
+from trainer.svi.step import Inference
+
+FORMAT = 1
+_ROWS = 2048  # predicted at a time
+_LEVELS = (0.05, 0.5, 0.95)
+
+
+class Prediction(NamedTuple):
+    """An observed site at new rows."""
+
+    mean: np.ndarray
+    """[N, ...]."""
+    sd: np.ndarray
+    """[N, ...]: of a new observation, the posterior's uncertainty included."""
+    quantiles: np.ndarray
+    """[Q, N, ...]."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z) at its fitted parameters. Printing it shows the table of its latents."""
+
+    inference: Inference
+    theta: Tensor
+    """[P]."""
+    rows: Batch
+    """A few rows of the training data, for models whose latents take their shapes from them."""
+    index: Index
+    """The columns of the training data, without shards."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """As metrics.json: elbo in nats with elbo_se, steps, epochs, seconds, why training stopped."""
+    rhat: dict[str, np.ndarray] = field(default_factory=dict)
+    """Between seeds, for every latent, where several were fitted (`between_seeds`)."""
+
+    def sample(self, num_draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+        """Independent draws [R, ...] of every latent outside the data plate, in the model's own (constrained) space."""
+        drawn: dict[str, list[np.ndarray]] = {}
+        for number in range(num_draws):
+            nodes = latents_of(draw(self.inference, self.theta, self.rows, seed, number), self.inference.model.plate)
+            for name, node in nodes.items():
+                drawn.setdefault(name, []).append(node["value"].detach().cpu().numpy())
+        return {name: np.stack(values) for name, values in drawn.items()}
+
+    def summary(self) -> list[SiteSummary]:
+        """Mean, sd and quantiles of every latent, and the guide's own location and scale."""
+        return summarise(self.inference, self.theta, self.rows)
+
+    def predict(
+        self, data: Any, num_draws: int = 200, quantiles: Sequence[float] = _LEVELS, seed: int = 0
+    ) -> dict[str, Prediction]:
+        """Every observed site at the rows of ``data`` (as for `fit`; it need not have the observed columns where the
+        model's arguments have defaults). Raises UserError for data that lack a column or hold what was never packed."""
+        parts: dict[str, list[Prediction]] = {}
+        for batch in self._batches(data):
+            for name, each in self._predict(batch, num_draws, quantiles, seed).items():
+                parts.setdefault(name, []).append(each)
+        return {
+            name: Prediction(
+                np.concatenate([each.mean for each in every]),
+                np.concatenate([each.sd for each in every]),
+                np.concatenate([each.quantiles for each in every], axis=1),
+            )
+            for name, every in parts.items()
+        }
+
+    def _predict(self, batch: Batch, num_draws: int, quantiles: Sequence[float], seed: int) -> dict[str, Prediction]:
+        """Means and variances are averaged over the draws where the distribution has them, else taken of samples."""
+        values: dict[str, list[Tensor]] = {}
+        moments: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for number in range(num_draws):
+            for name, site in observations(self.inference, self.theta, batch, seed, number).items():
+                values.setdefault(name, []).append(site["value"].double())
+                moments.setdefault(name, []).append(_moments(site))
+        found = {}
+        for name, drawn in values.items():
+            samples = torch.stack(drawn)
+            means, variances = (torch.stack(each) for each in zip(*moments[name]))
+            sd = (variances.mean(0) + means.var(0, correction=0)).sqrt()
+            levels = torch.tensor(quantiles, dtype=torch.float64)
+            at = torch.quantile(samples, levels, dim=0)
+            found[name] = Prediction(means.mean(0).numpy(), sd.numpy(), at.numpy())
+        return found
+
+    def _batches(self, data: Any) -> Iterator[Batch]:
+        """The rows of ``data`` in order, as the model takes them."""
+        dtype = self.theta.dtype
+        for columns in self._columns(data):
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
+            row_id = tensors.pop(ROW_ID)
+            floats = {n: t.to(dtype) if t.is_floating_point() else t.long() for n, t in tensors.items()}
+            yield Batch(floats, torch.tensor(len(row_id)), torch.ones((), dtype=torch.float64), row_id)
+
+    def _columns(self, data: Any) -> Iterator[dict[str, np.ndarray]]:
+        folder = _shard_folder(data)
+        if folder is not None:
+            names = [*arguments(self.inference.model.fn, [c.name for c in folder.index.columns]), ROW_ID]
+            for block in range(len(folder.block_rows)):
+                yield {name: folder.read_block(block, name) for name in names}
+            return
+        source: Source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
+        taken = arguments(self.inference.model.fn, available(self.index, source))
+        yield from rows_like(self.index, source, taken, _ROWS)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one file, whole or not at all: the parameters, the few rows, the columns' description, the metrics."""
+        inference = self.inference
+        facts = {
+            "plate": inference.model.plate,
+            "num_obs": inference.num_obs,
+            "objective": asdict(inference.objective),
+            "sites": inference.sites,
+            "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
+            "metrics": self.metrics,
+            "columns": [asdict(column) for column in self.index.columns],
+            "meta": self.index.meta,
+        }
+        content = {
+            "format": FORMAT,
+            "theta": self.theta.detach().cpu().clone(),
+            "rows": {name: column.cpu().clone() for name, column in self.rows.columns.items()},
+            "row_id": None if self.rows.row_id is None else self.rows.row_id.cpu().clone(),
+            "facts": json.dumps(facts),
+        }
+        with atomic_write(Path(path)) as file:
+            torch.save(content, file)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Callable[..., Any], guide: Any = "mean_field") -> "Posterior":
+        """What `save` wrote, of the same ``model`` and ``guide``. Runs no code from the file.
+
+        Raises UserError for a file that is none, or whose parameters are not those of the model.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            facts = json.loads(content["facts"])
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist: give the file that Posterior.save wrote.") from None
+        except Exception as error:
+            raise UserError(f"{path} is no saved posterior ({str(error).splitlines()[0]}).") from error
+        if content["format"] != FORMAT:
+            raise UserError(f"{path} has format {content['format']} where this version reads {FORMAT}.")
+        columns = tuple(Column(**{**each, "shape": tuple(each["shape"])}) for each in facts["columns"])
+        count = len(next(iter(content["rows"].values())))
+        scale = torch.tensor(facts["num_obs"] / count, dtype=torch.float64)
+        rows = Batch(content["rows"], torch.tensor(count), scale, content["row_id"])
+        plate, names = facts["plate"], [column.name for column in columns]
+        inference, _ = materialise(
+            model,
+            guide_factory(guide, names, plate),
+            rows,
+            facts["num_obs"],
+            Objective(**facts["objective"]),
+            plate=plate,
+            global_sites=facts["sites"],
+        )
+        shapes = {name: list(shape) for name, shape in inference.parameters.shapes.items()}
+        if shapes != facts["shapes"]:
+            raise UserError(
+                f"{path} holds the parameters {facts['shapes']} and the model has {shapes}: give the model and guide "
+                "that were fitted."
+            )
+        return cls(inference, content["theta"], rows, Index(columns, (), 0, "train", facts["meta"]), facts["metrics"])
+
+    def __str__(self) -> str:
+        console = Console(width=100, highlight=False)
+        with console.capture() as captured:
+            console.print(closing_table(self.summary()))
+        return captured.get()
+
+
+def between_seeds(summaries: Sequence[list[SiteSummary]]) -> dict[str, np.ndarray]:
+    """sqrt(1 + B / W) of every latent: B the variance of its mean between fits, W the mean of its variance within them.
+
+    1 where all seeds found the same; Gelman and Rubin (1992) with the fits in place of chains.
+    """
+    found = {}
+    for every in zip(*summaries):
+        within = np.mean([site.sd**2 for site in every], axis=0)
+        between = np.var([site.mean for site in every], axis=0, ddof=1)
+        found[every[0].name] = np.sqrt(1 + between / np.maximum(within, np.finfo(float).tiny))
+    return found
+
+
+def _moments(site: Site) -> tuple[Tensor, Tensor]:
+    """Mean and variance of an observed site's distribution; its sample and 0 where it does not tell them."""
+    try:
+        mean, variance = site["fn"].mean, site["fn"].variance
+    except (NotImplementedError, AttributeError):
+        mean, variance = site["value"], torch.zeros_like(site["value"])
+    shape = site["value"].shape
+    return mean.double().expand(shape), variance.double().expand(shape)
+
+
+def _shard_folder(data: Any) -> ShardFolder | None:
+    """``data`` as packed rows, or None where it is a table."""
+    if isinstance(data, ShardFolder):
+        return data
+    if isinstance(data, (str, Path)) and Path(data).is_dir():
+        return open_split(Path(data), "train")
+    return None
