@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +188,21 @@ def test_the_horizon_and_the_average_are_whole_epochs(shards):
     assert update.average_from == 220 - 55
     assert train._update(config("train", "data.path=x", "max_epochs=20", "max_steps=100"), plan).horizon == 100
     assert train._update(config("train", "data.path=x"), plan).horizon == 5000
+
+
+def test_a_table_is_packed_on_the_fly_once(fit, table, tmp_path, capsys):
+    """Beside it, said; the same rows as those of `svi shard`; a table that has changed since is refused."""
+    here = tmp_path / "table.npz"
+    shutil.copy(table, here)
+    first = fit("max_steps=5", f"data.path={here}", run_dir=tmp_path / "a")
+    assert f"packing {here} into {here}.shards, this once" in capsys.readouterr().out.replace("\n", " ")
+    again = fit("max_steps=5", f"data.path={here}", run_dir=tmp_path / "b")
+    assert "packing" not in capsys.readouterr().out
+    packed = fit("max_steps=5", f"data.path={here}.shards", run_dir=tmp_path / "c")
+    thetas = [final_state(run)[0].theta for run in (first, again, packed)]
+    assert torch.equal(thetas[0], thetas[1])
+    assert torch.equal(thetas[0], thetas[2])
+    later = Path(f"{here}.shards").stat().st_mtime + 10
+    os.utime(here, (later, later))
+    with pytest.raises(UserError, match="has changed since it was packed: remove"):
+        fit("max_steps=5", f"data.path={here}", run_dir=tmp_path / "d")

@@ -1,15 +1,19 @@
 """Sources: every format gives its rows back exactly, in order, and says what is wrong with a file."""
 
+import json
 from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data import sources
-from trainer.data.sources import Field, open_source
+from trainer.data import text
+from trainer.data.fields import Field
+from trainer.data.pack import pack
+from trainer.data.sources import Source, open_source
 from trainer.errors import UserError
 
 ROWS = 1000
@@ -31,6 +35,14 @@ def write(folder: Path, form: str, columns: dict[str, np.ndarray], name: str = "
         np.savez(path, **columns)  # type: ignore[arg-type]
     elif form == "parquet":
         pq.write_table(pa.table(columns), path, row_group_size=300)
+    elif form == "arrow":
+        with pa.ipc.new_file(path, pa.table(columns).schema) as file:
+            file.write_table(pa.table(columns), max_chunksize=300)
+    elif form == "feather":
+        pa.feather.write_feather(pa.table(columns), path)
+    elif form == "jsonl":
+        rows = (dict(zip(columns, (value.item() for value in row))) for row in zip(*columns.values()))
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     else:
         lines = [",".join(columns)]
         lines += [",".join(str(value.item()) for value in row) for row in zip(*columns.values())]
@@ -38,7 +50,7 @@ def write(folder: Path, form: str, columns: dict[str, np.ndarray], name: str = "
     return path
 
 
-def read(source: sources.Source, rows: int = 64, names: list[str] | None = None) -> dict[str, list]:
+def read(source: Source, rows: int = 64, names: list[str] | None = None) -> dict[str, list]:
     read: dict[str, list] = {name: [] for name in names or source.fields}
     for batch in source.batches(rows, names):
         assert batch.keys() == read.keys()
@@ -48,7 +60,7 @@ def read(source: sources.Source, rows: int = 64, names: list[str] | None = None)
     return read
 
 
-@pytest.mark.parametrize("form", ["parquet", "csv", "npz"])
+@pytest.mark.parametrize("form", ["parquet", "csv", "npz", "arrow", "feather", "jsonl"])
 def test_round_trip(tmp_path: Path, form: str) -> None:
     columns = table()
     source = open_source(write(tmp_path, form, columns))
@@ -121,7 +133,7 @@ def test_parquet_types(tmp_path: Path) -> None:
 
 
 def test_csv_types_come_from_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_CSV_BYTES", 16)
+    monkeypatch.setattr(text, "_PIECE", 16)
     lines = ["a,b,c,d", *["1,2,,4"] * 20, "1,0.5,x,", *["1,2,3,4"] * 3]
     (tmp_path / "t.csv").write_text("\n".join(lines))
     source = open_source(tmp_path / "t.csv")
@@ -147,7 +159,7 @@ def test_files_must_agree(tmp_path: Path) -> None:
     write(tmp_path, "npz", {"x": np.full(3, 0.5)}, "b")
     assert open_source(tmp_path / "*.npz").fields == {"x": Field("float")}
     write(tmp_path, "npz", {"x": np.zeros((3, 2))}, "c")
-    with pytest.raises(UserError, match=r"column 'x' of '.*c.npz' is float of shape \[2\], and float in the files"):
+    with pytest.raises(UserError, match=r"column 'x' of '.*c.npz' is float of shape \[2\], and float before it"):
         open_source(tmp_path / "*.npz")
     write(tmp_path, "npz", {"y": np.zeros(3)}, "c")
     with pytest.raises(UserError, match="differ in the columns x, y"):
@@ -190,9 +202,94 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
 def test_no_files_and_mixed_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file at"):
         open_source(tmp_path / "*.parquet")
-    with pytest.raises(UserError, match="no file at"):
-        open_source(tmp_path)
     write(tmp_path, "npz", table())
     write(tmp_path, "csv", table())
     with pytest.raises(UserError, match="two formats"):
         open_source(tmp_path / "t.*")
+
+
+def partitioned(folder: Path) -> dict[str, list]:
+    """Parquet files by year and site, and the rows as they should be read."""
+    columns = table()
+    expected: dict[str, list] = {name: [] for name in (*columns, "year", "site")}
+    for number, (year, site) in enumerate([(2019, "north"), (2019, "south"), (2020, "north")]):
+        part = {name: values[number * 100 : number * 100 + 100] for name, values in columns.items()}
+        below = folder / f"year={year}" / f"site={site}"
+        below.mkdir(parents=True)
+        write(below, "parquet", part)
+        for name, values in part.items():
+            expected[name] += values.tolist()
+        expected["year"] += [year] * 100
+        expected["site"] += [site] * 100
+    return expected
+
+
+@pytest.mark.parametrize("address", [False, True])
+def test_a_folder_of_parquet_files_has_its_partitions_as_columns(tmp_path: Path, address: bool) -> None:
+    """Given by its path or as an address of a file system."""
+    expected = partitioned(tmp_path / "table")
+    source = open_source((tmp_path / "table").as_uri() if address else tmp_path / "table")
+    assert source.num_rows == 300
+    assert source.fields["year"].kind == "int"
+    assert source.fields["site"].kind == "text"
+    for _ in range(2):
+        assert read(source, 64) == expected
+    assert read(source, 64, ["site", "n"]) == {name: expected[name] for name in ("site", "n")}
+
+
+def test_a_folder_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no rows in Parquet files"):
+        open_source(tmp_path)
+    pack(write(tmp_path, "csv", table()), tmp_path / "packed")
+    for folder in (tmp_path / "packed", tmp_path / "packed" / "train"):
+        with pytest.raises(UserError, match="is a shard folder, which is packed already"):
+            open_source(folder)
+    with pytest.raises(UserError, match="cannot read 'nowhere://bucket/table'"):
+        open_source("nowhere://bucket/table")
+
+
+def test_json_lines_take_their_types_from_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_PIECE", 16)
+    file = tmp_path / "t.jsonl"
+    file.write_text('{"a": 1, "b": "x"}\n{"a": 2.5}\n\n{"b": null, "a": 3, "c": true}\n')
+    source = open_source(file)
+    assert source.fields == {"a": Field("float"), "b": Field("text"), "c": Field("bool")}
+    assert read(source) == {"a": [1.0, 2.5, 3.0], "b": ["x", None, None], "c": [None, None, True]}
+    file.write_text('{"a": 1}\n{"a": "one"}\n')
+    with pytest.raises(UserError, match="changed from number to string in row 1"):
+        open_source(file)
+    file.write_text('{"a": 1\n')
+    with pytest.raises(UserError, match="cannot read"):
+        open_source(file)
+
+
+@pytest.mark.parametrize("base", [0, 1])
+def test_svmlight_rows_are_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: int) -> None:
+    monkeypatch.setattr(text, "_PIECE", 40)
+    generator = np.random.default_rng(2)
+    x = generator.normal(size=(50, 6)) * (generator.random((50, 6)) < 0.4)
+    x[0, [0, 5]] = 1.5, -2.0  # the first and the last are used
+    x[7] = 0.0
+    y = generator.integers(-1, 2, 50)
+    lines = [
+        f"{label} " + " ".join(f"{i + base}:{value!r}" for i, value in enumerate(row.tolist()) if value) + "  # a word"
+        for label, row in zip(y.tolist(), x)
+    ]
+    (tmp_path / "t.svm").write_text("# a comment\n" + "\n".join(lines) + "\n")
+    source = open_source(tmp_path / "t.svm")
+    assert source.fields == {"y": Field("int"), "x": Field("float", (6,))}
+    for rows in (3, 64):
+        assert read(source, rows) == {"y": y.tolist(), "x": x.tolist()}
+    (tmp_path / "u.svm").write_text("0.5 3:1\n")
+    assert open_source(tmp_path / "u.svm").fields["y"] == Field("float")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("1 2:x\n", "cannot read"), ("1 2\n", "cannot read"), ("1 20000:1\n", "at most 10,000 can be packed"),
+     ("1 -3:1\n", "numbered from -3")],
+)  # fmt: skip
+def test_svmlight_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t.svm").write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / "t.svm")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.data.sources import Field
+from trainer.data.fields import Field
 from trainer.data.synthetic import SyntheticSource
 from trainer.errors import UserError
 

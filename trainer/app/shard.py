@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,6 +48,28 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         + f" · columns {', '.join(_named(column) for column in train.columns if column.name != 'row_id')}"
     )
     return float(train.num_rows)
+
+
+def shards_of(path: str, console: Console) -> str:
+    """``path`` if it is a shard folder, else the folder beside it into which its table is packed, once.
+
+    Raises UserError where the table has changed since.
+    """
+    remote, here = "://" in path, Path(path)
+    if not remote and not here.is_file() and not any(here.rglob("*.parquet")):
+        return path  # a shard folder, or nothing: whoever opens it says so
+    out = Path(f"{path.rstrip('/').rpartition('/')[2]}.shards") if remote else here.with_name(f"{here.name}.shards")
+    with FileLock(f"{out}.lock"):
+        if not out.is_dir():
+            source = open_source(path)
+            refuse_mixed(source, source.fields, ())
+            console.print(f"packing {path} into {out}, this once (svi shard chooses columns, splits and more)")
+            pack(source, out)
+        elif not remote and here.stat().st_mtime > out.stat().st_mtime:
+            raise UserError(
+                f"{path} has changed since it was packed: remove {out} to pack it again, or train on {out}."
+            )
+    return str(out)
 
 
 def _options(cfg: DictConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from trainer.app import build, resume
 from trainer.app.finish import Finish
 from trainer.app.loggers import make_loggers
 from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
+from trainer.app.shard import shards_of
 from trainer.data.plan import Plan
 from trainer.data.reader import ShardFolder, open_split
 from trainer.data.store import atomic_write
@@ -79,6 +80,7 @@ def train(
     cfg: DictConfig, run_dir: Path, here: World, threads: int, console: Console, given: Given | None = None
 ) -> tuple[VariationalModule, Finish]:
     """Trains and writes the run folder; ``given``: model and guide as objects, in place of the config's."""
+    cfg.data.path = shards_of(str(cfg.data.path), console)
     folder, held_out = open_training(str(cfg.data.path)), open_split(Path(str(cfg.data.path)), "held_out")
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)

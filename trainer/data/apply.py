@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from trainer.data.columns import Recipe
+from trainer.data.fields import choose
 from trainer.data.index import ROW_ID, Column, Index
-from trainer.data.sources import Source, choose
+from trainer.data.sources import Source
 from trainer.errors import UserError
 
 

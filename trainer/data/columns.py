@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.sources import NUMERIC, Field, Raw, Source, choose
+from trainer.data.fields import NUMERIC, Field, Raw, choose
+from trainer.data.sources import Source
 from trainer.errors import UserError
 
 ColumnMap = Mapping[str, str | Sequence[str]]

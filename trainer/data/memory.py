@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.sources import Field, Raw, arrow_field, choose, numpy_field
+from trainer.data.fields import Field, Raw, arrow_field, choose, numpy_field
 from trainer.errors import UserError
 
 MemoryTable: TypeAlias = Any

@@ -5,19 +5,19 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.sources import FileSource
+from trainer.data.sources import FileSource, Source
 from trainer.errors import UserError
 
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _READ_ROWS = 1 << 16
 
 
-def refuse_mixed(source: FileSource, columns: Iterable[str], categories: Iterable[str]) -> None:
+def refuse_mixed(source: Source, columns: Iterable[str], categories: Iterable[str]) -> None:
     """Raises UserError for a column of ``columns``, not in ``categories``, in which some words are numbers.
 
     A CSV file does not say what its columns hold: a single "?" makes text of a million numbers, and codes of these.
     """
-    if source.files[0].suffix.lower() != ".csv":
+    if not isinstance(source, FileSource) or source.files[0].suffix.lower() != ".csv":
         return
     allowed = set(categories)
     names = [n for n in dict.fromkeys(columns) if n not in allowed and n in source.fields]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from trainer.data.sources import Field, Raw, numpy_field
+from trainer.data.fields import Field, Raw, numpy_field
 from trainer.errors import UserError
 
 Sample = Callable[[np.random.Generator, int, int], dict[str, np.ndarray]]
