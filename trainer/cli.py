@@ -17,6 +17,7 @@ VERBS = {
     "shard": "pack a table into shards",
     "verify": "check every hash of a shard folder",
     "train": "fit a model to a shard folder",
+    "predict": "new observations at the rows of a table",
 }
 
 

@@ -1,5 +1,6 @@
 """The end of a run: the exact figures of the final parameters, and the files that hold them."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainer.lit.module import VariationalModule
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import sum_over_ranks
 from trainer.posterior.elbo import Block, full_elbo, held_out_elbo_per_row
+from trainer.posterior.posterior import Posterior
 from trainer.posterior.summary import summarise, write_summary
 from trainer.posterior.table import closing_table
 from trainer.svi.guides import MeanField
@@ -113,16 +115,20 @@ class Finish(Callback):
 
         return Block(number, {name: values(name) for name in module.inference.model.arguments}, values(ROW_ID))
 
-    def first_rows(self, module: VariationalModule) -> Batch:
-        """A few rows of the training data, as a batch."""
+    def posterior(self, module: VariationalModule) -> Posterior:
+        """The answer, with a few rows of the training data."""
         first = self._block(self.folder, 0, module, rows=_SUMMARY_ROWS)
         count = torch.tensor(len(first.row_id), device=module.device)
-        return Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
+        rows = Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
+        index = dataclasses.replace(self.folder.index, shards=())
+        return Posterior(module.inference, module.theta.detach().clone(), rows, index, self.metrics)
 
     def _write(self, module: VariationalModule, metrics: dict[str, Any]) -> None:
         with atomic_write(self.run_dir / "metrics.json") as file:
             file.write(json.dumps(metrics, indent=1).encode())
-        sites = summarise(module.inference, module.theta, self.first_rows(module), seed=self.seed)
+        posterior = self.posterior(module)
+        posterior.save(self.run_dir / "posterior.pt")
+        sites = summarise(module.inference, module.theta, posterior.rows, seed=self.seed)
         write_summary(self.run_dir / "summary.csv", sites)
         parameters = module.inference.parameters
         own = {n: v for n, v in parameters.constrain(parameters.unflatten(module.theta)).items() if n[:6] != "guide."}

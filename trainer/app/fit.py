@@ -15,7 +15,6 @@ from trainer.app.config import composed
 from trainer.app.ranks import share_threads, world
 from trainer.app.train import Given, quiet_lightning, train
 from trainer.data.columns import ColumnMap
-from trainer.data.index import Index
 from trainer.data.memory import MemorySource, MemoryTable
 from trainer.data.pack import pack
 from trainer.data.reader import ShardFolder
@@ -116,10 +115,7 @@ def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> P
         module, finish = train(cfg, run_dir, here, threads, console, given)
         if finish.signals.received:
             raise KeyboardInterrupt
-        index = finish.folder.index
-        kept = Index(index.columns, (), index.seed, index.split, index.meta)
-        theta, rows = module.theta.detach().clone(), finish.first_rows(module)
-        return Posterior(module.inference, theta, rows, kept, finish.metrics)
+        return finish.posterior(module)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 Shapes: B rows of a batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,17 @@ from trainer.svi.latents import Site, is_latent
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.step import Inference
+
+
+@contextmanager
+def dtype_of(theta: Tensor) -> Iterator[None]:
+    """torch's default dtype as while training, for models that make tensors of their own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(theta.dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def draw(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int, sign: float = 1.0) -> Draw:
@@ -32,7 +45,7 @@ def draw(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: i
         assert batch.row_id is not None
         rows = sign * row_noise(seed, when, which, batch.row_id[None], per_row, theta.dtype)[0]
     noise = Noise(flat, rows, mixed_seed(seed, 0, 2 * number + (sign < 0)))
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with dtype_of(theta), torch.no_grad(), pyro.validation_enabled(False):
         return inference.parameters.call(
             inference.parameters.unflatten(theta),
             lambda values: guide.draw(inference.model, values, noise, batch, "monte_carlo"),
@@ -54,7 +67,7 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
     latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
     free = poutine.condition(poutine.uncondition(model), data=latents)
     first_row = 0 if batch.row_id is None else int(batch.row_id[0])
-    with torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
+    with dtype_of(theta), torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
         torch.manual_seed(mixed_seed(seed, number, first_row))
         trace = inference.parameters.call(
             inference.parameters.unflatten(theta), lambda values: poutine.trace(free).get_trace(batch)

@@ -21,11 +21,11 @@ from trainer.data.reader import ShardFolder, open_split
 from trainer.data.sources import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
-from trainer.posterior.draws import draw, latents_of, observations
+from trainer.posterior.draws import draw, dtype_of, latents_of, observations
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
 from trainer.svi.latents import Site
-from trainer.svi.materialise import guide_factory, materialise
+from trainer.svi.materialise import GuideFactory, guide_factory, materialise
 from trainer.svi.objective import Objective
 from trainer.svi.plates import Batch, arguments
 from trainer.svi.step import Inference
@@ -81,8 +81,8 @@ class Posterior:
         """Every observed site at the rows of ``data`` (as for `fit`; it need not have the observed columns where the
         model's arguments have defaults). Raises UserError for data that lack a column or hold what was never packed."""
         parts: dict[str, list[Prediction]] = {}
-        for batch in self._batches(data):
-            for name, each in self._predict(batch, num_draws, quantiles, seed).items():
+        for _, found in self.predictions(data, num_draws, quantiles, seed):
+            for name, each in found.items():
                 parts.setdefault(name, []).append(each)
         return {
             name: Prediction(
@@ -92,6 +92,14 @@ class Posterior:
             )
             for name, every in parts.items()
         }
+
+    def predictions(
+        self, data: Any, num_draws: int = 200, quantiles: Sequence[float] = _LEVELS, seed: int = 0
+    ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
+        """`predict` a few thousand rows at a time, with their row numbers [N]: memory does not grow with N."""
+        for batch in self._batches(data):
+            assert batch.row_id is not None
+            yield batch.row_id.numpy(), self._predict(batch, num_draws, quantiles, seed)
 
     def _predict(self, batch: Batch, num_draws: int, quantiles: Sequence[float], seed: int) -> dict[str, Prediction]:
         """Means and variances are averaged over the draws where the distribution has them, else taken of samples."""
@@ -124,8 +132,10 @@ class Posterior:
         folder = _shard_folder(data)
         if folder is not None:
             names = [*arguments(self.inference.model.fn, [c.name for c in folder.index.columns]), ROW_ID]
-            for block in range(len(folder.block_rows)):
-                yield {name: folder.read_block(block, name) for name in names}
+            for block, count in enumerate(folder.block_rows.tolist()):
+                columns = {name: folder.read_block(block, name) for name in names}
+                for first in range(0, count, _ROWS):
+                    yield {name: column[first : first + _ROWS] for name, column in columns.items()}
             return
         source: Source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
         taken = arguments(self.inference.model.fn, available(self.index, source))
@@ -160,6 +170,13 @@ class Posterior:
 
         Raises UserError for a file that is none, or whose parameters are not those of the model.
         """
+        return cls.of_factory(path, model, lambda columns, plate: guide_factory(guide, columns, plate))
+
+    @classmethod
+    def of_factory(
+        cls, path: str | Path, model: Callable[..., Any], factory: Callable[[tuple[str, ...], str], GuideFactory]
+    ) -> "Posterior":
+        """`load`, the guide made by ``factory(columns, plate)``."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
             facts = json.loads(content["facts"])
@@ -173,16 +190,16 @@ class Posterior:
         count = len(next(iter(content["rows"].values())))
         scale = torch.tensor(facts["num_obs"] / count, dtype=torch.float64)
         rows = Batch(content["rows"], torch.tensor(count), scale, content["row_id"])
-        plate, names = facts["plate"], [column.name for column in columns]
-        inference, _ = materialise(
-            model,
-            guide_factory(guide, names, plate),
-            rows,
-            facts["num_obs"],
-            Objective(**facts["objective"]),
-            plate=plate,
-            global_sites=facts["sites"],
-        )
+        with dtype_of(content["theta"]):
+            inference, _ = materialise(
+                model,
+                factory(tuple(column.name for column in columns if column.name != ROW_ID), facts["plate"]),
+                rows,
+                facts["num_obs"],
+                Objective(**facts["objective"]),
+                plate=facts["plate"],
+                global_sites=facts["sites"],
+            )
         shapes = {name: list(shape) for name, shape in inference.parameters.shapes.items()}
         if shapes != facts["shapes"]:
             raise UserError(

@@ -1,0 +1,53 @@
+"""`svi predict`: what Posterior.predict gives, row by row, from the run folder alone."""
+
+import numpy as np
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+from app_models import linear
+from app_tools import config
+
+from trainer import Posterior
+from trainer.app import predict
+from trainer.errors import UserError
+
+
+@pytest.fixture
+def run_dir(fit):
+    return fit("max_steps=40")
+
+
+def predicted(run_dir, data, out, *more):
+    predict.run(config("predict", f"run={run_dir}", f"data.path={data}", f"out={out}", "draws=7", *more), run_dir)
+    table = (pa_csv.read_csv if out.suffix == ".csv" else pq.read_table)(out)
+    return {name: np.array(table.column(name).to_pylist()) for name in table.column_names}
+
+
+def test_a_table_and_shards_give_the_same_rows(run_dir, table, shards, tmp_path):
+    """The run's own training rows, by their numbers in the source; the table has more: the held-out ones."""
+    of_table = predicted(run_dir, table, tmp_path / "a.parquet", "quantiles=[0.1,0.9]")
+    assert list(of_table) == ["row_id", "y_mean", "y_sd", "y_q10", "y_q90"]
+    assert of_table["row_id"].tolist() == list(range(3000))
+    of_shards = predicted(run_dir, shards, tmp_path / "b.csv")
+    assert len(of_shards["row_id"]) < 3000
+    np.testing.assert_allclose(of_shards["y_mean"], of_table["y_mean"][of_shards["row_id"]], rtol=1e-5, atol=1e-6)
+    held_out = predicted(run_dir, shards / "held_out", tmp_path / "c.csv")
+    assert sorted([*held_out["row_id"], *of_shards["row_id"]]) == list(range(3000))
+    posterior = Posterior.load(run_dir / "posterior.pt", linear)
+    np.testing.assert_array_equal(posterior.predict(table, 7)["y"].mean, of_table["y_mean"])
+
+
+def test_what_cannot_be_is_said_in_a_sentence(run_dir, table, tmp_path):
+    for out, overrides, message in (
+        ("a.txt", (), "a.txt is of no known format"),
+        ("no/a.csv", (), "does not exist: make it first"),
+        ("a.csv", ("quantiles=[0.5,2]",), "must lie between 0 and 1"),
+        ("a.csv", (f"run={tmp_path}",), "is no run folder"),
+        ("a.csv", ("data.path=nowhere.csv",), "no file at 'nowhere.csv'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predicted(run_dir, table, tmp_path / out, *overrides)
+    (run_dir / "posterior.pt").unlink()
+    with pytest.raises(UserError, match="has no answer yet: finish it with svi train"):
+        predicted(run_dir, table, tmp_path / "a.csv")
+    assert [path.name for path in tmp_path.iterdir()] == [run_dir.name]
