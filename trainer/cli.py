@@ -18,6 +18,7 @@ VERBS = {
     "verify": "check every hash of a shard folder",
     "train": "fit a model to a shard folder",
     "predict": "new observations at the rows of a table",
+    "export": "the answer for ArviZ, or as safetensors",
 }
 
 
