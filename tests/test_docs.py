@@ -154,7 +154,8 @@ def test_a_script_of_a_block_can_be_run(block):
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
-def test_python_of_a_block_runs(block):
+def test_python_of_a_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block.text, str(block), "exec"), {"__name__": "shown"})
 
 
