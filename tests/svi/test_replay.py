@@ -27,11 +27,13 @@ def replayed(fused, state, chunk):
     return fused
 
 
-def test_chunks_of_any_length_equal_eager_steps():
+@pytest.mark.parametrize("in_units", [False, True])
+def test_chunks_of_any_length_equal_eager_steps(in_units):
     """Longer chunks than any before, then shorter ones; the average and the schedule's end among them."""
     inference, theta = build(regression, **regression_data())
-    update = Update(Adam(lr=0.05), Cosine(), 14, 9)
-    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta)
+    update = Update(Adam(lr=0.05), Cosine(), 14, 9, in_units)
+    units = torch.linspace(0.1, 2.0, len(theta), dtype=F64) if in_units else None
+    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta, units)
     eager = Eager(inference, update, 7, [0])
     program = replayed(Fused(inference, update, 7, [0]), state, chunk)
     wanted, at = state, 0

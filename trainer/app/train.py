@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -34,10 +35,12 @@ from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import RankStrategy, sum_over_ranks
 from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import Batch
-from trainer.svi.step import Inference, Update
+from trainer.svi.start import laplace_start
+from trainer.svi.step import Inference, StepBatch, Update
 
 _CHECK_ROWS = 1024
 _DEFAULT_STEPS, _DEFAULT_EPOCHS = 5_000, 20
+_START_ROWS = 65_536
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -85,9 +88,10 @@ def train(
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
     plan = Plan(folder.index.block_rows, **{k: v for k, v in plan_facts.items() if k not in ("index", "draws")})
-    update = _update(cfg, plan)
     inference, theta = infer(cfg, folder, given)
-    fresh = state = update.init(theta)
+    start = laplace_start(inference, theta, _sample(folder, inference)) if cfg.start == "laplace" else None
+    update = _update(cfg, plan, in_units=start is not None)
+    fresh = state = update.init(theta) if start is None else update.init(*start)
     facts = {
         "plan": plan_facts,
         "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
@@ -156,6 +160,9 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
     factory = build.guide(cfg.guide, user_model, columns, cfg.plate)
     if given is not None and given.guide != "mean_field":
         factory = guide_factory(given.guide, columns, cfg.plate)
+    # Without noise from the rows, that of the draws is all there is.
+    pairs = cfg.objective.pairs or (4 if int(cfg.batch_size) >= folder.num_rows else 1)
+    objective = build.make(cfg.objective, partial=True)(pairs=pairs)
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS].copy(), dtype) for n in (*columns, "row_id")}
     count = len(rows["row_id"])
@@ -170,14 +177,28 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
         factory,
         batch,
         folder.num_rows,
-        build.make(cfg.objective),
+        objective,
         plate=cfg.plate,
         global_sites=cfg.global_sites,
         seed=int(cfg.seed),
     )
 
 
-def _update(cfg: DictConfig, plan: Plan) -> Update:
+def _sample(folder: ShardFolder, inference: Inference) -> StepBatch:
+    """The first rows (which packing has shuffled), as one lane group."""
+    dtype, blocks, count = torch.get_default_dtype(), 0, 0
+    for rows in folder.block_rows.tolist():
+        if count and count + rows > _START_ROWS:
+            break
+        blocks, count = blocks + 1, count + rows
+    columns = {
+        name: to_tensor(np.concatenate([folder.read_block(b, name) for b in range(blocks)]), dtype)[None]
+        for name in inference.model.arguments
+    }
+    return StepBatch(columns, torch.tensor([count]), torch.tensor(count), None)
+
+
+def _update(cfg: DictConfig, plan: Plan, in_units: bool) -> Update:
     """Optimiser, schedule and the two steps that frame them: the horizon, and where averaging begins."""
     epoch = plan.steps_per_epoch
     limits = [int(n) for n in (cfg.max_steps, cfg.max_epochs and math.ceil(float(cfg.max_epochs) * epoch)) if n]
@@ -188,7 +209,7 @@ def _update(cfg: DictConfig, plan: Plan) -> Update:
     length = int(horizon * share)
     if length >= epoch:
         length = length // epoch * epoch
-    return Update(build.make(cfg.optimizer), build.make(cfg.schedule), horizon, horizon - length)
+    return Update(build.make(cfg.optimizer), build.make(cfg.schedule), horizon, horizon - length, in_units)
 
 
 def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:

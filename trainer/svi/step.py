@@ -108,19 +108,26 @@ class Update:
     """Steps of the whole run: the schedule's end."""
     average_from: int
     """First step whose iterate enters the average; `horizon` for none."""
+    in_units: bool = False
+    """Whether the last of the state's slots holds the unit [P] of each parameter's step."""
 
-    def init(self, theta: Tensor) -> State:
+    def init(self, theta: Tensor, units: Tensor | None = None) -> State:
+        """The state before the first step; ``units`` [P] where ``in_units``."""
         zero = torch.zeros((), dtype=torch.int64, device=theta.device)
-        return State(zero, theta.clone(), self.optimizer.init(theta), theta.clone(), zero.clone())
+        slots = (*self.optimizer.init(theta), *(() if units is None else (units.clone(),)))
+        return State(zero, theta.clone(), slots, theta.clone(), zero.clone())
 
     def rates(self, step: Tensor, num_obs: float) -> Tensor:
         """The optimiser's rates [m] for the update at ``step`` (int64 []), float64."""
         return self.optimizer.rates(self.optimizer.lr * self.schedule(step, self.horizon), step + 1, num_obs)
 
     def __call__(self, state: State, grad: Tensor, rates: Tensor) -> State:
-        theta, slots = self.optimizer.update(grad, state.slots, state.theta, rates)
+        own, units = (state.slots[:-1], state.slots[-1:]) if self.in_units else (state.slots, ())
+        theta, slots = self.optimizer.update(grad, own, state.theta, rates)
+        for unit in units:
+            theta = state.theta + unit * (theta - state.theta)
         theta = theta.to(state.theta.dtype)
-        slots = tuple(new.to(old.dtype) for new, old in zip(slots, state.slots))
+        slots = (*(new.to(old.dtype) for new, old in zip(slots, own)), *units)
         averaging = state.step >= self.average_from
         averaged = state.averaged + averaging
         mean = state.average + (theta - state.average) / averaged.clamp(min=1)

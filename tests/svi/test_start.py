@@ -1,0 +1,114 @@
+"""Laplace's start: the mode and the curvature of problems that have them in closed form, and None for the others."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
+from torch.distributions import constraints
+
+from trainer.svi.guides import PyroGuide
+from trainer.svi.optim import SGD
+from trainer.svi.schedules import Constant
+from trainer.svi.start import laplace_start
+from trainer.svi.step import Update
+
+DATA = regression_data(orthogonal=False)
+
+
+def started(model, data=DATA, num_obs=None, guide=None):
+    inference, theta = build(model, **({} if guide is None else {"guide": guide}), num_obs=num_obs, **data)
+    return inference, laplace_start(inference, theta, one_group(**data))
+
+
+def test_a_gaussian_posterior_is_met_exactly():
+    """Location: the posterior mean; scale and units: 1 / sqrt of the precision's diagonal."""
+    inference, (theta, units) = started(regression)
+    mean, covariance, _ = regression_posterior(**DATA)
+    sd = torch.linalg.inv(covariance).diagonal().rsqrt()
+    values = inference.parameters.unflatten(theta)
+    torch.testing.assert_close(values["guide.loc"], mean, rtol=0, atol=1e-6 * float(sd.min()))
+    torch.testing.assert_close(values["guide.log_scale"], sd.log(), rtol=0, atol=1e-9)
+    unit = inference.parameters.unflatten(units)
+    torch.testing.assert_close(unit["guide.loc"], sd, rtol=1e-9, atol=0)
+    assert unit["guide.log_scale"].tolist() == [1.0] * 3
+
+
+def test_a_sample_stands_for_all_rows():
+    """At N = 10 n the likelihood counts ten times."""
+    inference, (theta, _) = started(regression, num_obs=120)
+    precision = 10 * DATA["x"].T @ DATA["x"] / 0.25 + torch.eye(3, dtype=F64) / 4
+    found = inference.parameters.unflatten(theta)["guide.log_scale"]
+    torch.testing.assert_close(found, -0.5 * precision.diagonal().log(), rtol=0, atol=1e-9)
+
+
+def scaled(x, y):
+    """y ~ Normal(0, s), a flat prior on log s: mode of log s at the root mean square, curvature 2 n."""
+    log_s = pyro.sample("log_s", dist.ImproperUniform(constraints.real, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(0.0 * x[:, 0], log_s.exp()), obs=y)
+
+
+def test_a_posterior_that_is_not_gaussian():
+    inference, (theta, _) = started(scaled)
+    values = inference.parameters.unflatten(theta)
+    y = DATA["y"]
+    assert float(values["guide.loc"]) == pytest.approx(0.5 * float((y**2).mean().log()), abs=1e-7)
+    assert float(values["guide.log_scale"].exp()) == pytest.approx((2 * len(y)) ** -0.5, rel=1e-6)
+
+
+def flat_logistic(x, y):
+    w = pyro.sample("w", dist.ImproperUniform(constraints.real, (), (3,)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=(x[:, 0] > 0).to(x))
+
+
+def ridge(x, y):
+    a = pyro.sample("a", dist.ImproperUniform(constraints.real, (), ()))
+    b = pyro.sample("b", dist.ImproperUniform(constraints.real, (), ()))
+    c = pyro.sample("c", dist.ImproperUniform(constraints.real, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(a + b + 0.0 * c * x[:, 0], 1.0), obs=y)
+
+
+def with_param(x, y):
+    pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    bias = pyro.param("bias", torch.zeros((), dtype=x.dtype))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(bias + x[:, 0], 1.0), obs=y)
+
+
+def with_noise(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w + torch.randn_like(y), 1.0), obs=y)
+
+
+def wide(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(257), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w[0] + x[:, 0], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("model", [flat_logistic, ridge, with_param, with_noise, wide])
+def test_where_it_is_not_known_to_help_there_is_none(model):
+    """A separable problem, a latent that nothing informs, other parameters, noise of the model's own, many latents."""
+    assert started(model)[1] is None
+
+
+def test_another_guide_has_none():
+    guide = lambda plated, batch: PyroGuide(AutoNormal(plated))  # noqa: E731
+    assert started(regression, guide=guide)[1] is None
+
+
+def test_a_step_is_made_in_units():
+    """The step of plain gradient descent, times the unit of each parameter; the units stay."""
+    theta, units = torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([0.5, 4.0], dtype=F64)
+    grad = torch.tensor([0.3, 0.7], dtype=F64)
+    update = Update(SGD(lr=0.1), Constant(), 10, 10, in_units=True)
+    state = update.init(theta, units)
+    made = update(state, grad, update.rates(state.step, 1.0))
+    torch.testing.assert_close(made.theta, theta - units * 0.1 * grad, rtol=1e-14, atol=0)
+    assert torch.equal(made.slots[-1], units)
+    assert len(made.slots) == 2
