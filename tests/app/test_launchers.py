@@ -7,7 +7,7 @@ import torch
 from app_tools import final_state, svi
 
 ARGUMENTS = ("batch_size=256", "max_steps=40", "slots=16", "draws=2", "dtype=float64", "checkpoint.every_n_steps=20",
-             "start=zero")  # fmt: skip
+             "recipe=plain")  # fmt: skip
 MODEL = "model._target_=app_models.linear"
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]

@@ -12,7 +12,7 @@ from trainer.lit import checkpoint
 from trainer.lit.module import flat_state
 
 ARGUMENTS = ("batch_size=256", "max_steps=60", "slots=16", "checkpoint.every_n_steps=7", "trainer=cpu", "threads=1",
-             "program=eager", "start=zero")  # fmt: skip
+             "program=eager", "recipe=plain")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

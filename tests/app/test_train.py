@@ -183,14 +183,16 @@ def test_the_horizon_and_the_average_are_whole_epochs(shards):
     from trainer.data.plan import Plan
 
     plan = Plan(np.full(10, 100), 0, 8, 96)
-    update = train._update(config("train", "data.path=x", "max_epochs=20"), plan, in_units=False)
+    update = train._update(config("train", "data.path=x", "max_epochs=20"), plan, whitened=False, anchored=0)
     assert (plan.steps_per_epoch, update.horizon) == (11, 220)
     assert update.average_from == 220 - 55
     assert (
-        train._update(config("train", "data.path=x", "max_epochs=20", "max_steps=100"), plan, in_units=False).horizon
+        train._update(
+            config("train", "data.path=x", "max_epochs=20", "max_steps=100"), plan, whitened=False, anchored=0
+        ).horizon
         == 100
     )
-    assert train._update(config("train", "data.path=x"), plan, in_units=False).horizon == 5000
+    assert train._update(config("train", "data.path=x"), plan, whitened=False, anchored=0).horizon == 5000
 
 
 def test_a_table_is_packed_on_the_fly_once(fit, table, tmp_path, capsys):

@@ -17,23 +17,24 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GP
 
 def replayed(fused, state, chunk):
     """`Fused.prepare` without a compiler: the program replays the traced step."""
-    device, layout = state.theta.device, fused._layout(chunk)
+    layout = fused._layout(chunk)
     function, (first, second) = fused.flat(state, chunk.part(0, 2))
-    traced, numbers = trace(function, first, second), fused._numbers(device)
+    traced, numbers = trace(function, first, second), fused._numbers(state)
     rates = trace(fused._rates, [state.step, *numbers], [state.step + 1, *numbers])
-    fused._fixed = (*fused._stream(device), *numbers, *rates.constants, *traced.constants)
+    fused._constants = (*rates.constants, *traced.constants)
     module = _Scan(traced, rates, layout, state.theta.dtype)
     fused._call = Replay(module.before, module.step, lambda work: work)
     return fused
 
 
-@pytest.mark.parametrize("in_units", [False, True])
-def test_chunks_of_any_length_equal_eager_steps(in_units):
+@pytest.mark.parametrize("whitened", [False, True])
+def test_chunks_of_any_length_equal_eager_steps(whitened):
     """Longer chunks than any before, then shorter ones; the average and the schedule's end among them."""
     inference, theta = build(regression, **regression_data())
-    update = Update(Adam(lr=0.05), Cosine(), 14, 9, in_units)
-    units = torch.linspace(0.1, 2.0, len(theta), dtype=F64) if in_units else None
-    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta, units)
+    first = Update(Adam(lr=0.05), Cosine(), 9, 7, whitened=whitened)
+    update = Update(Adam(lr=0.05), Cosine(), 16, 12, whitened=whitened, start=9, before=first)
+    factor = torch.tensor([[1.0, 0, 0], [0.3, 0.5, 0], [0.1, -0.2, 2.0]], dtype=F64) if whitened else None
+    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta, factor)
     eager = Eager(inference, update, 7, [0])
     program = replayed(Fused(inference, update, 7, [0]), state, chunk)
     wanted, at = state, 0

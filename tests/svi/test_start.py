@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from trainer.svi.guides import PyroGuide
 from trainer.svi.optim import SGD
 from trainer.svi.schedules import Constant
-from trainer.svi.start import laplace_start
+from trainer.svi.start import _factor, laplace_start
 from trainer.svi.step import Update
 
 DATA = regression_data(orthogonal=False)
@@ -23,16 +23,14 @@ def started(model, data=DATA, num_obs=None, guide=None):
 
 
 def test_a_gaussian_posterior_is_met_exactly():
-    """Location: the posterior mean; scale and units: 1 / sqrt of the precision's diagonal."""
-    inference, (theta, units) = started(regression)
+    """Location: the posterior mean; scale: 1 / sqrt of the precision's diagonal; L L': the covariance."""
+    inference, (theta, factor) = started(regression)
     mean, covariance, _ = regression_posterior(**DATA)
     sd = torch.linalg.inv(covariance).diagonal().rsqrt()
     values = inference.parameters.unflatten(theta)
     torch.testing.assert_close(values["guide.loc"], mean, rtol=0, atol=1e-6 * float(sd.min()))
     torch.testing.assert_close(values["guide.log_scale"], sd.log(), rtol=0, atol=1e-9)
-    unit = inference.parameters.unflatten(units)
-    torch.testing.assert_close(unit["guide.loc"], sd, rtol=1e-9, atol=0)
-    assert unit["guide.log_scale"].tolist() == [1.0] * 3
+    torch.testing.assert_close(factor @ factor.T, covariance, rtol=1e-9, atol=1e-12)
 
 
 def test_a_sample_stands_for_all_rows():
@@ -102,13 +100,20 @@ def test_another_guide_has_none():
     assert started(regression, guide=guide)[1] is None
 
 
-def test_a_step_is_made_in_units():
-    """The step of plain gradient descent, times the unit of each parameter; the units stay."""
-    theta, units = torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([0.5, 4.0], dtype=F64)
-    grad = torch.tensor([0.3, 0.7], dtype=F64)
-    update = Update(SGD(lr=0.1), Constant(), 10, 10, in_units=True)
-    state = update.init(theta, units)
+def test_a_step_is_made_in_whitened_coordinates():
+    """Gradient descent on v, loc = L v, for the first parameters, plain for the others; the factor stays."""
+    theta, grad = torch.tensor([1.0, -2.0, 0.5], dtype=F64), torch.tensor([0.3, 0.7, -0.2], dtype=F64)
+    factor = torch.tensor([[0.5, 0.0], [-0.4, 2.0]], dtype=F64)
+    update = Update(SGD(lr=0.1), Constant(), 10, 10, whitened=True)
+    state = update.init(theta, factor)
     made = update(state, grad, update.rates(state.step, 1.0))
-    torch.testing.assert_close(made.theta, theta - units * 0.1 * grad, rtol=1e-14, atol=0)
-    assert torch.equal(made.slots[-1], units)
+    first = theta[:2] - 0.1 * factor @ factor.T @ grad[:2]
+    torch.testing.assert_close(made.theta, torch.cat([first, theta[2:] - 0.1 * grad[2:]]), rtol=1e-14, atol=0)
+    assert torch.equal(made.slots[-1], factor)
     assert len(made.slots) == 2
+
+
+def test_where_the_hessian_is_singular_steps_are_scaled_alone():
+    scale = torch.tensor([2.0, 3.0], dtype=F64)
+    hessian = torch.ones(2, 2, dtype=F64) / scale[:, None] / scale
+    assert torch.equal(_factor(hessian, scale), scale.diag())

@@ -1,5 +1,8 @@
 """The pure step: inert slots, splitting a run, the average of the iterates, and a cost that does not know N."""
 
+import math
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -71,6 +74,28 @@ def test_the_average_is_the_mean_of_the_iterates_since_its_start(average_from):
         assert int(state.averaged) == max(0, k + 1 - average_from)
         torch.testing.assert_close(state.average, torch.stack(counted).mean(0), rtol=1e-13, atol=1e-13)
     assert int(state.step) == 8
+
+
+def test_rounds_are_schedules_and_averages_one_after_the_other():
+    """The second starts at the full rate where the first ended, with the optimiser's vectors, and an average anew."""
+    chunk = chunk_of(8, 2, 4, x=(3,), y=())
+    first = Update(Adam(lr=0.05), Cosine(), 3, 2)
+    both = Update(Adam(lr=0.05), Cosine(), 8, 6, start=3, before=first)
+    assert both.rounds == (first, both)
+    eager, state = program(average_from=8)
+    eager = replace(eager, update=both)
+    iterates = []
+    for k in range(8):
+        round_ = first if k < 3 else both
+        rates = round_.rates(torch.tensor(k), eager.inference.num_obs)
+        rate = 0.05 * 0.5 * (1 + math.cos(math.pi * (k - round_.start) / (round_.horizon - round_.start)))
+        assert float(rates[0]) == pytest.approx(rate / (1 - 0.9 ** (k + 1)), rel=1e-12)
+        want = round_(state, torch.ones_like(state.theta), rates)
+        state = eager.run(state, part(chunk, k, k + 1), 1).state
+        iterates.append(state.theta)
+        counted = iterates[2:3] if k == 2 else iterates[6:] if k >= 6 else iterates[-1:]
+        torch.testing.assert_close(state.average, torch.stack(counted).mean(0), rtol=1e-13, atol=1e-13)
+        assert int(state.averaged) == int(want.averaged) == {2: 1, 6: 1, 7: 2}.get(k, 0)
 
 
 def test_a_step_is_the_gradient_of_the_loss_over_n_at_its_own_rate():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
 from rich.console import Console
-from torch import Tensor
 
-from trainer.data.index import ROW_ID
+from trainer.app.blocks import block, blocks
+from trainer.app.stop import Stop
 from trainer.data.plan import Plan
 from trainer.data.reader import ShardFolder
 from trainer.data.store import atomic_write
-from trainer.lit.datamodule import to_tensor
 from trainer.lit.module import VariationalModule
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import sum_over_ranks
-from trainer.posterior.elbo import Block, full_elbo, held_out_elbo_per_row
+from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.summary import summarise, write_summary
 from trainer.posterior.table import closing_table
@@ -45,9 +43,10 @@ class Finish(Callback):
         seed: int,
         console: Console,
         signals: StopOnSignal,
+        stop: Stop,
         shown: str,
     ):
-        self.signals = signals
+        self.signals, self.stop = signals, stop
         self.run_dir, self.folder, self.held_out, self.plan = run_dir, folder, held_out, plan
         self.seed, self.console = seed, console
         self.shown = shown
@@ -70,14 +69,13 @@ class Finish(Callback):
 
     def _evaluate(self, trainer: pl.Trainer, module: VariationalModule) -> dict[str, Any]:
         theta, inference = module.theta, module.inference
-        fitted = full_elbo(
-            inference, theta, self._blocks(self.folder, trainer), len(self.folder.block_rows), self.seed, sum_over_ranks
-        )
+        _, whitening, _ = module.update.split(module.state.slots)
+        here, count = blocks(self.folder, trainer), len(self.folder.block_rows)
+        fitted = full_elbo(inference, theta, here, count, self.seed, sum_over_ranks, whitening)
         held_out = None
         if self.held_out is not None:
-            blocks = self._blocks(self.held_out, trainer)
-            count = len(self.held_out.block_rows)
-            held_out = held_out_elbo_per_row(inference, theta, blocks, count, self.seed, sum_over_ranks, fitted)
+            here, count = blocks(self.held_out, trainer), len(self.held_out.block_rows)
+            held_out = held_out_elbo_per_row(inference, theta, here, count, self.seed, sum_over_ranks, fitted)
         return {
             "elbo": fitted.elbo,
             "elbo_se": fitted.elbo_se,
@@ -99,25 +97,13 @@ class Finish(Callback):
             "seconds": seconds,
             "rows_per_second": rows / max(seconds, 1e-9),
             "world_size": world_size,
-            "stop_reason": "budget" if done else "max_time",
+            "stop_reason": self.stop.facts.get("stopped") or ("budget" if done else "max_time"),
+            "evidence": self.stop.evidence and self.stop.evidence._asdict(),
         }
-
-    def _blocks(self, folder: ShardFolder, trainer: pl.Trainer) -> Iterator[Block]:
-        """This rank's blocks."""
-        module = trainer.lightning_module
-        assert isinstance(module, VariationalModule)
-        for number in range(trainer.global_rank, len(folder.block_rows), trainer.world_size):
-            yield self._block(folder, number, module)
-
-    def _block(self, folder: ShardFolder, number: int, module: VariationalModule, rows: int | None = None) -> Block:
-        def values(name: str) -> Tensor:
-            return to_tensor(folder.read_block(number, name)[:rows], module.theta.dtype).to(module.device)
-
-        return Block(number, {name: values(name) for name in module.inference.model.arguments}, values(ROW_ID))
 
     def posterior(self, module: VariationalModule) -> Posterior:
         """The answer, with a few rows of the training data."""
-        first = self._block(self.folder, 0, module, rows=_SUMMARY_ROWS)
+        first = block(self.folder, 0, module, rows=_SUMMARY_ROWS)
         count = torch.tensor(len(first.row_id), device=module.device)
         rows = Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
         index = dataclasses.replace(self.folder.index, shards=())

@@ -36,7 +36,7 @@ def fit(
     batch_size: int | None = None,
     max_epochs: float | None = None,
     max_steps: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     seed: int = 0,
     seeds: int = 1,
     run_dir: str | Path | None = None,
@@ -89,7 +89,7 @@ def _packed(
     columns: ColumnMap | None,
     standardise: Sequence[str],
     held_out: float,
-    dtype: str,
+    dtype: str | None,
     opened: contextlib.ExitStack,
 ) -> Path:
     """The shard folder of ``data``: its own, or one that is removed with ``opened``."""
@@ -99,7 +99,7 @@ def _packed(
         return data.path if isinstance(data, ShardFolder) else Path(data)
     path = Path(opened.enter_context(TemporaryDirectory(prefix="svi-data-"))) / "shards"
     source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
-    pack(source, path, columns=columns, standardise=standardise, held_out=held_out, float_dtype=dtype)
+    pack(source, path, columns=columns, standardise=standardise, held_out=held_out, float_dtype=dtype or "float32")
     return path
 
 
@@ -109,7 +109,6 @@ def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> P
     if here.size > 1:
         raise UserError("fit works in this process alone: for several ranks, use svi train.")
     with _process_kept():
-        torch.set_default_dtype(getattr(torch, cfg.dtype))
         threads = share_threads(1, cfg.threads)
         quiet_lightning()
         module, finish = train(cfg, run_dir, here, threads, console, given)

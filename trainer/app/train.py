@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +19,13 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from rich.console import Console
 
 from trainer.app import build, resume
+from trainer.app.blocks import AllRows
 from trainer.app.finish import Finish
 from trainer.app.loggers import make_loggers
 from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
 from trainer.app.shard import shards_of
+from trainer.app.steer import MoveAnchor, RefreshWhitening
+from trainer.app.stop import Stop
 from trainer.data.plan import Plan
 from trainer.data.reader import ShardFolder, open_split
 from trainer.data.store import atomic_write
@@ -33,13 +37,16 @@ from trainer.lit.module import VariationalModule
 from trainer.lit.progress import ProgressBar
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import RankStrategy, sum_over_ranks
+from trainer.posterior.convergence import segment_ends
+from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import Batch
 from trainer.svi.start import laplace_start
 from trainer.svi.step import Inference, StepBatch, Update
 
 _CHECK_ROWS = 1024
-_DEFAULT_STEPS, _DEFAULT_EPOCHS = 5_000, 20
+_ROUND_STEPS = 250  # of the shortest round
+_ANCHOR_STEPS = 2, 64  # per epoch, where a full pass an epoch costs little and the rows' noise counts
 _START_ROWS = 65_536
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -59,7 +66,6 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
 
     Exits with 128 + the signal's number when a signal ended the run, after saving.
     """
-    torch.set_default_dtype(_dtype(cfg.dtype))
     here = world(cfg.trainer)
     threads = share_threads(here.local_size, cfg.threads)
     run_dir = Path(agree_on(str(run_dir.absolute()), here, "nccl" if on_cuda(cfg.trainer) else "gloo"))
@@ -85,12 +91,17 @@ def train(
     """Trains and writes the run folder; ``given``: model and guide as objects, in place of the config's."""
     cfg.data.path = shards_of(str(cfg.data.path), console)
     folder, held_out = open_training(str(cfg.data.path)), open_split(Path(str(cfg.data.path)), "held_out")
+    cfg.dtype = cfg.dtype or ("float64" if folder.num_rows <= _START_ROWS else "float32")
+    torch.set_default_dtype(_dtype(cfg.dtype))
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
     plan = Plan(folder.index.block_rows, **{k: v for k, v in plan_facts.items() if k not in ("index", "draws")})
     inference, theta = infer(cfg, folder, given)
-    start = laplace_start(inference, theta, _sample(folder, inference)) if cfg.start == "laplace" else None
-    update = _update(cfg, plan, in_units=start is not None)
+    sample = _sample(folder, inference)
+    start = laplace_start(inference, theta, sample) if cfg.start == "laplace" else None
+    update = _update(cfg, plan, start is not None, _anchored(cfg, plan, inference, start is not None))
+    if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
+        inference = replace(inference, objective=replace(inference.objective, pairs=2))
     fresh = state = update.init(theta) if start is None else update.init(*start)
     facts = {
         "plan": plan_facts,
@@ -105,6 +116,7 @@ def train(
     if saved is not None:
         resume.check_same(saved[1], facts, saved[0], fresh)
         state, seconds = saved[0], float(saved[1]["seconds"])
+        facts["marks"], facts["stopped"] = saved[1].get("marks", []), saved[1].get("stopped")
         console.print(f"continuing from step {int(state.step):,}")
     console.print(
         f"{folder.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out · "
@@ -118,25 +130,36 @@ def train(
         inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks
     )
     module = VariationalModule(inference, update, program, state, seconds, console.print)
+    epoch = plan.steps_per_epoch if update.anchored else 0
     local_latents = bool(inference.guide.noise_size[1])
     every = int(cfg.checkpoint.every_n_steps or 0)
     for name, count in (("checkpoint.every_n_steps", every), ("slots", int(cfg.slots or 0))):
         if count % program.sync_every:
             raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
     data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), local_latents,
-                     cfg.slots and int(cfg.slots), (every,) if every else ())  # fmt: skip
+                     cfg.slots and int(cfg.slots), tuple(n for n in (every, epoch) if n),
+                     tuple(end for each in update.rounds for end in (each.horizon, *segment_ends(
+                         each, plan.steps_per_epoch, program.sync_every))))  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     signals = StopOnSignal()
+    rows = AllRows(folder, int(cfg.seed))
+    rule = build.make(cfg.stop) if cfg.get("stop") else None
+    stop = Stop(rule, rows, plan.steps_per_epoch, facts, console.print)
     shown = f" · {run_dir}" if given is None or given.keep else ""
-    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, shown)
+    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, stop, shown)
     callbacks = [
         signals,
+        *([RefreshWhitening(sample)] if update.whitened else []),
+        *([MoveAnchor(rows, epoch)] if epoch else []),
         ProgressBar(console, update.horizon),
         MetricsFile(run_dir / "metrics.csv"),
+        stop,
         Checkpoints(run_dir / "checkpoints", facts, every, int(cfg.checkpoint.keep_last)),
         finish,
     ]
-    if data.first < data.last:
+    if facts.get("stopped") and rule is not None:
+        console.print(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
+    elif data.first < data.last:
         _trainer(cfg, run_dir, here, callbacks).fit(module, data)
     else:
         console.print(f"step {data.first:,} is the end already: raise max_steps= or max_epochs= to go on.")
@@ -160,8 +183,7 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
     factory = build.guide(cfg.guide, user_model, columns, cfg.plate)
     if given is not None and given.guide != "mean_field":
         factory = guide_factory(given.guide, columns, cfg.plate)
-    # Without noise from the rows, that of the draws is all there is.
-    pairs = cfg.objective.pairs or (4 if int(cfg.batch_size) >= folder.num_rows else 1)
+    pairs = cfg.objective.pairs or 1
     objective = build.make(cfg.objective, partial=True)(pairs=pairs)
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS].copy(), dtype) for n in (*columns, "row_id")}
@@ -198,18 +220,51 @@ def _sample(folder: ShardFolder, inference: Inference) -> StepBatch:
     return StepBatch(columns, torch.tensor([count]), torch.tensor(count), None)
 
 
-def _update(cfg: DictConfig, plan: Plan, in_units: bool) -> Update:
-    """Optimiser, schedule and the two steps that frame them: the horizon, and where averaging begins."""
+def _update(cfg: DictConfig, plan: Plan, whitened: bool, anchored: int) -> Update:
+    """Optimiser, schedule and rounds, each of twice the steps of the one before; a round is at least an epoch."""
     epoch = plan.steps_per_epoch
     limits = [int(n) for n in (cfg.max_steps, cfg.max_epochs and math.ceil(float(cfg.max_epochs) * epoch)) if n]
-    horizon = min(limits) if limits else max(_DEFAULT_STEPS, _DEFAULT_EPOCHS * epoch)
+    horizon = min(limits) if limits else max(int(cfg.budget.steps), math.ceil(cfg.budget.epochs * epoch))
     share = float(cfg.averaging)
     if not 0 <= share < 1:
-        raise UserError(f"averaging={share} must lie in [0, 1): the last share of the run whose iterates are averaged.")
-    length = int(horizon * share)
-    if length >= epoch:
-        length = length // epoch * epoch
-    return Update(build.make(cfg.optimizer), build.make(cfg.schedule), horizon, horizon - length, in_units)
+        raise UserError(f"averaging={share} must lie in [0, 1): the last share of a round whose iterates are averaged.")
+    count = int(cfg.rounds)
+    if count < 1:
+        raise UserError(f"rounds={count} must be at least 1.")
+    while count > 1 and horizon < (2**count - 1) * max(_ROUND_STEPS, epoch):
+        count -= 1
+    every = int(cfg.program.get("sync_every", 1))
+    rates = cfg.rates.whitened if whitened else cfg.rates.plain
+    for name in [name for name, value in cfg.optimizer.items() if value is None and name in rates]:
+        cfg.optimizer[name] = rates[name]
+    optimizer, schedule, update, start = build.make(cfg.optimizer), build.make(cfg.schedule), None, 0
+    for number in range(1, count + 1):
+        end = horizon if number == count else horizon * (2**number - 1) // (2**count - 1) // every * every
+        length = int((end - start) * share)
+        if length >= epoch:
+            length = length // epoch * epoch
+        update = Update(optimizer, schedule, end, end - length, start, update, whitened, anchored)
+        start = end
+    assert update is not None
+    return update
+
+
+def _anchored(cfg: DictConfig, plan: Plan, inference: Inference, whitened: bool) -> int:
+    """How many locations are anchored."""
+    if cfg.estimator not in ("auto", "anchor", "plain"):
+        raise UserError(f"estimator={cfg.estimator} is not known: use auto, anchor or plain.")
+    can = isinstance(inference.guide, MeanField) and not inference.guide.noise_size[1]
+    can = can and int(cfg.program.get("sync_every", 1)) == 1
+    if cfg.estimator == "anchor" and not can:
+        raise UserError(
+            "estimator=anchor needs guide=mean_field, a model without latents or noise of its own per row, and a sum "
+            "over the ranks at every step: leave estimator=auto."
+        )
+    low, high = _ANCHOR_STEPS
+    chosen = cfg.estimator == "anchor" or (
+        cfg.estimator == "auto" and not whitened and low <= plan.steps_per_epoch <= high
+    )
+    return inference.guide.size if isinstance(inference.guide, MeanField) and can and chosen else 0
 
 
 def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -44,8 +44,8 @@ class Ranks:
 class ChunkData(pl.LightningDataModule):
     """Streams the training chunks of this rank from step ``first`` to ``last``.
 
-    ``slots``: steps of a chunk, set before the first is asked for; ``every``: a chunk also ends at each multiple of any
-    of these (checkpoints).
+    ``slots``: steps of a chunk, set before the first is asked for. A chunk also ends at each multiple of any of
+    ``every`` (checkpoints, epochs) and at each of ``ends`` (of rounds).
     """
 
     def __init__(
@@ -58,11 +58,12 @@ class ChunkData(pl.LightningDataModule):
         with_row_id: bool,
         slots: int | None,
         every: tuple[int, ...] = (),
+        ends: tuple[int, ...] = (),
     ):
         super().__init__()
         self.folder, self.plan, self.ranks = folder, plan, ranks
         self.columns, self.dtype, self.with_row_id = columns, dtype, with_row_id
-        self.slots, self.every = slots, every
+        self.slots, self.every, self.ends = slots, every, ends
         self.first, self.last = 0, 0
 
     def train_dataloader(self) -> "ChunkData":
@@ -85,7 +86,7 @@ class ChunkData(pl.LightningDataModule):
         assert self.slots is not None
         reader = self._reader()
         try:
-            for arrays in reader.chunks(spans(self.first, self.last, self.slots, self.every)):
+            for arrays in reader.chunks(spans(self.first, self.last, self.slots, self.every, self.ends)):
                 yield self._chunk(arrays)
         except UserError as error:
             yield error
@@ -105,11 +106,14 @@ class ChunkData(pl.LightningDataModule):
         )
 
 
-def spans(first: int, last: int, slots: int, every: tuple[int, ...] = ()) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps) of each chunk: at most ``slots``, none across a multiple of any of ``every``."""
+def spans(
+    first: int, last: int, slots: int, every: tuple[int, ...] = (), ends: tuple[int, ...] = ()
+) -> Iterator[tuple[int, int]]:
+    """(first step, number of steps) of each chunk: at most ``slots``, none across a multiple of any of ``every`` or
+    across any of ``ends``."""
     while first < last:
-        ends = [first + slots, last, *((first // n + 1) * n for n in every)]
-        steps = min(ends) - first
+        stops = [first + slots, last, *((first // n + 1) * n for n in every), *(end for end in ends if end > first)]
+        steps = min(stops) - first
         yield first, steps
         first += steps
 

@@ -148,8 +148,7 @@ class VariationalModule(pl.LightningModule):
             "elbo": elbo,
             "elbo_per_row": elbo / num_obs,
             **by_kind,
-            "learning_rate": self.update.optimizer.lr
-            * float(self.update.schedule(self.state.step - 1, self.update.horizon)),
+            "learning_rate": self._rate(self.step - 1),
             "grad_norm": float(result.grad_norm[-1]),
             **{f"term/{site}": value for site, value in zip(self.inference.sites, means)},
         }
@@ -161,6 +160,11 @@ class VariationalModule(pl.LightningModule):
             finite_or_raise(dict(zip(self.inference.sites, result.terms[bad].tolist())), first + bad)
         values = self.inference.parameters.unflatten(self.state.theta)
         finite_or_raise(dict(values), self.step)
+
+    def _rate(self, step: int) -> float:
+        """The scheduled learning rate of a step."""
+        here = self.update.at(step)
+        return here.optimizer.lr * float(here.schedule(torch.tensor(step - here.start), here.horizon - here.start))
 
     def _advance_lightning(self, steps: int) -> None:
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress

@@ -19,6 +19,7 @@ from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.objective import Term, elbo_terms
 from trainer.svi.plates import Batch
 from trainer.svi.step import Inference
+from trainer.svi.variance import Whitening
 
 _FEWEST_PAIRS = 2  # per block: their difference gives the standard error
 _PAIRS = 500  # over all blocks, where these are few
@@ -57,13 +58,19 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def full_elbo(
-    inference: Inference, theta: Tensor, blocks: Iterable[Block], num_blocks: int, seed: int, reduce: Reduce
+    inference: Inference,
+    theta: Tensor,
+    blocks: Iterable[Block],
+    num_blocks: int,
+    seed: int,
+    reduce: Reduce,
+    whitening: Whitening | None = None,
 ) -> ElboEstimate:
     """The ELBO over the ``num_blocks`` blocks of all ranks, of which ``blocks`` are this rank's.
 
-    ``reduce`` sums a tensor over the ranks.
+    ``reduce`` sums a tensor over the ranks; ``whitening`` gives a control variate for the draws.
     """
-    likelihood, variance, rows, first = _likelihood(inference, theta, blocks, num_blocks, seed, reduce)
+    likelihood, variance, rows, first = _likelihood(inference, theta, blocks, num_blocks, seed, reduce, whitening)
     # A rank without a block takes the KL of those that have one; these agree.
     here = (0.0, 0.0) if first is None else _global_kl(inference, theta, first, seed, math.sqrt(variance))
     kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
@@ -89,7 +96,13 @@ def held_out_elbo_per_row(
 
 
 def _likelihood(
-    inference: Inference, theta: Tensor, blocks: Iterable[Block], num_blocks: int, seed: int, reduce: Reduce
+    inference: Inference,
+    theta: Tensor,
+    blocks: Iterable[Block],
+    num_blocks: int,
+    seed: int,
+    reduce: Reduce,
+    whitening: Whitening | None = None,
 ) -> tuple[float, float, int, Block | None]:
     """What stands inside the data plate, over all ranks: mean, its variance, rows; and this rank's first block."""
     pairs = max(_FEWEST_PAIRS, _PAIRS // num_blocks)
@@ -97,7 +110,7 @@ def _likelihood(
     for block in blocks:
         if first is None:
             first = block
-        mean, se = _block_likelihood(inference, theta, block, seed, pairs)
+        mean, se = _block_likelihood(inference, theta, block, seed, pairs, whitening)
         likelihood, variance, rows = likelihood + mean, variance + se**2, rows + len(block.row_id)
     likelihood, variance, total = _sum([likelihood, variance, rows], theta, reduce)
     return likelihood, variance, int(total), first
@@ -107,15 +120,22 @@ def _sum(numbers: list[float], theta: Tensor, reduce: Reduce) -> list[float]:
     return reduce(torch.tensor(numbers, dtype=torch.float64, device=theta.device)).tolist()
 
 
-def _block_likelihood(inference: Inference, theta: Tensor, block: Block, seed: int, pairs: int) -> tuple[float, float]:
+def _block_likelihood(
+    inference: Inference, theta: Tensor, block: Block, seed: int, pairs: int, whitening: Whitening | None
+) -> tuple[float, float]:
     """The terms inside the data plate, summed over a block's rows: mean and standard error over pairs."""
     values = []
+    share = len(block.row_id) / inference.num_obs
     for pair in range(pairs):
         both = [
             sum(float(term.value) for term in terms.values() if term.scaled)
             for terms in _pair(inference, theta, block, seed, block.number, pair)
         ]
-        values.append(sum(both) / 2)
+        chance = 0.0
+        if whitening is not None:
+            elements, _ = _noise(inference, theta, block, seed, block.number, pair)
+            chance = share * float(whitening.chance(theta.double(), elements.double()))
+        values.append(sum(both) / 2 + chance)
     estimate = torch.tensor(values, dtype=torch.float64)
     return float(estimate.mean()), float(estimate.std() / math.sqrt(len(values)))
 
@@ -147,12 +167,8 @@ def _pair(
     inference: Inference, theta: Tensor, block: Block, seed: int, number: int, pair: int
 ) -> list[dict[str, Term]]:
     """The terms at eps and -eps, the scale of the data plate 1."""
-    device, dtype = theta.device, theta.dtype
-    when, draw = torch.tensor(number, device=device), torch.tensor([pair], device=device)
-    elements, per_row = inference.guide.noise_size
-    seed = mixed_seed(seed, 0x5EED, 0)  # not the noise that the parameters were trained with
-    flat = element_noise(seed, when, draw, elements, dtype)[0]
-    rows = row_noise(seed, when, draw, block.row_id[None], per_row, dtype)[0] if per_row else None
+    device = theta.device
+    flat, rows = _noise(inference, theta, block, seed, number, pair)
     batch = Batch(
         block.columns,
         torch.tensor(len(block.row_id), device=device),
@@ -162,7 +178,7 @@ def _pair(
     terms = []
     with torch.no_grad(), pyro.validation_enabled(False):
         for sign in (1.0, -1.0):
-            noise = Noise(sign * flat, None if rows is None else sign * rows, mixed_seed(seed, number, pair))
+            noise = Noise(sign * flat, None if rows is None else sign * rows, mixed_seed(_own(seed), number, pair))
 
             def evaluate(values: dict[str, Tensor], noise: Noise = noise) -> dict[str, Term]:
                 # Whatever KL was trained with: exact where that is known, from the draw where it is not.
@@ -170,3 +186,18 @@ def _pair(
 
             terms.append(inference.parameters.call(inference.parameters.unflatten(theta), evaluate))
     return terms
+
+
+def _noise(
+    inference: Inference, theta: Tensor, block: Block, seed: int, number: int, pair: int
+) -> tuple[Tensor, Tensor | None]:
+    """The normals [E] and [B, n] of a pair."""
+    when, draw = torch.tensor(number, device=theta.device), torch.tensor([pair], device=theta.device)
+    elements, per_row = inference.guide.noise_size
+    flat = element_noise(_own(seed), when, draw, elements, theta.dtype)[0]
+    return flat, row_noise(_own(seed), when, draw, block.row_id[None], per_row, theta.dtype)[0] if per_row else None
+
+
+def _own(seed: int) -> int:
+    """Not the noise that the parameters were trained with."""
+    return mixed_seed(seed, 0x5EED, 0)

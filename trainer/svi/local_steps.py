@@ -65,10 +65,11 @@ class LocalSteps:
 
     def _averaged(self, state: State) -> State:
         """The mean state of the ranks, which have all taken the same number of steps."""
-        vectors = (state.theta, state.average, *state.slots)
+        slots, _, _ = self.update.split(state.slots)
+        vectors = (state.theta, state.average, *slots)
         mean = self.reduce(torch.cat(vectors)) / self.world_size
-        theta, average, *slots = mean.split([len(each) for each in vectors])
-        return State(state.step, theta, tuple(slots), average, state.averaged)
+        theta, average, *own = mean.split([len(each) for each in vectors])
+        return State(state.step, theta, (*own, *state.slots[len(slots) :]), average, state.averaged)
 
 
 def _own(chunk: Chunk) -> Chunk:

@@ -63,7 +63,7 @@ class Program(Protocol):
         ...
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
-        """Takes ``steps`` <= K steps from ``state``; the chunk's other slots are not used."""
+        """Takes ``steps`` <= K steps from ``state``, all of one round; the chunk's other slots are not used."""
         ...
 
 
@@ -103,13 +103,12 @@ class Eager:
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         terms, norms = [], []
+        update = self.update.at(int(state.step))
         for k in range(steps):
             batch = chunk.slot(k)
             noise = self.noise(int(state.step), batch, state.theta.dtype)
-            rates = self.update.rates(state.step, self.inference.num_obs)
-            state, here, norm = step(
-                self.inference, self.update, self.reduce, self.world_size, state, noise, batch, rates
-            )
+            rates = update.rates(state.step, self.inference.num_obs)
+            state, here, norm = step(self.inference, update, self.reduce, self.world_size, state, noise, batch, rates)
             terms.append(here)
             norms.append(norm)
         return ChunkResult(state, self.reduce(torch.stack(terms)), torch.stack(norms))

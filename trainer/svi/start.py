@@ -1,9 +1,9 @@
-"""Where training starts and in which units it steps: at the mode of a sample of rows, in its standard deviations.
+"""Where training starts and in which coordinates it steps: at the mode of a sample of rows, whitened.
 
 Laplace's approximation in unconstrained space (Kass and Raftery 1995, section 4.1): the location starts at the mode of
-the posterior given the sample (at scale N / n), the scale at 1 / sqrt(curvature), as a mean-field Gaussian has it, and
-the optimiser's step for a location is multiplied by that scale. So a rate means the same for a coefficient of 80 and
-for one of 0.001.
+the posterior given the sample (at scale N / n), the scale at 1 / sqrt(curvature), as a mean-field Gaussian has it. The
+optimiser steps in v, loc = L v, where L L' is the inverse of the Hessian there: a rate means the same for a
+coefficient of 80 and for one of 0.001, and along a ridge as across it.
 
 Shapes: P parameters, D latents.
 """
@@ -16,16 +16,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trainer.svi.guides import MeanField
+from trainer.svi.guides import KL, MeanField
 from trainer.svi.step import Inference, StepBatch, StepNoise
+from trainer.svi.variance import Whitening
 
 MOST_LATENTS = 256
 _ROUNDS, _ITERATIONS = 5, 100
 _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
 
 
-def laplace_start(inference: Inference, theta: Tensor, rows: StepBatch) -> tuple[Tensor, Tensor] | None:
-    """theta [P] at the mode given ``rows`` (one lane group), and the units [P] of a step.
+def laplace_start(inference: Inference, theta: Tensor, rows: StepBatch) -> tuple[Tensor, Whitening] | None:
+    """theta [P] at the mode given ``rows`` (one lane group), and the coordinates to step in from there.
 
     None where this is not known to help: another guide, other parameters beside it, more than 256 latents, a mode that
     is not found (a flat or separable problem), a curvature that is not positive.
@@ -35,31 +36,65 @@ def laplace_start(inference: Inference, theta: Tensor, rows: StepBatch) -> tuple
         return None
     if set(inference.parameters.shapes) != {"guide.loc", "guide.log_scale"}:
         return None
-    size, device = guide.size, theta.device
-    objective = replace(inference.objective, kl="monte_carlo", antithetic=False, pairs=1)
-    problem = replace(inference, objective=objective)
-    wide = {n: c.double() if c.is_floating_point() else c for n, c in rows.columns.items()}
-    batch = rows._replace(columns=wide)
-    noise = StepNoise(torch.zeros(1, 1, size, dtype=torch.float64, device=device), None, ((0,),))
-    log_scale = torch.zeros(size, dtype=torch.float64, device=device)
-
-    def loss(loc: Tensor) -> Tensor:
-        at = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": log_scale})
-        return -problem.terms(at, noise, batch, share=1.0).sum()
-
+    loss = _joint(inference, rows)
     with _double():
-        loc = _mode(loss, size, device)
+        loc = _mode(loss, guide.size, theta.device)
         if loc is None:
             return None
-        curvature = torch.stack([_column(loss, loc, i) for i in range(size)]).diagonal()
-        if not (torch.isfinite(curvature).all() and (curvature > 0).all()):
+        hessian = _hessian(loss, loc)
+        curvature = hessian.diagonal()
+        if not (torch.isfinite(hessian).all() and (curvature > 0).all()):
             return None
         scale = curvature.rsqrt()
         if not _describes(loss, loc, scale):
             return None
-    made = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": scale.log()}).to(theta.dtype)
-    units = inference.parameters.flatten({"guide.loc": scale, "guide.log_scale": torch.ones_like(scale)})
-    return made, units.to(theta.dtype)
+        made = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": scale.log()})
+        whitening = Whitening(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
+    return made.to(theta.dtype), Whitening(*(each.to(theta.dtype) for each in whitening))
+
+
+def whitening_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Whitening:
+    """The curvature at ``theta`` [P]; steps are in the guide's scales where it is not positive definite."""
+    values = inference.parameters.unflatten(theta.double())
+    loc, scale = values["guide.loc"], values["guide.log_scale"].exp()
+    with _double():
+        made = Whitening(_factor(_hessian(_joint(inference, rows), loc), scale), _of_draws(inference, rows, loc, scale))
+    return Whitening(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
+
+
+def _joint(inference: Inference, rows: StepBatch) -> Callable[[Tensor], Tensor]:
+    """Minus the log joint [] (nats) as a function of the unconstrained latents [D]."""
+
+    def loss(loc: Tensor) -> Tensor:
+        zero = torch.zeros_like(loc)
+        return _minus_terms(inference, "monte_carlo", rows, loc, zero, zero)
+
+    return loss
+
+
+def _of_draws(inference: Inference, rows: StepBatch, loc: Tensor, scale: Tensor) -> Tensor:
+    """The Hessian [D, D] of what the draws estimate."""
+    by_noise = _hessian(
+        lambda eps: _minus_terms(inference, "analytic", rows, loc, scale.log(), eps), torch.zeros_like(loc)
+    )
+    return by_noise / scale[:, None] / scale
+
+
+def _minus_terms(inference: Inference, kl: KL, rows: StepBatch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
+    """Minus the ELBO's terms (nats) at one draw, in float64."""
+    problem = replace(inference, objective=replace(inference.objective, kl=kl, antithetic=False, pairs=1))
+    columns = {n: c.double() if c.is_floating_point() else c for n, c in rows.columns.items()}
+    values = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": log_scale})
+    noise = StepNoise(eps[None, None], None, ((0,),))
+    return -problem.terms(values, noise, rows._replace(columns=columns), share=1.0).sum()
+
+
+def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
+    """L [D, D], L L' = the inverse of the Hessian; the diagonal of ``scale`` where that is not positive definite."""
+    root, failed = torch.linalg.cholesky_ex(torch.nan_to_num(scale[:, None] * hessian * scale))
+    if failed:
+        return scale.diag()
+    return scale[:, None] * torch.linalg.inv(root).T
 
 
 def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> Tensor | None:
@@ -85,11 +120,13 @@ def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> 
     return None
 
 
-def _column(loss: Callable[[Tensor], Tensor], loc: Tensor, i: int) -> Tensor:
-    """Column ``i`` of the Hessian of ``loss`` at ``loc``."""
-    at = loc.clone().requires_grad_()
+def _hessian(loss: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
+    """The Hessian [D, D] of ``loss``, 0 for what it does not depend on."""
+    at = where.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(at), at, create_graph=True)
-    return torch.autograd.grad(grad[i], at)[0]
+    if not grad.requires_grad:
+        return torch.zeros(len(at), len(at), dtype=at.dtype, device=at.device)
+    return torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in grad])
 
 
 def _describes(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> bool:

@@ -21,6 +21,7 @@ from trainer.svi.optim import Optimizer, Slots
 from trainer.svi.parameters import Parameters
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.schedules import Schedule
+from trainer.svi.variance import Anchor, Whitening
 
 
 class State(NamedTuple):
@@ -100,36 +101,69 @@ class Inference:
 
 @dataclass(frozen=True)
 class Update:
-    """How a gradient becomes the next state."""
+    """How a gradient becomes the next state: a round of a schedule, after those before it.
+
+    A round starts its optimiser and its average afresh: a second moment that remembers the way there makes the last
+    steps too small, and one that forgets soon is correlated with the gradient, which biases Adam's mean step by half of
+    (1 - beta2) times the gradient's skewness (rows of rare groups are skewed).
+    """
 
     optimizer: Optimizer
     schedule: Schedule
     horizon: int
-    """Steps of the whole run: the schedule's end."""
+    """The step at which the schedule ends."""
     average_from: int
     """First step whose iterate enters the average; `horizon` for none."""
-    in_units: bool = False
-    """Whether the last of the state's slots holds the unit [P] of each parameter's step."""
+    start: int = 0
+    """The step at which the schedule begins."""
+    before: "Update | None" = None
+    """What governs the steps before ``start``."""
+    whitened: bool = False
+    """Whether the state holds a `Whitening`."""
+    anchored: int = 0
+    """Locations of the state's `Anchor`, at the head of theta; 0 for none."""
 
-    def init(self, theta: Tensor, units: Tensor | None = None) -> State:
-        """The state before the first step; ``units`` [P] where ``in_units``."""
+    def at(self, step: int) -> "Update":
+        """The round in which ``step`` lies."""
+        return self if self.before is None or step >= self.start else self.before.at(step)
+
+    @property
+    def rounds(self) -> "tuple[Update, ...]":
+        """All rounds, in order."""
+        return (*(self.before.rounds if self.before else ()), self)
+
+    def init(self, theta: Tensor, whitening: Whitening | None = None) -> State:
+        """The state before the first step; ``whitening`` where ``whitened``. An anchor is set before the first step."""
         zero = torch.zeros((), dtype=torch.int64, device=theta.device)
-        slots = (*self.optimizer.init(theta), *(() if units is None else (units.clone(),)))
+        anchor = Anchor.at(theta, self.anchored) if self.anchored else ()
+        slots = (*self.optimizer.init(theta), *(each.clone() for each in whitening or ()), *anchor)
         return State(zero, theta.clone(), slots, theta.clone(), zero.clone())
 
     def rates(self, step: Tensor, num_obs: float) -> Tensor:
         """The optimiser's rates [m] for the update at ``step`` (int64 []), float64."""
-        return self.optimizer.rates(self.optimizer.lr * self.schedule(step, self.horizon), step + 1, num_obs)
+        factor = self.schedule(step - self.start, self.horizon - self.start)
+        return self.optimizer.rates(self.optimizer.lr * factor, step - self.start + 1, num_obs)
+
+    def split(self, slots: Slots) -> tuple[Slots, Whitening | None, Anchor | None]:
+        """The optimiser's own slots, and what follows them."""
+        own = len(slots) - 2 * self.whitened - 2 * bool(self.anchored)
+        whitening = Whitening(*slots[own : own + 2]) if self.whitened else None
+        return slots[:own], whitening, Anchor(*slots[-2:]) if self.anchored else None
 
     def __call__(self, state: State, grad: Tensor, rates: Tensor) -> State:
-        own, units = (state.slots[:-1], state.slots[-1:]) if self.in_units else (state.slots, ())
-        theta, slots = self.optimizer.update(grad, own, state.theta, rates)
-        for unit in units:
-            theta = state.theta + unit * (theta - state.theta)
+        own, whitening, _ = self.split(state.slots)
+        fresh = state.step == self.start
+        own = tuple(torch.where(fresh, 0.0, each) for each in own)
+        if whitening is None:
+            theta, slots = self.optimizer.update(grad, own, state.theta, rates)
+        else:
+            zero = torch.zeros_like(state.theta)
+            moved, slots = self.optimizer.update(whitening.of_gradient(grad), own, zero, rates)
+            theta = state.theta + whitening.of_step(moved)
         theta = theta.to(state.theta.dtype)
-        slots = (*(new.to(old.dtype) for new, old in zip(slots, own)), *units)
+        slots = (*(new.to(old.dtype) for new, old in zip(slots, own)), *state.slots[len(own) :])
         averaging = state.step >= self.average_from
-        averaged = state.averaged + averaging
+        averaged = torch.where(averaging, state.averaged + 1, 0)
         mean = state.average + (theta - state.average) / averaged.clamp(min=1)
         return State(state.step + 1, theta, slots, torch.where(averaging, mean, theta), averaged)
 
@@ -150,11 +184,23 @@ def step(
     ``rates``: `update.rates` at this step. ``reduce`` sums a tensor over the ranks; the terms are left for the caller
     to reduce once a chunk.
     """
-    theta = state.theta.detach().requires_grad_()
-    with torch.enable_grad():
-        terms = inference.terms(theta, noise, batch, share=1.0 / (world_size * len(batch.valid)))
-        loss = -terms.sum() / inference.num_obs
-        (grad,) = torch.autograd.grad(loss, theta)
+    share = 1.0 / (world_size * len(batch.valid))
+    _, whitening, anchor = update.split(state.slots)
+
+    def gradient(theta: Tensor) -> tuple[Tensor, Tensor]:
+        theta = theta.detach().requires_grad_()
+        with torch.enable_grad():
+            terms = inference.terms(theta, noise, batch, share)
+            (grad,) = torch.autograd.grad(-terms.sum() / inference.num_obs, theta)
+        return terms.detach(), grad
+
+    terms, grad = gradient(state.theta)
+    if whitening is not None:
+        grad = grad - whitening.control_variate(state.theta, noise.elements, share) / inference.num_obs
+    if anchor is not None:
+        grad = anchor.minus(grad, gradient(anchor.theta)[1])
     grad = reduce(grad)
+    if anchor is not None:
+        grad = anchor.plus(grad)
     new = update(state, grad, rates)
-    return new, terms.detach(), grad.double().norm()
+    return new, terms, grad.double().norm()

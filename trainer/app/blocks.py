@@ -1,0 +1,50 @@
+"""A rank's blocks of a shard folder as tensors, for what is evaluated over all rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from trainer.data.index import ROW_ID
+from trainer.data.reader import ShardFolder
+from trainer.lit.datamodule import to_tensor
+from trainer.lit.module import VariationalModule
+from trainer.lit.strategy import sum_over_ranks
+from trainer.posterior.elbo import Block
+from trainer.posterior.gradient import full_gradient
+from trainer.svi.noise import mixed_seed
+from trainer.svi.variance import Whitening
+
+
+def block(folder: ShardFolder, number: int, module: VariationalModule, rows: int | None = None) -> Block:
+    """Block ``number``, or its first ``rows`` rows, on the module's device."""
+
+    def values(name: str) -> Tensor:
+        return to_tensor(folder.read_block(number, name)[:rows], module.theta.dtype).to(module.device)
+
+    return Block(number, {name: values(name) for name in module.inference.model.arguments}, values(ROW_ID))
+
+
+def blocks(folder: ShardFolder, trainer: pl.Trainer) -> Iterator[Block]:
+    """This rank's blocks."""
+    module = trainer.lightning_module
+    assert isinstance(module, VariationalModule)
+    for number in range(trainer.global_rank, len(folder.block_rows), trainer.world_size):
+        yield block(folder, number, module)
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """The loss over all training rows, as its gradient."""
+
+    folder: ShardFolder
+    seed: int
+
+    def gradient(self, trainer: pl.Trainer, theta: Tensor, whitening: Whitening | None = None) -> Tensor:
+        """float64 [P] of minus the ELBO (nats) at ``theta``; other draws at every step."""
+        module = trainer.lightning_module
+        assert isinstance(module, VariationalModule)
+        seed, here = mixed_seed(self.seed, module.step, 0xF011), blocks(self.folder, trainer)
+        count = len(self.folder.block_rows)
+        return full_gradient(module.inference, theta, here, count, seed, sum_over_ranks, whitening)

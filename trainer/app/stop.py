@@ -1,0 +1,79 @@
+"""`stop=converged`: ends training at the end of the round in which the answer is there.
+
+Every figure comes from what all ranks hold alike, so they decide alike; what a decision needs is in the checkpoints.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning import Callback
+
+from trainer.app.blocks import AllRows
+from trainer.lit.module import VariationalModule
+from trainer.posterior.convergence import (
+    Evidence,
+    Mark,
+    Rule,
+    can_be_judged,
+    of_average,
+    segment_ends,
+    segment_means,
+    step_to_go,
+)
+
+_WORDS = {
+    "mc_error": "Monte Carlo error {:.2g} scales (limit {:.2g})",
+    "scale_error": "Monte Carlo error {:.2g} of a log scale (limit {:.2g})",
+    "rhat": "R-hat {:.3f} between the halves of the average (limit {:.3g})",
+    "gradient": "{:.2g} scales to go by the gradient over all rows (limit {:.2g})",
+}
+
+
+class Stop(Callback):
+    """Gathers the segments' means, and judges at the end of each round; ``rule``: None stops at the budget alone.
+
+    ``facts``: the checkpoint's, where marks and the reason to stop are kept.
+    """
+
+    def __init__(
+        self, rule: Rule | None, rows: AllRows, steps_per_epoch: int, facts: dict[str, Any], say: Callable[[str], None]
+    ):
+        self.rule, self.rows, self.epoch, self.facts, self.say = rule, rows, steps_per_epoch, facts, say
+        self.marks: list[Mark] = facts.setdefault("marks", [])
+        self.evidence: Evidence | None = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        assert isinstance(module, VariationalModule)
+        here = module.update.at(module.step - 1)
+        ends = segment_ends(here, self.epoch, module.program.sync_every)
+        if not can_be_judged(module.inference) or module.step not in ends:
+            return
+        self.marks.append((int(module.state.averaged), module.state.average.clone()))
+        if module.step < here.horizon:
+            return
+        if len(self.marks) == len(ends):
+            self._judge(trainer, module)
+        self.marks.clear()
+
+    def _judge(self, trainer: pl.Trainer, module: VariationalModule) -> None:
+        theta, rule, last = module.theta, self.rule or Rule(), module.step == module.update.horizon
+        evidence = of_average(module.inference, segment_means(self.marks), theta)
+        if last or set(rule.short_of(evidence)) <= {"gradient"}:
+            _, whitening, _ = module.update.split(module.state.slots)
+            gradient = self.rows.gradient(trainer, theta, whitening)
+            evidence = evidence._replace(gradient=step_to_go(module.inference, theta, gradient, whitening))
+        self.evidence, short = evidence, rule.short_of(evidence)
+        if not short and self.rule is not None:
+            self.facts["stopped"] = "converged"
+            trainer.should_stop = True
+            self.say(f"converged at step {module.step:,}: {_words(rule, evidence, evidence._fields)}")
+        elif short and last:
+            self.say(
+                f"not converged within the budget: {_words(rule, evidence, short)}; give it more with max_epochs= "
+                "or max_steps="
+            )
+
+
+def _words(rule: Rule, evidence: Evidence, names: Any) -> str:
+    return ", ".join(_WORDS[name].format(getattr(evidence, name), getattr(rule, name)) for name in names)

@@ -1,0 +1,126 @@
+"""Whether the answer is there: the Monte Carlo error of the averaged iterates, their drift, and the full gradient.
+
+A held-out ELBO cannot see an error of 0.3 standard deviations. The average's error is judged from the means of its
+segments (whole epochs where there are eight, since an epoch's mean is free of the rows' order): Monte Carlo standard
+error by batch means (Flegal and Jones 2010), drift as the split R-hat (Vehtari et al. 2021) that draws from the two
+halves' posteriors would have. The gradient over all rows, times the inverse curvature, is the Newton step left.
+
+Shapes: P parameters, D latents (loc [D] and log scale [D] head theta).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.svi.guides import MeanField
+from trainer.svi.step import Inference, Update
+from trainer.svi.variance import Whitening
+
+SEGMENTS = 8
+_FEWEST_STEPS = 2  # of a segment
+_SMALL_SITE = 256  # scalars, up to which every latent of a site has to meet a limit
+_SHARE = 0.99  # of the others
+Mark = tuple[int, Tensor]
+"""How many iterates the running average held, and the average [P]."""
+
+
+class Evidence(NamedTuple):
+    """Each over the latents of small sites and 99 % of the others."""
+
+    mc_error: float
+    """Monte Carlo standard error of the averaged location, in scales."""
+    scale_error: float
+    """The same of the averaged log scale, or half of the difference between the halves where that is larger."""
+    rhat: float
+    gradient: float
+    """The step that the gradient over all rows leaves to go, in scales; nan where it was not worth a pass."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Upper limits of an `Evidence`."""
+
+    mc_error: float = 0.1
+    scale_error: float = 0.02
+    rhat: float = 1.01
+    gradient: float = 0.1
+
+    def short_of(self, evidence: Evidence) -> list[str]:
+        """The limits that ``evidence`` does not meet (a gradient of nan meets none)."""
+        return [name for name, value in evidence._asdict().items() if not value <= getattr(self, name)]
+
+
+def segment_ends(update: Update, steps_per_epoch: int, unit: int = 1) -> tuple[int, ...]:
+    """The steps at which a round's segments end, multiples of ``unit``; none where its average is too short."""
+    length = update.horizon - update.average_from
+    part = length // SEGMENTS
+    step = steps_per_epoch if part >= steps_per_epoch and steps_per_epoch % unit == 0 else unit
+    if part < max(_FEWEST_STEPS, unit):
+        return ()
+    inner = (update.average_from + round(k * length / SEGMENTS / step) * step for k in range(1, SEGMENTS))
+    return (*inner, update.horizon)
+
+
+def segment_means(marks: Sequence[Mark]) -> Tensor:
+    """Means [S, P], float64, of the iterates between one mark and the next, from running averages."""
+    totals = [(0, torch.zeros_like(marks[0][1], dtype=torch.float64)), *((n, n * mean.double()) for n, mean in marks)]
+    return torch.stack([(b - a) / (m - n) for (n, a), (m, b) in pairwise(totals)])
+
+
+def of_average(inference: Inference, means: Tensor, theta: Tensor) -> Evidence:
+    """The evidence of segment means [S, P] beside their average ``theta`` [P]; the gradient is not known yet."""
+    size = inference.guide.noise_size[0]
+    scale = theta[size : 2 * size].double().exp()
+    error = means.std(0) / len(means) ** 0.5
+    half = len(means) // 2
+    drift = means[:half].mean(0) - means[half:].mean(0)
+    off = torch.maximum(error, drift.abs() / 2)[size : 2 * size]
+    drift = drift[:size] / scale
+    top = small_sites(inference)
+    return Evidence(
+        judged(error[:size] / scale, top),
+        judged(off, top),
+        judged((1 + drift**2 / 2).sqrt(), top),
+        float("nan"),
+    )
+
+
+def step_to_go(inference: Inference, theta: Tensor, gradient: Tensor, whitening: Whitening | None) -> float:
+    """The judged Newton step of the locations in scales, from the ``gradient`` [P] of minus the ELBO (nats).
+
+    The curvature is that of the `Whitening`, or 1 / scale^2 for each latent where there is none. With a `Whitening` the
+    gradient by the log scales counts too (that of a scale 5 % off is 0.1); without, its draws' noise hides it.
+    """
+    size = inference.guide.noise_size[0]
+    scale, first = theta[size : 2 * size].double().exp(), gradient[:size].double()
+    if whitening is None:
+        step = scale * first
+    else:
+        factor = whitening.factor.double()
+        step = torch.maximum((factor @ (factor.T @ first) / scale).abs(), gradient[size : 2 * size].abs())
+    return judged(step.abs(), small_sites(inference))
+
+
+def judged(values: Tensor, top: Tensor) -> float:
+    """The largest of the ``top`` [D] bool, or the 99 % quantile of the others where that is larger."""
+    largest = [values[top].max()] if top.any() else []
+    if not top.all():
+        others = values[~top].sort().values
+        largest.append(others[min(len(others) - 1, int(_SHARE * len(others)))])
+    return float(torch.stack(largest).max())
+
+
+def small_sites(inference: Inference) -> Tensor:
+    """bool [D]: latents of sites with at most 256 scalars."""
+    assert isinstance(inference.guide, MeanField)
+    return torch.cat([torch.full((site.size,), site.size <= _SMALL_SITE) for site in inference.guide.sites])
+
+
+def can_be_judged(inference: Inference) -> bool:
+    """Whether the guide is a mean-field one, whose parameters are locations and log scales."""
+    names = list(inference.parameters.shapes)
+    return isinstance(inference.guide, MeanField) and names[:2] == ["guide.loc", "guide.log_scale"]

@@ -1,0 +1,73 @@
+"""The gradient of the loss over all rows, from one streamed pass: what an anchor needs, and what says how far it is to
+the optimum.
+
+Noise is a function of the block, so the figure does not depend on the number of ranks, but for rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import pyro
+import torch
+from torch import Tensor
+
+from trainer.posterior.elbo import Block
+from trainer.svi.noise import chunk_noise, mixed_seed
+from trainer.svi.step import Inference, StepBatch, StepNoise
+from trainer.svi.variance import Whitening
+
+_DRAWS, _DRAWS_JUDGED = 16, 64  # at least, over all rows
+
+
+def full_gradient(
+    inference: Inference,
+    theta: Tensor,
+    blocks: Iterable[Block],
+    num_blocks: int,
+    seed: int,
+    reduce: Callable[[Tensor], Tensor],
+    whitening: Whitening | None = None,
+) -> Tensor:
+    """The gradient [P] of minus the ELBO in nats at ``theta`` over the ``num_blocks`` blocks of all ranks.
+
+    ``blocks`` are this rank's; ``reduce`` sums over the ranks; ``seed`` names the draws. Each part of a block has its
+    own antithetic pair: S draws, each on 1/S of the rows, say as much as S draws on all of them. ``whitening`` gives a
+    control variate, without which the log scales' part is too noisy to judge them by.
+    """
+    parts = math.ceil((_DRAWS if whitening is None else _DRAWS_JUDGED) / num_blocks)
+    one = replace(inference, objective=replace(inference.objective, pairs=1))
+    total = torch.zeros_like(theta, dtype=torch.float64)
+    for block in blocks:
+        for part in range(parts):
+            total += _of_part(one, theta, _part(block, part, parts), seed, part, 1.0 / (num_blocks * parts), whitening)
+    return reduce(total)
+
+
+def _part(block: Block, part: int, parts: int) -> Block:
+    """Rows ``part`` of ``parts``; none where there are fewer rows than parts, and the first row stands for none."""
+    rows = slice(part * len(block.row_id) // parts, (part + 1) * len(block.row_id) // parts)
+    return Block(block.number, {name: column[rows] for name, column in block.columns.items()}, block.row_id[rows])
+
+
+def _of_part(
+    inference: Inference,
+    theta: Tensor,
+    block: Block,
+    seed: int,
+    draw: int,
+    share: float,
+    whitening: Whitening | None,
+) -> Tensor:
+    device = theta.device
+    when, draws = torch.tensor([block.number], device=device), torch.tensor([[draw]], device=device)
+    elements, rows = chunk_noise(inference.guide.noise_size, seed, when, draws, block.row_id[None, None], theta.dtype)
+    noise = StepNoise(elements[0], None if rows is None else rows[0], ((mixed_seed(seed, block.number, draw),),))
+    columns = {name: column[None] for name, column in block.columns.items()}
+    everything = torch.tensor(inference.num_obs, device=device)  # so that the data plate's scale is 1
+    batch = StepBatch(columns, torch.tensor([len(block.row_id)], device=device), everything, block.row_id[None])
+    at = theta.detach().requires_grad_()
+    with torch.enable_grad(), pyro.validation_enabled(False):
+        loss = -inference.terms(at, noise, batch, share).sum()
+        grad = torch.autograd.grad(loss, at)[0].double()
+    return grad if whitening is None else grad - whitening.control_variate(theta, noise.elements, share).double()
