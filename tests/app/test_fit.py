@@ -71,7 +71,7 @@ def test_the_answer_is_the_exact_one(fitted, table):
     (w,) = fitted.summary()
     assert np.abs(w.mean - mean).max() < 0.1 * sd.min()
     np.testing.assert_allclose(w.sd, sd, rtol=0.03)
-    assert fitted.metrics["stop_reason"] == "budget"
+    assert fitted.metrics["stop_reason"] == "converged"
     assert "w" in str(fitted)
 
 

@@ -226,7 +226,7 @@ def test_blocks_do_not_share_their_noise(table, few_pairs):
     inference, theta = build(half_normal, table)
     first = blocks_of(table, SIZES)[0]
     one, two = (
-        elbo_module._block_likelihood(inference, theta, first._replace(number=number), 0, 4) for number in (0, 1)
+        elbo_module._block_likelihood(inference, theta, first._replace(number=number), 0, 4, None) for number in (0, 1)
     )
     assert one != two
 

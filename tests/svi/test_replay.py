@@ -11,6 +11,7 @@ from trainer.svi.replay import Replay
 from trainer.svi.schedules import Cosine
 from trainer.svi.step import Update
 from trainer.svi.tracing import trace
+from trainer.svi.variance import Whitening
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 
@@ -34,7 +35,8 @@ def test_chunks_of_any_length_equal_eager_steps(whitened):
     first = Update(Adam(lr=0.05), Cosine(), 9, 7, whitened=whitened)
     update = Update(Adam(lr=0.05), Cosine(), 16, 12, whitened=whitened, start=9, before=first)
     factor = torch.tensor([[1.0, 0, 0], [0.3, 0.5, 0], [0.1, -0.2, 2.0]], dtype=F64) if whitened else None
-    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta, factor)
+    whitening = None if factor is None else Whitening(factor, torch.linalg.inv(factor @ factor.T))
+    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta, whitening)
     eager = Eager(inference, update, 7, [0])
     program = replayed(Fused(inference, update, 7, [0]), state, chunk)
     wanted, at = state, 0

@@ -11,8 +11,9 @@ from torch.distributions import constraints
 from trainer.svi.guides import PyroGuide
 from trainer.svi.optim import SGD
 from trainer.svi.schedules import Constant
-from trainer.svi.start import _factor, laplace_start
+from trainer.svi.start import _factor, laplace_start, whitening_at
 from trainer.svi.step import Update
+from trainer.svi.variance import Whitening
 
 DATA = regression_data(orthogonal=False)
 
@@ -24,13 +25,19 @@ def started(model, data=DATA, num_obs=None, guide=None):
 
 def test_a_gaussian_posterior_is_met_exactly():
     """Location: the posterior mean; scale: 1 / sqrt of the precision's diagonal; L L': the covariance."""
-    inference, (theta, factor) = started(regression)
+    inference, (theta, whitening) = started(regression)
     mean, covariance, _ = regression_posterior(**DATA)
     sd = torch.linalg.inv(covariance).diagonal().rsqrt()
     values = inference.parameters.unflatten(theta)
     torch.testing.assert_close(values["guide.loc"], mean, rtol=0, atol=1e-6 * float(sd.min()))
     torch.testing.assert_close(values["guide.log_scale"], sd.log(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(factor @ factor.T, covariance, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(whitening.factor @ whitening.factor.T, covariance, rtol=1e-9, atol=1e-12)
+    # The prior's KL is exact, so the draws estimate the likelihood alone.
+    of_rows = torch.linalg.inv(covariance) - torch.eye(3, dtype=F64) / 4
+    torch.testing.assert_close(whitening.curvature, of_rows, rtol=1e-9, atol=1e-9)
+    again = whitening_at(inference, theta, one_group(**DATA))
+    torch.testing.assert_close(again.factor, whitening.factor, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(again.curvature, of_rows, rtol=1e-9, atol=1e-9)
 
 
 def test_a_sample_stands_for_all_rows():
@@ -105,12 +112,12 @@ def test_a_step_is_made_in_whitened_coordinates():
     theta, grad = torch.tensor([1.0, -2.0, 0.5], dtype=F64), torch.tensor([0.3, 0.7, -0.2], dtype=F64)
     factor = torch.tensor([[0.5, 0.0], [-0.4, 2.0]], dtype=F64)
     update = Update(SGD(lr=0.1), Constant(), 10, 10, whitened=True)
-    state = update.init(theta, factor)
+    state = update.init(theta, Whitening(factor, torch.eye(2, dtype=F64)))
     made = update(state, grad, update.rates(state.step, 1.0))
     first = theta[:2] - 0.1 * factor @ factor.T @ grad[:2]
     torch.testing.assert_close(made.theta, torch.cat([first, theta[2:] - 0.1 * grad[2:]]), rtol=1e-14, atol=0)
-    assert torch.equal(made.slots[-1], factor)
-    assert len(made.slots) == 2
+    assert torch.equal(made.slots[1], factor)
+    assert len(made.slots) == 3
 
 
 def test_where_the_hessian_is_singular_steps_are_scaled_alone():

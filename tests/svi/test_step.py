@@ -89,7 +89,7 @@ def test_rounds_are_schedules_and_averages_one_after_the_other():
         round_ = first if k < 3 else both
         rates = round_.rates(torch.tensor(k), eager.inference.num_obs)
         rate = 0.05 * 0.5 * (1 + math.cos(math.pi * (k - round_.start) / (round_.horizon - round_.start)))
-        assert float(rates[0]) == pytest.approx(rate / (1 - 0.9 ** (k + 1)), rel=1e-12)
+        assert float(rates[0]) == pytest.approx(rate / (1 - 0.9 ** (k - round_.start + 1)), rel=1e-12)
         want = round_(state, torch.ones_like(state.theta), rates)
         state = eager.run(state, part(chunk, k, k + 1), 1).state
         iterates.append(state.theta)

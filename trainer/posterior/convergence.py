@@ -58,11 +58,11 @@ def segment_ends(update: Update, steps_per_epoch: int, unit: int = 1) -> tuple[i
     """The steps at which a round's segments end, multiples of ``unit``; none where its average is too short."""
     length = update.horizon - update.average_from
     part = length // SEGMENTS
-    step = steps_per_epoch if part >= steps_per_epoch and steps_per_epoch % unit == 0 else unit
     if part < max(_FEWEST_STEPS, unit):
         return ()
+    step = steps_per_epoch if part >= steps_per_epoch else 1
     inner = (update.average_from + round(k * length / SEGMENTS / step) * step for k in range(1, SEGMENTS))
-    return (*inner, update.horizon)
+    return (*(round(end / unit) * unit for end in inner), update.horizon)
 
 
 def segment_means(marks: Sequence[Mark]) -> Tensor:

@@ -35,17 +35,20 @@ def full_gradient(
     own antithetic pair: S draws, each on 1/S of the rows, say as much as S draws on all of them. ``whitening`` gives a
     control variate, without which the log scales' part is too noisy to judge them by.
     """
-    parts = math.ceil((_DRAWS if whitening is None else _DRAWS_JUDGED) / num_blocks)
-    one = replace(inference, objective=replace(inference.objective, pairs=1))
+    draws = math.ceil((_DRAWS if whitening is None else _DRAWS_JUDGED) / num_blocks)
     total = torch.zeros_like(theta, dtype=torch.float64)
     for block in blocks:
+        parts = min(draws, len(block.row_id))
+        pairs = math.ceil(draws / parts)
+        many = replace(inference, objective=replace(inference.objective, pairs=pairs))
         for part in range(parts):
-            total += _of_part(one, theta, _part(block, part, parts), seed, part, 1.0 / (num_blocks * parts), whitening)
+            share = 1.0 / (num_blocks * parts)
+            total += _of_part(many, theta, _part(block, part, parts), seed, part * pairs, share, whitening)
     return reduce(total)
 
 
 def _part(block: Block, part: int, parts: int) -> Block:
-    """Rows ``part`` of ``parts``; none where there are fewer rows than parts, and the first row stands for none."""
+    """Part ``part`` of ``parts`` of the rows."""
     rows = slice(part * len(block.row_id) // parts, (part + 1) * len(block.row_id) // parts)
     return Block(block.number, {name: column[rows] for name, column in block.columns.items()}, block.row_id[rows])
 
@@ -55,14 +58,17 @@ def _of_part(
     theta: Tensor,
     block: Block,
     seed: int,
-    draw: int,
+    first: int,
     share: float,
     whitening: Whitening | None,
 ) -> Tensor:
     device = theta.device
-    when, draws = torch.tensor([block.number], device=device), torch.tensor([[draw]], device=device)
+    numbers = range(first, first + inference.objective.pairs)
+    when, draws = torch.tensor([block.number], device=device), torch.tensor([list(numbers)], device=device)
     elements, rows = chunk_noise(inference.guide.noise_size, seed, when, draws, block.row_id[None, None], theta.dtype)
-    noise = StepNoise(elements[0], None if rows is None else rows[0], ((mixed_seed(seed, block.number, draw),),))
+    noise = StepNoise(
+        elements[0], None if rows is None else rows[0], (tuple(mixed_seed(seed, block.number, n) for n in numbers),)
+    )
     columns = {name: column[None] for name, column in block.columns.items()}
     everything = torch.tensor(inference.num_obs, device=device)  # so that the data plate's scale is 1
     batch = StepBatch(columns, torch.tensor([len(block.row_id)], device=device), everything, block.row_id[None])
