@@ -236,3 +236,77 @@ def test_the_package_names_what_it_offers():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = trainer.nothing
     assert Path(trainer.__file__).name == "__init__.py"
+
+
+def test_a_weight_counts_a_row_that_many_times(table):
+    """A table with weights 0 to 4 has the posterior and the ELBO of the table in which the rows stand that often."""
+    times = np.random.default_rng(1).integers(0, 5, len(table))
+    x, y = table[["a", "b", "c"]].to_numpy(), table["y"].to_numpy()
+    long = quick_fit({"x": np.repeat(x, times, 0), "y": np.repeat(y, times)})
+    short = quick_fit({"x": x, "y": y, "weight": times.astype(float)})
+    for one, other in zip(long.summary(), short.summary(), strict=True):
+        np.testing.assert_allclose(other.loc, one.loc, rtol=0, atol=1e-3 * one.scale.min())
+        np.testing.assert_allclose(other.scale, one.scale, rtol=1e-3)
+    assert short.metrics["elbo"] == pytest.approx(long.metrics["elbo"], abs=1e-3)
+    assert short.metrics["elbo_per_row"] == pytest.approx(long.metrics["elbo_per_row"], rel=1e-6)
+    assert short.predict({"x": x[:3]})["y"].mean.shape == (3,)
+    with pytest.raises(UserError, match='column "weight" holds a negative number'):
+        quick_fit({"x": x, "y": y, "weight": -times.astype(float)})
+
+
+def takes_weight(x, weight, y=None):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, NOISE / weight.sqrt()), obs=y)
+
+
+def test_a_model_that_takes_the_weight_has_it_to_itself(table):
+    """As the precision of a row, say: then a row counts once. An exposure or an offset is such an argument too."""
+    x, y = table[["a", "b", "c"]].to_numpy(), table["y"].to_numpy()
+    found = quick_fit({"x": x, "y": y, "weight": np.full(len(y), 4.0)}, takes_weight).summary()[0]
+    precision = 4 * x.T @ x / NOISE**2 + np.eye(3) / 4
+    np.testing.assert_allclose(found.scale, 1 / np.sqrt(np.diag(precision)), rtol=1e-3)
+
+
+def separable(x, y=None):
+    w = pyro.sample("w", dist.ImproperUniform(dist.constraints.real, (), (3,)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+def ridge(x, y=None):
+    a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1000.0))
+    b = pyro.sample("b", dist.Normal(x.new_zeros(()), 1000.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(a + b, NOISE), obs=y)
+
+
+def narrow(x, y=None):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(3), 0.01).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, NOISE), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (separable, "with separable data or an improper prior the answer lies at infinity"),
+        (ridge, '"b" can nearly stand in for each other'),
+        (narrow, "prior sds from the mean of its prior"),
+    ],
+)
+def test_a_problem_without_a_good_answer_says_so(table, capsys, model, sentence):
+    x = table[["a", "b", "c"]].to_numpy()
+    y = (x[:, 0] > 0).astype(float) if model is separable else table["y"].to_numpy()
+    quick_fit({"x": x, "y": y}, model, progress=True, max_steps=300)
+    assert sentence in " ".join(capsys.readouterr().out.split()).replace('"a" and "b"', '"b"').replace(
+        '"b" and "a"', '"b"'
+    )
+
+
+def test_a_model_without_data_says_so():
+    def nothing(x):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(UserError, match="observe"):
+        quick_fit({"x": np.ones((4, 3))}, nothing)

@@ -18,9 +18,9 @@ from trainer.svi.variance import Whitening
 DATA = regression_data(orthogonal=False)
 
 
-def started(model, data=DATA, num_obs=None, guide=None):
+def started(model, data=DATA, num_obs=None, guide=None, say=lambda sentence: None):
     inference, theta = build(model, **({} if guide is None else {"guide": guide}), num_obs=num_obs, **data)
-    return inference, laplace_start(inference, theta, one_group(**data))
+    return inference, laplace_start(inference, theta, one_group(**data), say)
 
 
 def test_a_gaussian_posterior_is_met_exactly():
@@ -124,3 +124,36 @@ def test_where_the_hessian_is_singular_steps_are_scaled_alone():
     scale = torch.tensor([2.0, 3.0], dtype=F64)
     hessian = torch.ones(2, 2, dtype=F64) / scale[:, None] / scale
     assert torch.equal(_factor(hessian, scale), scale.diag())
+
+
+def apart(x, y):
+    """Two intercepts that only priors tell apart, a hundred times as wide as what the data say of their sum."""
+    a = pyro.sample("a", dist.Normal(x.new_zeros(()), 15.0))
+    b = pyro.sample("b", dist.Normal(x.new_zeros(2), 15.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(a + b[1] + b[0] * x[:, 0], 0.5), obs=y)
+
+
+def never_apart(x, y):
+    a = pyro.sample("a", dist.ImproperUniform(constraints.real, (), ()))
+    b = pyro.sample("b", dist.ImproperUniform(constraints.real, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+
+def test_what_a_mean_field_guide_cannot_describe_is_said():
+    """Separable data, a ridge that priors bound, one that nothing bounds; nothing is said of a problem without."""
+    said: list[str] = []
+    started(flat_logistic, say=said.append)
+    assert 'no maximum along "w[' in said[0]
+    assert "separable" in said[0]
+    started(apart, say=said.append)
+    assert '"a" and "b[1]" can nearly stand in for each other' in said[1] or '"b[1]" and "a" can' in said[1]
+    times = int(said[1].split("up to ")[1].split()[0])
+    precision = torch.tensor([[12 / 0.25 + 1 / 225, 12 / 0.25], [12 / 0.25, 12 / 0.25 + 1 / 225]], dtype=F64)
+    wider = (precision.diagonal() * torch.linalg.inv(precision).diagonal()).sqrt()  # of the two alone
+    assert times == pytest.approx(2**0.5 * float(wider[0]), rel=0.05)
+    started(never_apart, say=said.append)
+    assert 'neither the data nor the priors tell "' in said[2]
+    started(regression, say=said.append)
+    assert len(said) == 3

@@ -20,6 +20,7 @@ from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import sum_over_ranks
 from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row
 from trainer.posterior.posterior import Posterior
+from trainer.posterior.prior_check import far_from_prior
 from trainer.posterior.summary import summarise, write_summary
 from trainer.posterior.table import closing_table
 from trainer.svi.guides import MeanField
@@ -116,6 +117,8 @@ class Finish(Callback):
         posterior.save(self.run_dir / "posterior.pt")
         sites = summarise(module.inference, module.theta, posterior.rows, seed=self.seed)
         write_summary(self.run_dir / "summary.csv", sites)
+        for sentence in far_from_prior(module.inference, module.theta, posterior.rows):
+            self.console.print(sentence)
         parameters = module.inference.parameters
         own = {n: v for n, v in parameters.constrain(parameters.unflatten(module.theta)).items() if n[:6] != "guide."}
         self.console.print(closing_table(sites, own if isinstance(module.inference.guide, MeanField) else None))

@@ -49,7 +49,7 @@ class Stop(Callback):
         ends = segment_ends(here, self.epoch, module.program.sync_every)
         if not can_be_judged(module.inference) or module.step not in ends:
             return
-        self.marks.append((int(module.state.averaged), module.state.average.clone()))
+        self.marks.append((int(module.state.averaged), module.state.average.cpu().clone()))
         if module.step < here.horizon:
             return
         if len(self.marks) == len(ends):
@@ -58,7 +58,7 @@ class Stop(Callback):
 
     def _judge(self, trainer: pl.Trainer, module: VariationalModule) -> None:
         theta, rule, last = module.theta, self.rule or Rule(), module.step == module.update.horizon
-        evidence = of_average(module.inference, segment_means(self.marks), theta)
+        evidence = of_average(module.inference, segment_means(self.marks), theta.cpu())
         if last or set(rule.short_of(evidence)) <= {"gradient"}:
             _, whitening, _ = module.update.split(module.state.slots)
             gradient = self.rows.gradient(trainer, theta, whitening)

@@ -40,7 +40,7 @@ from trainer.lit.strategy import RankStrategy, sum_over_ranks
 from trainer.posterior.convergence import segment_ends
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
-from trainer.svi.plates import Batch
+from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.start import laplace_start
 from trainer.svi.step import Inference, StepBatch, Update
 
@@ -98,7 +98,7 @@ def train(
     plan = Plan(folder.index.block_rows, **{k: v for k, v in plan_facts.items() if k not in ("index", "draws")})
     inference, theta = infer(cfg, folder, given)
     sample = _sample(folder, inference)
-    start = laplace_start(inference, theta, sample) if cfg.start == "laplace" else None
+    start = laplace_start(inference, theta, sample, console.print) if cfg.start == "laplace" else None
     update = _update(cfg, plan, start is not None, _anchored(cfg, plan, inference, start is not None))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=replace(inference.objective, pairs=2))
@@ -188,6 +188,8 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS].copy(), dtype) for n in (*columns, "row_id")}
     count = len(rows["row_id"])
+    if WEIGHT in rows and not (rows[WEIGHT] >= 0).all():
+        raise UserError('column "weight" holds a negative number: a row stands for 0 observations or more.')
     batch = Batch(
         {name: rows[name] for name in columns},
         torch.tensor(count),

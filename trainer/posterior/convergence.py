@@ -73,7 +73,7 @@ def segment_means(marks: Sequence[Mark]) -> Tensor:
 
 def of_average(inference: Inference, means: Tensor, theta: Tensor) -> Evidence:
     """The evidence of segment means [S, P] beside their average ``theta`` [P]; the gradient is not known yet."""
-    size = inference.guide.noise_size[0]
+    size = _locations(inference)
     scale = theta[size : 2 * size].double().exp()
     error = means.std(0) / len(means) ** 0.5
     half = len(means) // 2
@@ -95,7 +95,7 @@ def step_to_go(inference: Inference, theta: Tensor, gradient: Tensor, whitening:
     The curvature is that of the `Whitening`, or 1 / scale^2 for each latent where there is none. With a `Whitening` the
     gradient by the log scales counts too (that of a scale 5 % off is 0.1); without, its draws' noise hides it.
     """
-    size = inference.guide.noise_size[0]
+    size = _locations(inference)
     scale, first = theta[size : 2 * size].double().exp(), gradient[:size].double()
     if whitening is None:
         step = scale * first
@@ -112,6 +112,12 @@ def judged(values: Tensor, top: Tensor) -> float:
         others = values[~top].sort().values
         largest.append(others[min(len(others) - 1, int(_SHARE * len(others)))])
     return float(torch.stack(largest).max())
+
+
+def _locations(inference: Inference) -> int:
+    """D."""
+    assert isinstance(inference.guide, MeanField)
+    return inference.guide.size
 
 
 def small_sites(inference: Inference) -> Tensor:

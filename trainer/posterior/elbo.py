@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.svi.guides import Noise
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.objective import Term, elbo_terms
-from trainer.svi.plates import Batch
+from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.step import Inference
 from trainer.svi.variance import Whitening
 
@@ -37,7 +37,8 @@ class ElboEstimate:
     """Of the rows, the KL of their own latents taken off."""
     kl: float
     """Of the global latents, less the log likelihood of what is observed outside the data plate."""
-    rows: int
+    rows: float
+    """How many, or the sum of their weights."""
 
     @property
     def elbo_per_row(self) -> float:
@@ -103,17 +104,18 @@ def _likelihood(
     seed: int,
     reduce: Reduce,
     whitening: Whitening | None = None,
-) -> tuple[float, float, int, Block | None]:
+) -> tuple[float, float, float, Block | None]:
     """What stands inside the data plate, over all ranks: mean, its variance, rows; and this rank's first block."""
     pairs = max(_FEWEST_PAIRS, _PAIRS // num_blocks)
-    first, likelihood, variance, rows = None, 0.0, 0.0, 0
+    first, likelihood, variance, rows = None, 0.0, 0.0, 0.0
     for block in blocks:
         if first is None:
             first = block
         mean, se = _block_likelihood(inference, theta, block, seed, pairs, whitening)
-        likelihood, variance, rows = likelihood + mean, variance + se**2, rows + len(block.row_id)
+        likelihood, variance = likelihood + mean, variance + se**2
+        rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
     likelihood, variance, total = _sum([likelihood, variance, rows], theta, reduce)
-    return likelihood, variance, int(total), first
+    return likelihood, variance, total, first
 
 
 def _sum(numbers: list[float], theta: Tensor, reduce: Reduce) -> list[float]:

@@ -90,7 +90,7 @@ class MeanField:
             refuse_latent(self.trace.nodes[site.name], model.plate, can_be_local=False)
         self.init_scale = init_scale
         self.size = sum(site.size for site in self.sites)
-        with FromUnconstrained(self._by_site(torch.zeros(self.size, dtype=self.dtype, device=self.device))):
+        with FromUnconstrained(self.by_site(torch.zeros(self.size, dtype=self.dtype, device=self.device))):
             self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)
         self.noise_size = (self.size + self.models.elements, self.models.per_row)
 
@@ -102,7 +102,7 @@ class MeanField:
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
         loc, log_scale = params["guide.loc"], params["guide.log_scale"]
         # Everything is split into sites once: the gradient of a slice is a vector of zeros around it, for each slice.
-        locs, log_scales, normals = map(self._by_site, (loc, log_scale, noise.elements[: self.size]))
+        locs, log_scales, normals = map(self.by_site, (loc, log_scale, noise.elements[: self.size]))
         scales = {name: each.exp() for name, each in log_scales.items()}
         u = {name: locs[name] + scales[name] * normals[name] for name in locs}
         # A mode is a detour for every operation, so only a model that draws gets one.
@@ -124,18 +124,27 @@ class MeanField:
             log_prior[name] = total(node, exact) if exact is not None else latents.log_prior(node)
         return Draw(trace, entropy, log_prior, frozenset())
 
-    def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
+    def latent_name(self, index: int) -> str:
+        """Where scalar ``index`` of D stands, as `beta[3]`."""
+        for site in self.sites:
+            if index < site.size:
+                place = torch.unravel_index(torch.tensor(index), site.shape) if site.shape else ()
+                return site.name + (f"[{', '.join(str(int(i)) for i in place)}]" if place else "")
+            index -= site.size
+        raise IndexError(index)
+
+    def by_site(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a vector [D], each in its site's unconstrained shape."""
         parts = flat.split([site.size for site in self.sites])
         return {site.name: part.view(site.shape) for site, part in zip(self.sites, parts)}
 
 
-def _expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | None:
-    """E_q log p(u) [batch shape] where the prior of u is Normal too (LogNormal qualifies, in log space); else None."""
+def normal_prior(site: Site) -> tuple[torch.distributions.Normal | None, int]:
+    """The Normal that a site's unconstrained value has as its prior, None for another; and its event dimensions."""
     fn, event_dims = site["fn"], 0
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
         if isinstance(fn, dist.MaskedDistribution):
-            return None
+            return None, 0
         if isinstance(fn, torch.distributions.Independent):
             event_dims += fn.reinterpreted_batch_ndims
         fn = fn.base_dist
@@ -143,7 +152,13 @@ def _expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | 
         fn = fn.base_dist
         while isinstance(fn, torch.distributions.Independent):
             fn = fn.base_dist
-    if not isinstance(fn, torch.distributions.Normal):
+    return (fn, event_dims) if isinstance(fn, torch.distributions.Normal) else (None, 0)
+
+
+def _expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | None:
+    """E_q log p(u) [batch shape] where the prior of u is Normal too (LogNormal qualifies, in log space); else None."""
+    fn, event_dims = normal_prior(site)
+    if fn is None:
         return None
     loc, scale = q
     each = -0.5 * (((loc - fn.loc) ** 2 + scale**2) / fn.scale**2) - fn.scale.log() - 0.5 * LOG_2PI

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from trainer.errors import UserError
 
+WEIGHT = "weight"
+
 
 class Batch(NamedTuple):
     """One draw's rows at one step. Padded rows repeat a real row, so nothing they compute is infinite."""
@@ -45,11 +47,11 @@ class Batch(NamedTuple):
 
 
 class DataPlate(Messenger):
-    """Gives the plate ``name`` its indices, its scale and its mask for one batch."""
+    """Gives the plate ``name`` its indices, its scale and its mask for one batch, and each row its ``weight`` [B]."""
 
-    def __init__(self, name: str, batch: Batch):
+    def __init__(self, name: str, batch: Batch, weight: Tensor | None = None):
         super().__init__()
-        self.name, self.batch = name, batch
+        self.name, self.batch, self.weight = name, batch, weight
 
     def _process_message(self, msg: Message) -> None:
         if isinstance(msg["fn"], _Subsample):
@@ -106,9 +108,10 @@ class DataPlate(Messenger):
             )
         declared = (frame.full_size or frame.size) / frame.size  # what Pyro has put into the scale already
         msg["scale"] = msg["scale"] * (self.batch.scale / declared)
-        mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(
-            (-1,) + (1,) * (-frame.dim - 1)
-        )
+        along = (-1,) + (1,) * (-frame.dim - 1)
+        if self.weight is not None:
+            msg["scale"] = msg["scale"] * self.weight.view(along)
+        mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(along)
         msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
 
 
@@ -126,15 +129,23 @@ class _ForeignIndices(Tensor):
 
 
 class PlatedModel:
-    """A model (or guide) as a callable of one :class:`Batch`, under the data plate's handler."""
+    """A model (or guide) as a callable of one :class:`Batch`, under the data plate's handler.
+
+    A column `weight` that the callable does not take for itself says how many observations a row stands for: what is
+    inside the data plate counts that many times.
+    """
 
     def __init__(self, fn: Callable[..., Any], columns: Iterable[str], plate: str = "data"):
+        columns = tuple(columns)
         self.fn, self.plate = fn, plate
-        self.arguments = arguments(fn, columns)
+        self.own = arguments(fn, columns)
+        self.weighted = WEIGHT in columns and WEIGHT not in self.own
+        self.arguments = (*self.own, WEIGHT) if self.weighted else self.own
+        """The columns that a batch has to hold."""
 
     def __call__(self, batch: Batch) -> Any:
-        with DataPlate(self.plate, batch):
-            return self.fn(**{name: batch.columns[name] for name in self.arguments})
+        with DataPlate(self.plate, batch, batch.columns.get(WEIGHT) if self.weighted else None):
+            return self.fn(**{name: batch.columns[name] for name in self.own})
 
 
 def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]:

@@ -23,13 +23,21 @@ from trainer.svi.variance import Whitening
 MOST_LATENTS = 256
 _ROUNDS, _ITERATIONS = 5, 100
 _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
+_RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hessian
+_NO_MAXIMUM = (
+    'the log joint has no maximum along "{}", or hardly falls around it: that is usual for the scale of a centred '
+    "hierarchy; with separable data or an improper prior the answer lies at infinity, so give it a proper prior."
+)
 
 
-def laplace_start(inference: Inference, theta: Tensor, rows: StepBatch) -> tuple[Tensor, Whitening] | None:
+def laplace_start(
+    inference: Inference, theta: Tensor, rows: StepBatch, say: Callable[[str], None] = print
+) -> tuple[Tensor, Whitening] | None:
     """theta [P] at the mode given ``rows`` (one lane group), and the coordinates to step in from there.
 
-    None where this is not known to help: another guide, other parameters beside it, more than 256 latents, a mode that
-    is not found (a flat or separable problem), a curvature that is not positive.
+    ``say`` is told where the problem is not one that a mean-field answer describes: no maximum, a ridge. None where the
+    start is not known to help: another guide, other parameters beside it, more than 256 latents, a mode that is not
+    found (a flat or separable problem), a curvature that is not positive.
     """
     guide = inference.guide
     if not isinstance(guide, MeanField) or guide.noise_size != (guide.size, 0) or guide.size > MOST_LATENTS:
@@ -38,16 +46,23 @@ def laplace_start(inference: Inference, theta: Tensor, rows: StepBatch) -> tuple
         return None
     loss = _joint(inference, rows)
     with _double():
-        loc = _mode(loss, guide.size, theta.device)
-        if loc is None:
+        loc, settled = _mode(loss, guide.size, theta.device)
+        if not settled:
+            say(_NO_MAXIMUM.format(guide.latent_name(int(loc.abs().argmax()))))
             return None
         hessian = _hessian(loss, loc)
         curvature = hessian.diagonal()
-        if not (torch.isfinite(hessian).all() and (curvature > 0).all()):
+        flat = ~(curvature > 0)
+        if not torch.isfinite(hessian).all():
             return None
-        scale = curvature.rsqrt()
-        if not _describes(loss, loc, scale):
+        scale = torch.where(flat, 1.0, curvature).rsqrt()
+        rises = _rises(loss, loc, scale)
+        if flat.any() or not ((rises > _RISE[0]) & (rises < _RISE[1])).all():
+            where = int(torch.where(flat, -math.inf, rises.min(1).values).argmin())
+            if flat.any() or rises[where].min() <= _RISE[0]:
+                say(_NO_MAXIMUM.format(guide.latent_name(where)))
             return None
+        _tell_of_ridge(guide, scale[:, None] * hessian * scale, say)
         made = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": scale.log()})
         whitening = Whitening(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
     return made.to(theta.dtype), Whitening(*(each.to(theta.dtype) for each in whitening))
@@ -97,8 +112,8 @@ def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
     return scale[:, None] * torch.linalg.inv(root).T
 
 
-def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> Tensor | None:
-    """Where ``loss`` is lowest, by L-BFGS (Liu and Nocedal 1989) from 0; None where it does not settle."""
+def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> tuple[Tensor, bool]:
+    """Where ``loss`` is lowest, by L-BFGS (Liu and Nocedal 1989) from 0, and whether it settled there."""
     loc = torch.zeros(size, dtype=torch.float64, device=device, requires_grad=True)
     before = math.inf
     for _ in range(_ROUNDS):
@@ -113,11 +128,11 @@ def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> 
         optimizer.step(closure)
         now = float(loss(loc.detach()))
         if not (math.isfinite(now) and bool(torch.isfinite(loc).all())):
-            return None
+            break
         if before - now < 1e-3:
-            return loc.detach()
+            return loc.detach(), True
         before = now
-    return None
+    return loc.detach(), False
 
 
 def _hessian(loss: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
@@ -129,16 +144,33 @@ def _hessian(loss: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
     return torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in grad])
 
 
-def _describes(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> bool:
-    """Whether one ``scale`` to either side of the mode, along every latent, ``loss`` rises by about a half.
+def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tensor:
+    """How far ``loss`` rises one ``scale`` to either side of the mode [D, 2], in nats; by a half for a Gaussian.
 
-    Not so where the data separate: the loss falls for ever, and its curvature at any place says nothing.
+    Where the data separate it falls for ever, and its curvature at any place says nothing.
     """
-    low, high = _RISE
     with torch.no_grad():
-        lowest = loss(loc)
-        sides = (sign * scale[i] * torch.eye(len(loc), dtype=loc.dtype)[i] for i in range(len(loc)) for sign in (-1, 1))
-        return all(low < float(loss(loc + side) - lowest) < high for side in sides)
+        lowest, sides = loss(loc), torch.diag(scale)
+        return torch.stack([torch.stack([loss(loc + side), loss(loc - side)]) - lowest for side in sides])
+
+
+def _tell_of_ridge(guide: MeanField, correlation: Tensor, say: Callable[[str], None]) -> None:
+    """Says which latents can stand in for each other, by the Hessian scaled to a diagonal of ones."""
+    values, vectors = torch.linalg.eigh(correlation)
+    if values[0] > _RIDGE:
+        return
+    first, second = (guide.latent_name(int(i)) for i in vectors[:, 0].abs().topk(2).indices)
+    if values[0] < _UNIDENTIFIED:
+        say(
+            f'neither the data nor the priors tell "{first}" from "{second}": only a combination of them has a '
+            "posterior; give one a proper prior, or leave one out."
+        )
+    else:
+        say(
+            f'"{first}" and "{second}" can nearly stand in for each other: their posterior sds are up to '
+            f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; centre the columns, or take a "
+            "full-rank guide."
+        )
 
 
 @contextmanager
