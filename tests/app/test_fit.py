@@ -275,8 +275,8 @@ def separable(x, y=None):
 
 
 def ridge(x, y=None):
-    a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1000.0))
-    b = pyro.sample("b", dist.Normal(x.new_zeros(()), 1000.0))
+    a = pyro.sample("a", dist.Normal(x.new_zeros(()), 15.0))
+    b = pyro.sample("b", dist.Normal(x.new_zeros(()), 15.0))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(a + b, NOISE), obs=y)
 
@@ -291,7 +291,7 @@ def narrow(x, y=None):
     ("model", "sentence"),
     [
         (separable, "with separable data or an improper prior the answer lies at infinity"),
-        (ridge, '"b" can nearly stand in for each other'),
+        (ridge, "can nearly stand in for each other"),
         (narrow, "prior sds from the mean of its prior"),
     ],
 )
@@ -299,9 +299,7 @@ def test_a_problem_without_a_good_answer_says_so(table, capsys, model, sentence)
     x = table[["a", "b", "c"]].to_numpy()
     y = (x[:, 0] > 0).astype(float) if model is separable else table["y"].to_numpy()
     quick_fit({"x": x, "y": y}, model, progress=True, max_steps=300)
-    assert sentence in " ".join(capsys.readouterr().out.split()).replace('"a" and "b"', '"b"').replace(
-        '"b" and "a"', '"b"'
-    )
+    assert sentence in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_model_without_data_says_so():
