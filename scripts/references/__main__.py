@@ -47,7 +47,7 @@ def compare(case: Case, data: Path, seed: int, options: dict[str, Any]) -> dict[
     answer, metrics = case.answer(data), posterior.metrics
     found = {} if answer is None else judge(answer, *case.judged(posterior.summary()), metrics["elbo"])
     facts = {name: metrics[name] for name in ("elbo", "elbo_se", "seconds", "epochs", "stop_reason")}
-    rows = round(metrics["epochs"] * metrics["rows"])
+    rows = round((metrics["epochs"] + metrics["passes"]) * metrics["rows"])
     return {"case": case.name, "seed": seed, "stress": case.stress, **found, **facts, "rows": rows}
 
 

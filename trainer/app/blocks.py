@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor
@@ -36,15 +37,19 @@ def blocks(folder: ShardFolder, trainer: pl.Trainer) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class AllRows:
-    """The loss over all training rows, as its gradient."""
+    """The loss over all training rows, as its gradient; ``facts`` (the checkpoint's) count the passes."""
 
     folder: ShardFolder
     seed: int
+    facts: dict[str, Any]
 
-    def gradient(self, trainer: pl.Trainer, theta: Tensor, whitening: Whitening | None = None) -> Tensor:
-        """float64 [P] of minus the ELBO (nats) at ``theta``; other draws at every step."""
+    def gradient(
+        self, trainer: pl.Trainer, theta: Tensor, whitening: Whitening | None = None, fresh: bool = False
+    ) -> Tensor:
+        """float64 [P] of minus the ELBO (nats) at ``theta``; other draws at every step, and others if ``fresh``."""
         module = trainer.lightning_module
         assert isinstance(module, VariationalModule)
-        seed, here = mixed_seed(self.seed, module.step, 0xF011), blocks(self.folder, trainer)
+        seed, here = mixed_seed(self.seed, module.step, 0xF011 + fresh), blocks(self.folder, trainer)
         count = len(self.folder.block_rows)
+        self.facts["passes"] = self.facts.get("passes", 0) + 1
         return full_gradient(module.inference, theta, here, count, seed, sum_over_ranks, whitening)

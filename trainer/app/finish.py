@@ -95,6 +95,7 @@ class Finish(Callback):
             "held_out_rows": self.held_out.num_rows if self.held_out else 0,
             "steps": module.step,
             "epochs": epochs,
+            "passes": self.stop.facts.get("passes", 0),
             "seconds": seconds,
             "rows_per_second": rows / max(seconds, 1e-9),
             "world_size": world_size,

@@ -1,16 +1,22 @@
-"""What training steers by, taken anew from where it is: the curvature at each round, the anchor at each epoch."""
+"""What training steers by, taken anew from where it is: the anchor at each epoch; at the end of each round its average,
+brought to the optimum by Newton steps where the curvature is known, and the curvature there.
+"""
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
+from torch import Tensor
 
 from trainer.app.blocks import AllRows
 from trainer.lit.module import VariationalModule
 from trainer.lit.strategy import from_rank_zero
+from trainer.posterior.convergence import step_to_go
+from trainer.posterior.newton import polished
 from trainer.svi.start import whitening_at
 from trainer.svi.step import StepBatch
-from trainer.svi.variance import Anchor
+from trainer.svi.variance import Anchor, Whitening
 
 
 class MoveAnchor(Callback):
@@ -28,16 +34,38 @@ class MoveAnchor(Callback):
             module.state = module.state._replace(slots=(*module.state.slots[:-2], *anchor))
 
 
-class RefreshWhitening(Callback):
-    """Sets the state's `Whitening` at the start of each round but the first, from a sample of the rows."""
+class EndRound:
+    """Goes on from the round's average; with a `Whitening`, after Newton steps, and with the curvature at that place.
 
-    def __init__(self, sample: StepBatch):
-        self.sample = sample
+    ``sample``: the rows that give the curvature.
+    """
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
-        if module.step and module.step == module.update.at(module.step).start:
-            made = whitening_at(module.inference, module.theta.cpu(), self.sample)
-            whitening = [from_rank_zero(each.to(module.device)) for each in made]
-            own, _, anchor = module.update.split(module.state.slots)
-            module.state = module.state._replace(slots=(*own, *whitening, *(anchor or ())))
+    def __init__(self, rows: AllRows, sample: StepBatch):
+        self.rows, self.sample = rows, sample
+
+    def __call__(self, trainer: pl.Trainer, module: VariationalModule) -> tuple[bool, float]:
+        """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
+        average, slots, left = module.theta, module.state.slots, math.nan
+        own, whitening, _ = module.update.split(slots)
+        theta = average
+        if whitening is not None:
+            theta, whitening, left = self._to_optimum(trainer, module, average, whitening)
+            slots = (*own, *whitening)
+        module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
+        return theta is not average, left
+
+    def _to_optimum(
+        self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor, whitening: Whitening
+    ) -> tuple[Tensor, Whitening, float]:
+        """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
+        inference, rows = module.inference, self.rows
+
+        def moved(theta: Tensor, found: Tensor, by: Whitening) -> tuple[Tensor, Tensor]:
+            made, found = polished(inference, theta, found, by, lambda at, new: rows.gradient(trainer, at, by, new))
+            return (theta if made is theta else from_rank_zero(made)), found
+
+        theta, found = moved(theta, rows.gradient(trainer, theta, whitening, fresh=True), whitening)
+        made = whitening_at(inference, theta.cpu(), self.sample)
+        whitening = Whitening(*(from_rank_zero(each.to(module.device)) for each in made))
+        theta, found = moved(theta, found, whitening)
+        return theta, whitening, step_to_go(inference, theta, found, whitening)

@@ -3,13 +3,14 @@
 Every figure comes from what all ranks hold alike, so they decide alike; what a decision needs is in the checkpoints.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
-from trainer.app.blocks import AllRows
+from trainer.app.steer import EndRound
 from trainer.lit.module import VariationalModule
 from trainer.posterior.convergence import (
     Evidence,
@@ -31,15 +32,21 @@ _WORDS = {
 
 
 class Stop(Callback):
-    """Gathers the segments' means, and judges at the end of each round; ``rule``: None stops at the budget alone.
+    """Gathers the segments' means, and judges what each round comes to; ``rule``: None stops at the budget alone.
 
+    An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well.
     ``facts``: the checkpoint's, where marks and the reason to stop are kept.
     """
 
     def __init__(
-        self, rule: Rule | None, rows: AllRows, steps_per_epoch: int, facts: dict[str, Any], say: Callable[[str], None]
+        self,
+        rule: Rule | None,
+        end_round: EndRound,
+        steps_per_epoch: int,
+        facts: dict[str, Any],
+        say: Callable[[str], None],
     ):
-        self.rule, self.rows, self.epoch, self.facts, self.say = rule, rows, steps_per_epoch, facts, say
+        self.rule, self.end_round, self.epoch, self.facts, self.say = rule, end_round, steps_per_epoch, facts, say
         self.marks: list[Mark] = facts.setdefault("marks", [])
         self.evidence: Evidence | None = None
 
@@ -47,27 +54,29 @@ class Stop(Callback):
         assert isinstance(module, VariationalModule)
         here = module.update.at(module.step - 1)
         ends = segment_ends(here, self.epoch, module.program.sync_every)
-        if not can_be_judged(module.inference) or module.step not in ends:
-            return
-        self.marks.append((int(module.state.averaged), module.state.average.cpu().clone()))
-        if module.step < here.horizon:
-            return
-        if len(self.marks) == len(ends):
-            self._judge(trainer, module)
-        self.marks.clear()
+        if module.step in ends and can_be_judged(module.inference):
+            self.marks.append((int(module.state.averaged), module.state.average.cpu().clone()))
+        if module.step == here.horizon:
+            average = module.theta.cpu()
+            moved, left = self.end_round(trainer, module)
+            if moved:
+                self._judge(trainer, module, Evidence(None, None, None, left))
+            elif ends and len(self.marks) == len(ends):
+                evidence = of_average(module.inference, segment_means(self.marks), average)
+                self._judge(trainer, module, evidence._replace(gradient=left))
+            self.marks.clear()
 
-    def _judge(self, trainer: pl.Trainer, module: VariationalModule) -> None:
+    def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence) -> None:
         theta, rule, last = module.theta, self.rule or Rule(), module.step == module.update.horizon
-        evidence = of_average(module.inference, segment_means(self.marks), theta.cpu())
-        if last or set(rule.short_of(evidence)) <= {"gradient"}:
-            _, whitening, _ = module.update.split(module.state.slots)
-            gradient = self.rows.gradient(trainer, theta, whitening)
-            evidence = evidence._replace(gradient=step_to_go(module.inference, theta, gradient, whitening))
+        if math.isnan(evidence.gradient) and (last or set(rule.short_of(evidence)) <= {"gradient"}):
+            gradient = self.end_round.rows.gradient(trainer, theta)
+            evidence = evidence._replace(gradient=step_to_go(module.inference, theta, gradient, None))
         self.evidence, short = evidence, rule.short_of(evidence)
         if not short and self.rule is not None:
             self.facts["stopped"] = "converged"
             trainer.should_stop = True
-            self.say(f"converged at step {module.step:,}: {_words(rule, evidence, evidence._fields)}")
+            asked = [name for name, value in evidence._asdict().items() if value is not None]
+            self.say(f"converged at step {module.step:,}: {_words(rule, evidence, asked)}")
         elif short and last:
             self.say(
                 f"not converged within the budget: {_words(rule, evidence, short)}; give it more with max_epochs= "

@@ -24,7 +24,7 @@ from trainer.app.finish import Finish
 from trainer.app.loggers import make_loggers
 from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
 from trainer.app.shard import shards_of
-from trainer.app.steer import MoveAnchor, RefreshWhitening
+from trainer.app.steer import EndRound, MoveAnchor
 from trainer.app.stop import Stop
 from trainer.data.plan import Plan
 from trainer.data.reader import ShardFolder, open_split
@@ -116,7 +116,7 @@ def train(
     if saved is not None:
         resume.check_same(saved[1], facts, saved[0], fresh)
         state, seconds = saved[0], float(saved[1]["seconds"])
-        facts["marks"], facts["stopped"] = saved[1].get("marks", []), saved[1].get("stopped")
+        facts |= {name: saved[1][name] for name in ("marks", "stopped", "passes") if name in saved[1]}
         console.print(f"continuing from step {int(state.step):,}")
     console.print(
         f"{folder.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out · "
@@ -142,14 +142,13 @@ def train(
                          each, plan.steps_per_epoch, program.sync_every))))  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     signals = StopOnSignal()
-    rows = AllRows(folder, int(cfg.seed))
+    rows = AllRows(folder, int(cfg.seed), facts)
     rule = build.make(cfg.stop) if cfg.get("stop") else None
-    stop = Stop(rule, rows, plan.steps_per_epoch, facts, console.print)
+    stop = Stop(rule, EndRound(rows, sample), plan.steps_per_epoch, facts, console.print)
     shown = f" · {run_dir}" if given is None or given.keep else ""
     finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, stop, shown)
     callbacks = [
         signals,
-        *([RefreshWhitening(sample)] if update.whitened else []),
         *([MoveAnchor(rows, epoch)] if epoch else []),
         ProgressBar(console, update.horizon),
         MetricsFile(run_dir / "metrics.csv"),

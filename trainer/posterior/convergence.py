@@ -1,9 +1,10 @@
 """Whether the answer is there: the Monte Carlo error of the averaged iterates, their drift, and the full gradient.
 
-A held-out ELBO cannot see an error of 0.3 standard deviations. The average's error is judged from the means of its
-segments (whole epochs where there are eight, since an epoch's mean is free of the rows' order): Monte Carlo standard
-error by batch means (Flegal and Jones 2010), drift as the split R-hat (Vehtari et al. 2021) that draws from the two
-halves' posteriors would have. The gradient over all rows, times the inverse curvature, is the Newton step left.
+A held-out ELBO cannot see an error of 0.3 standard deviations. The gradient over all rows, times the inverse curvature,
+is the Newton step left. Where the curvature is known that says it all, since its draws are fresh. Where it is not,
+ridges stay unseen, and the average's error is judged from the means of its segments as well (whole epochs where there
+are eight, since an epoch's mean is free of the rows' order): Monte Carlo standard error by batch means (Flegal and
+Jones 2010), drift as the split R-hat (Vehtari et al. 2021) that draws from the two halves' posteriors would have.
 
 Shapes: P parameters, D latents (loc [D] and log scale [D] head theta).
 """
@@ -29,13 +30,13 @@ Mark = tuple[int, Tensor]
 
 
 class Evidence(NamedTuple):
-    """Each over the latents of small sites and 99 % of the others."""
+    """Each over the latents of small sites and 99 % of the others; None: not asked for."""
 
-    mc_error: float
+    mc_error: float | None
     """Monte Carlo standard error of the averaged location, in scales."""
-    scale_error: float
+    scale_error: float | None
     """The same of the averaged log scale, or half of the difference between the halves where that is larger."""
-    rhat: float
+    rhat: float | None
     gradient: float
     """The step that the gradient over all rows leaves to go, in scales; nan where it was not worth a pass."""
 
@@ -51,7 +52,8 @@ class Rule:
 
     def short_of(self, evidence: Evidence) -> list[str]:
         """The limits that ``evidence`` does not meet (a gradient of nan meets none)."""
-        return [name for name, value in evidence._asdict().items() if not value <= getattr(self, name)]
+        asked = {name: value for name, value in evidence._asdict().items() if value is not None}
+        return [name for name, value in asked.items() if not value <= getattr(self, name)]
 
 
 def segment_ends(update: Update, steps_per_epoch: int, unit: int = 1) -> tuple[int, ...]:
@@ -73,7 +75,7 @@ def segment_means(marks: Sequence[Mark]) -> Tensor:
 
 def of_average(inference: Inference, means: Tensor, theta: Tensor) -> Evidence:
     """The evidence of segment means [S, P] beside their average ``theta`` [P]; the gradient is not known yet."""
-    size = _locations(inference)
+    size = locations(inference)
     scale = theta[size : 2 * size].double().exp()
     error = means.std(0) / len(means) ** 0.5
     half = len(means) // 2
@@ -89,20 +91,38 @@ def of_average(inference: Inference, means: Tensor, theta: Tensor) -> Evidence:
     )
 
 
-def step_to_go(inference: Inference, theta: Tensor, gradient: Tensor, whitening: Whitening | None) -> float:
-    """The judged Newton step of the locations in scales, from the ``gradient`` [P] of minus the ELBO (nats).
+def newton_step(theta: Tensor, gradient: Tensor, whitening: Whitening) -> Tensor:
+    """The step [P], float64, to where the ``gradient`` [P] of minus the ELBO (nats) vanishes.
 
-    The curvature is that of the `Whitening`, or 1 / scale^2 for each latent where there is none. With a `Whitening` the
-    gradient by the log scales counts too (that of a scale 5 % off is 0.1); without, its draws' noise hides it.
+    Locations: - L L' g. Log scales: by log s the gradient is s^2 h - 1 with h the mean curvature under the guide, which
+    s = 1 / sqrt(h) makes zero. The other parameters stay.
     """
-    size = _locations(inference)
-    scale, first = theta[size : 2 * size].double().exp(), gradient[:size].double()
+    size, factor = len(whitening.factor), whitening.factor.double()
+    step = torch.zeros_like(theta, dtype=torch.float64)
+    step[:size] = -(factor @ (factor.T @ gradient[:size].double()))
+    step[size : 2 * size] = -0.5 * gradient[size : 2 * size].double().clamp(min=-0.9).log1p()
+    return step
+
+
+def to_go(theta: Tensor, gradient: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
+    """The Newton step's size: of the locations [D], in scales, and twice that of the log scales [D]."""
+    size = len(whitening.factor)
+    step = newton_step(theta, gradient, whitening)
+    return (step[:size] / theta[size : 2 * size].double().exp()).abs(), 2 * step[size : 2 * size].abs()
+
+
+def step_to_go(inference: Inference, theta: Tensor, gradient: Tensor, whitening: Whitening | None) -> float:
+    """The judged Newton step in scales, from the ``gradient`` [P] of minus the ELBO (nats).
+
+    Twice a log scale's step counts too (a scale 5 % off is 0.1). Without a `Whitening` the curvature is taken as
+    1 / scale^2 for each latent, and the log scales do not count: their draws' noise would hide it.
+    """
     if whitening is None:
-        step = scale * first
+        size = locations(inference)
+        left = (theta[size : 2 * size].double().exp() * gradient[:size].double()).abs()
     else:
-        factor = whitening.factor.double()
-        step = torch.maximum((factor @ (factor.T @ first) / scale).abs(), gradient[size : 2 * size].abs())
-    return judged(step.abs(), small_sites(inference))
+        left = torch.maximum(*to_go(theta, gradient, whitening))
+    return judged(left, small_sites(inference))
 
 
 def judged(values: Tensor, top: Tensor) -> float:
@@ -114,7 +134,7 @@ def judged(values: Tensor, top: Tensor) -> float:
     return float(torch.stack(largest).max())
 
 
-def _locations(inference: Inference) -> int:
+def locations(inference: Inference) -> int:
     """D."""
     assert isinstance(inference.guide, MeanField)
     return inference.guide.size

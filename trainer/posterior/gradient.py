@@ -18,6 +18,7 @@ from trainer.svi.step import Inference, StepBatch, StepNoise
 from trainer.svi.variance import Whitening
 
 _DRAWS, _DRAWS_JUDGED = 16, 64  # at least, over all rows
+_PART_ROWS = 16_384  # of a judged draw, as far as there are so many: in fewer, rows are not alike
 
 
 def full_gradient(
@@ -32,13 +33,15 @@ def full_gradient(
     """The gradient [P] of minus the ELBO in nats at ``theta`` over the ``num_blocks`` blocks of all ranks.
 
     ``blocks`` are this rank's; ``reduce`` sums over the ranks; ``seed`` names the draws. Each part of a block has its
-    own antithetic pair: S draws, each on 1/S of the rows, say as much as S draws on all of them. ``whitening`` gives a
-    control variate, without which the log scales' part is too noisy to judge them by.
+    own antithetic pairs: S draws, each on 1/S of the rows, say as much as S draws on all of them. ``whitening`` gives a
+    control variate, without which the log scales' part is too noisy to judge them by; since that takes all rows as
+    alike, parts are large then, and few rows are gone through once for each draw.
     """
     draws = math.ceil((_DRAWS if whitening is None else _DRAWS_JUDGED) / num_blocks)
+    fewest = 1 if whitening is None else _PART_ROWS
     total = torch.zeros_like(theta, dtype=torch.float64)
     for block in blocks:
-        parts = min(draws, len(block.row_id))
+        parts = min(draws, max(1, len(block.row_id) // fewest))
         pairs = math.ceil(draws / parts)
         many = replace(inference, objective=replace(inference.objective, pairs=pairs))
         for part in range(parts):

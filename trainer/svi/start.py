@@ -17,11 +17,15 @@ import torch
 from torch import Tensor
 
 from trainer.svi.guides import KL, MeanField
+from trainer.svi.noise import element_noise
 from trainer.svi.step import Inference, StepBatch, StepNoise
 from trainer.svi.variance import Whitening
 
 MOST_LATENTS = 256
 _ROUNDS, _ITERATIONS = 5, 100
+PLAIN = 0.25  # of a coordinate, so that the rates of whitened steps are those of plain ones
+_PAIRS, _PAIR_ROWS = 8, 2**15  # of a mean curvature; none for many rows, whose posterior is narrow
+_TOGETHER = 16  # rows of a Hessian that are made at once
 _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
 _RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hessian
 _NO_MAXIMUM = (
@@ -35,45 +39,71 @@ def laplace_start(
 ) -> tuple[Tensor, Whitening] | None:
     """theta [P] at the mode given ``rows`` (one lane group), and the coordinates to step in from there.
 
-    ``say`` is told where the problem is not one that a mean-field answer describes: no maximum, a ridge. None where the
-    start is not known to help: another guide, other parameters beside it, more than 256 latents, a mode that is not
-    found (a flat or separable problem), a curvature that is not positive.
+    ``say`` is told where the problem is not one that a mean-field answer describes: no maximum, a ridge. Where there is
+    no mode to start at (centred hierarchies, separable data), theta stays and the coordinates are plain ones, until a
+    round's end knows a curvature. None where there is none to take: another guide, other parameters beside it, more
+    than 256 latents.
     """
     guide = inference.guide
     if not isinstance(guide, MeanField) or guide.noise_size != (guide.size, 0) or guide.size > MOST_LATENTS:
         return None
     if set(inference.parameters.shapes) != {"guide.loc", "guide.log_scale"}:
         return None
-    loss = _joint(inference, rows)
     with _double():
-        loc, settled = _mode(loss, guide.size, theta.device)
-        if not settled:
-            say(_NO_MAXIMUM.format(guide.latent_name(int(loc.abs().argmax()))))
-            return None
-        hessian = _hessian(loss, loc)
-        curvature = hessian.diagonal()
-        flat = ~(curvature > 0)
-        if not torch.isfinite(hessian).all():
-            return None
-        scale = torch.where(flat, 1.0, curvature).rsqrt()
-        rises = _rises(loss, loc, scale)
-        if flat.any() or not ((rises > _RISE[0]) & (rises < _RISE[1])).all():
-            where = int(torch.where(flat, -math.inf, rises.min(1).values).argmin())
-            if flat.any() or rises[where].min() <= _RISE[0]:
-                say(_NO_MAXIMUM.format(guide.latent_name(where)))
-            return None
+        mode = _settled(inference, rows, guide, theta.device, say)
+        if mode is None:
+            plain = torch.eye(guide.size, dtype=theta.dtype, device=theta.device)
+            return theta, Whitening(PLAIN * plain, 0.0 * plain)
+        loc, hessian = mode
+        scale = hessian.diagonal().rsqrt()
         _tell_of_ridge(guide, scale[:, None] * hessian * scale, say)
         made = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": scale.log()})
         whitening = Whitening(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
     return made.to(theta.dtype), Whitening(*(each.to(theta.dtype) for each in whitening))
 
 
+def _settled(
+    inference: Inference, rows: StepBatch, guide: MeanField, device: torch.device, say: Callable[[str], None]
+) -> tuple[Tensor, Tensor] | None:
+    """The mode [D] and the Hessian [D, D] there, if that looks like a Gaussian's."""
+    loss = _joint(inference, rows)
+    loc, settled = _mode(loss, guide.size, device)
+    if not settled:
+        say(_NO_MAXIMUM.format(guide.latent_name(int(loc.abs().argmax()))))
+        return None
+    hessian = _hessian(loss, loc)
+    curvature = hessian.diagonal()
+    flat = ~(curvature > 0)
+    if not torch.isfinite(hessian).all():
+        return None
+    rises = _rises(loss, loc, torch.where(flat, 1.0, curvature).rsqrt())
+    if flat.any() or not ((rises > _RISE[0]) & (rises < _RISE[1])).all():
+        where = int(torch.where(flat, -math.inf, rises.min(1).values).argmin())
+        if flat.any() or rises[where].min() <= _RISE[0]:
+            say(_NO_MAXIMUM.format(guide.latent_name(where)))
+        return None
+    return loc, hessian
+
+
 def whitening_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Whitening:
-    """The curvature at ``theta`` [P]; steps are in the guide's scales where it is not positive definite."""
+    """The mean curvature under the guide at ``theta`` [P]; steps are in the guide's scales where it is not positive
+    definite.
+
+    The mean is over a few antithetic pairs: what the ELBO curves by, which for a hierarchy is not the curvature at the
+    guide's centre.
+    """
     values = inference.parameters.unflatten(theta.double())
     loc, scale = values["guide.loc"], values["guide.log_scale"].exp()
+    joint, count = _joint(inference, rows), rows.batch_rows.clamp(min=1)
+    pairs = torch.arange(min(_PAIRS, _PAIR_ROWS // int(count)))
+    eps = element_noise(0, torch.zeros((), dtype=torch.int64), pairs, len(loc), torch.float64)
+    where = torch.cat([eps, -eps]) if len(eps) else torch.zeros(1, len(loc), dtype=torch.float64)
+
+    def mean(at: Tensor) -> Tensor:
+        return torch.stack([joint(at + scale * each) for each in where]).mean()
+
     with _double():
-        made = Whitening(_factor(_hessian(_joint(inference, rows), loc), scale), _of_draws(inference, rows, loc, scale))
+        made = Whitening(_factor(_hessian(mean, loc), scale), _of_draws(inference, rows, loc, scale))
     return Whitening(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
 
 
@@ -139,9 +169,17 @@ def _hessian(loss: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
     """The Hessian [D, D] of ``loss``, 0 for what it does not depend on."""
     at = where.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(at), at, create_graph=True)
+    unit = torch.eye(len(at), dtype=at.dtype, device=at.device)
     if not grad.requires_grad:
-        return torch.zeros(len(at), len(at), dtype=at.dtype, device=at.device)
-    return torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in grad])
+        return torch.zeros_like(unit)
+
+    def rows(directions: Tensor) -> Tensor:
+        return torch.autograd.grad(grad, at, directions, retain_graph=True, is_grads_batched=True)[0]
+
+    try:
+        return torch.cat([rows(some) for some in unit.split(_TOGETHER)])
+    except RuntimeError:  # an operation that cannot be batched
+        return torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in grad])
 
 
 def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tensor:
