@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from trainer.data.index import ROW_ID
@@ -16,6 +17,8 @@ from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import full_gradient
 from trainer.svi.noise import mixed_seed
 from trainer.svi.variance import Whitening
+
+_TOGETHER = 65_536  # rows that are evaluated at once, where blocks are smaller
 
 
 def block(folder: ShardFolder, number: int, module: VariationalModule, rows: int | None = None) -> Block:
@@ -49,7 +52,18 @@ class AllRows:
         """float64 [P] of minus the ELBO (nats) at ``theta``; other draws at every step, and others if ``fresh``."""
         module = trainer.lightning_module
         assert isinstance(module, VariationalModule)
-        seed, here = mixed_seed(self.seed, module.step, 0xF011 + fresh), blocks(self.folder, trainer)
-        count = len(self.folder.block_rows)
+        seed = mixed_seed(self.seed, module.step, 0xF011 + fresh)
+        count, together = len(self.folder.block_rows), max(1, _TOGETHER // int(self.folder.block_rows[0]))
+        starts = range(0, count, together)
+        here = (
+            _joined([block(self.folder, number, module) for number in range(first, min(first + together, count))])
+            for first in starts[trainer.global_rank :: trainer.world_size]
+        )
         self.facts["passes"] = self.facts.get("passes", 0) + 1
-        return full_gradient(module.inference, theta, here, count, seed, sum_over_ranks, whitening)
+        return full_gradient(module.inference, theta, here, len(starts), seed, sum_over_ranks, whitening)
+
+
+def _joined(some: list[Block]) -> Block:
+    """Neighbouring blocks as one, by the first one's number."""
+    columns = {name: torch.cat([each.columns[name] for each in some]) for name in some[0].columns}
+    return Block(some[0].number, columns, torch.cat([each.row_id for each in some]))

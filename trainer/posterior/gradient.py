@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.posterior.elbo import Block
 from trainer.svi.noise import chunk_noise, mixed_seed
+from trainer.svi.plates import WEIGHT
 from trainer.svi.step import Inference, StepBatch, StepNoise
 from trainer.svi.variance import Whitening
 
@@ -79,4 +80,7 @@ def _of_part(
     with torch.enable_grad(), pyro.validation_enabled(False):
         loss = -inference.terms(at, noise, batch, share).sum()
         grad = torch.autograd.grad(loss, at)[0].double()
-    return grad if whitening is None else grad - whitening.control_variate(theta, noise.elements, share).double()
+    if whitening is None:
+        return grad
+    observed = float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
+    return grad - whitening.control_variate(theta, noise.elements, observed / inference.num_obs).double()

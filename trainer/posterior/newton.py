@@ -14,7 +14,7 @@ from trainer.posterior.convergence import newton_step, step_to_go, to_go
 from trainer.svi.step import Inference
 from trainer.svi.variance import Whitening
 
-_TARGET = 0.02  # scales left to go, under which there is nothing to gain
+_TARGET = 0.03  # scales left to go, under which there is nothing to gain
 _AGREE = 0.04, 0.1  # what fresh draws may leave to go: locations, in scales, and twice a log scale
 _STEPS, _SLOWEST = 8, 0.8
 
