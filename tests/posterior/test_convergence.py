@@ -112,6 +112,21 @@ def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, siz
     assert plain == pytest.approx(float((away[3:].exp() * want[:3]).abs().max()), rel=1e-12)
 
 
+def test_blocks_of_unequal_length_leave_no_noise_where_rows_are_alike():
+    """Twelve times the same row in blocks of 5, 5 and 2: the control variate counts a block by its rows."""
+    same = {name: each[:1].expand(12, *each.shape[1:]).clone() for name, each in DATA.items()}
+    inference, theta = build(regression, **same)
+    inference = replace(inference, objective=Objective())
+    start = laplace_start(inference, theta, one_group(**same))
+    assert start is not None
+    _, covariance, _ = regression_posterior(**same)
+    precision = torch.linalg.inv(covariance)
+    blocks = [Block(i, {n: c[:r] for n, c in same.items()}, torch.arange(r)) for i, r in enumerate((5, 5, 2))]
+    found = full_gradient(inference, start[0], blocks, 3, 3, lambda each: each, start[1])
+    want = start[0][3:].exp() ** 2 * precision.diagonal() - 1
+    torch.testing.assert_close(found[3:], want, rtol=0, atol=1e-7)
+
+
 def test_the_elbo_of_a_gaussian_problem_has_no_error_left(problem):
     """With the curvature as control variate two pairs give the exact ELBO; without, 500 leave an error."""
     inference, optimum, whitening = problem

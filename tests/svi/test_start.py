@@ -9,6 +9,7 @@ from svi_problems import F64, build, one_group, regression, regression_data, reg
 from torch.distributions import constraints
 
 from trainer.svi.guides import PyroGuide
+from trainer.svi.noise import element_noise
 from trainer.svi.optim import SGD
 from trainer.svi.schedules import Constant
 from trainer.svi.start import _factor, laplace_start, whitening_at
@@ -96,10 +97,34 @@ def wide(x, y):
         pyro.sample("y", dist.Normal(w[0] + x[:, 0], 1.0), obs=y)
 
 
-@pytest.mark.parametrize("model", [flat_logistic, ridge, with_param, with_noise, wide])
-def test_where_it_is_not_known_to_help_there_is_none(model):
-    """A separable problem, a latent that nothing informs, other parameters, noise of the model's own, many latents."""
+@pytest.mark.parametrize("model", [with_param, with_noise, wide])
+def test_where_there_is_no_curvature_to_take_there_is_no_start(model):
+    """Other parameters beside the guide's, noise of the model's own, many latents."""
     assert started(model)[1] is None
+
+
+@pytest.mark.parametrize("model", [flat_logistic, ridge])
+def test_without_a_mode_theta_stays_and_steps_are_plain_ones(model):
+    """A separable problem, a latent that nothing informs: in a quarter of a coordinate, without a control variate."""
+    inference, start = started(model)
+    _, theta = build(model, **DATA)
+    assert start is not None
+    assert torch.equal(start[0], theta)
+    size = inference.guide.size
+    assert torch.equal(start[1].factor, 0.25 * torch.eye(size, dtype=F64))
+    assert torch.equal(start[1].curvature, torch.zeros(size, size, dtype=F64))
+
+
+def test_the_curvature_of_a_round_is_the_mean_under_the_guide():
+    """For y ~ Normal(0, exp(v)) that of v is 2 sum(y^2) exp(-2 v), here at the same few v."""
+    inference, (theta, _) = started(scaled)
+    wide_guide = theta.clone()
+    wide_guide[1] = -0.5
+    eps = element_noise(0, torch.zeros((), dtype=torch.int64), torch.arange(8), 1, F64)
+    v = theta[0] + torch.tensor(-0.5, dtype=F64).exp() * torch.cat([eps, -eps])
+    want = 2 * (DATA["y"] ** 2).sum() * (-2 * v).exp().mean()
+    found = whitening_at(inference, wide_guide, one_group(**DATA))
+    assert float(found.factor) == pytest.approx(float(want**-0.5), rel=1e-10)
 
 
 def test_another_guide_has_none():
