@@ -13,7 +13,7 @@ from scripts.benchmark.posterior import optimum
 from scripts.benchmark.worker import CONTENDERS
 
 ROOT = Path(__file__).parent.parent
-NAMES = [name for name in CONTENDERS if name not in ("fused-pair", "fused-recipe")]  # the same code as fused
+NAMES = [name for name in CONTENDERS if name not in ("fused-pair", "recipe")]  # the code of fused, and of fit
 
 
 @pytest.mark.slow

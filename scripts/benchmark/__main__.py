@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from scripts.benchmark.posterior import CONTENDERS as RACERS
-from scripts.benchmark.posterior import EPOCHS, arrivals_table, fit_setting, race
+from scripts.benchmark.posterior import OURS, RATES, arrivals_table, race
 from scripts.benchmark.problems import MODELS, Setting, load, make_data, row_bytes
 from scripts.benchmark.table import ProgressLine, name_of, ratios, ratios_table, results_table
 from scripts.benchmark.turns import COMPILING, Result, cores, play
 from scripts.benchmark.worker import CONTENDERS
 
 _STORED = 1_000_000  # rows; a larger N repeats them
-_CPU = [name for name in CONTENDERS if name != "fused-recipe"]
+_CPU = [name for name in CONTENDERS if name != OURS]
 _CUDA = [name for name in _CPU if not name.startswith("pyro")]
 _QUICK = {"models": ["logistic"], "batch": [256], "rows": [20_000], "seconds": 0.2, "rounds": 3}
-_RACE = {"models": ["logistic"], "batch": [4_000], "rows": [_STORED], "seconds": 0.0, "rounds": 3}
-_QUICK_RACE = {**_RACE, "batch": [1_000], "rows": [100_000], "rounds": 1}
+_RACE = {"models": ["logistic"], "batch": [4_096], "rows": [_STORED], "seconds": 0.0, "rounds": 3}
+_QUICK_RACE = {**_RACE, "batch": [1_024], "rows": [100_000], "rounds": 1}
 _FULL = {
     "models": list(MODELS),
     "batch": [256, 4_096, 65_536],
@@ -142,17 +141,15 @@ def content(done: list[list[Result]]) -> dict[str, Any]:
 
 def measure_posterior(arguments: argparse.Namespace, console: Console) -> None:
     """The table of arrivals."""
-    names = arguments.contenders or list(RACERS)
     num_obs, batch = arguments.rows[0], arguments.batch[0]
     folder = (arguments.out / "data" / f"logistic-{num_obs}").absolute()
-    make_data("logistic", num_obs, folder, shards="fused-shards" in names)
-    setting = fit_setting(
-        Setting("logistic", batch, num_obs, num_obs, arguments.slots, arguments.threads, arguments.device, str(folder))
-    )
-    line = ProgressLine(console, 10.0 * len(names) * len(EPOCHS))
+    make_data("logistic", num_obs, folder, shards=True)
+    slots = min(arguments.slots, num_obs // batch)
+    setting = Setting("logistic", batch, num_obs, num_obs, slots, arguments.threads, arguments.device, str(folder))
+    line = ProgressLine(console, (len(RATES) + 2) * (COMPILING + 10.0 * arguments.rounds))
     line.enter("time to posterior")
     try:
-        arrivals = race(setting, names, arguments.rounds, arguments.out / "log.txt", line.tick)
+        arrivals = race(setting, arguments.rounds, arguments.out / "log.txt", line.tick)
     finally:
         line.close()
     console.print(arrivals_table(arrivals, setting))

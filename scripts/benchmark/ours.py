@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from scripts.benchmark.problems import MODELS, Setting, load
+from trainer import fit
 from trainer.data.index import Column
 from trainer.data.plan import Plan, default_lanes
 from trainer.data.reader import ShardFolder, open_split
@@ -23,22 +24,20 @@ from trainer.svi.objective import Objective
 from trainer.svi.optim import Adam
 from trainer.svi.plates import Batch
 from trainer.svi.programs import Chunk, Eager, Program
-from trainer.svi.schedules import Constant, Cosine
+from trainer.svi.schedules import Constant
 from trainer.svi.step import Inference, State, Update
 
-LR = 0.01
 _FOREVER = 10**9
 _EAGER_SLOTS = 16  # nothing is gained by more
 
 
 @dataclass(frozen=True)
 class Way:
-    """How we run: ``recipe``: the schedule and the average that `svi train` has by default."""
+    """How we run."""
 
     fused: bool
     antithetic: bool = False
     shards: bool = False
-    recipe: bool = False
 
 
 class Ours:
@@ -96,22 +95,12 @@ class Ours:
         self.inference, self.theta = materialise(
             MODELS[setting.model], MeanField, self.first, setting.num_obs, objective, seed=setting.seed
         )
-        horizon = setting.horizon or _FOREVER
-        schedule = Constant() if setting.horizon is None else Cosine(final=0.02 if way.recipe else 0.0)
-        average_from = horizon * 3 // 4 if way.recipe else horizon
-        adam: Any = Adam(lr=LR)
-        self.update = Update(adam, schedule, horizon, average_from)
+        adam: Any = Adam(lr=setting.rate)
+        self.update = Update(adam, Constant(), _FOREVER, _FOREVER)
         self.program = program(way.fused, self.inference, self.update, setting.seed)
-        self.reset(setting.seed)
-        self.advance()
-
-    def reset(self, seed: int) -> None:
-        """Back to the first state; ``seed`` turns the order of the chunks, the program stays compiled."""
         self.state: State = self.update.init(self.theta)
         self.order = self.chunks()
-        if not self.way.shards:
-            for _ in range(seed):
-                next(self.order)
+        self.advance()
 
     def advance(self) -> tuple[int, int]:
         """One chunk: (steps, rows)."""
@@ -122,13 +111,33 @@ class Ours:
             torch.cuda.synchronize()
         return steps, int(chunk.batch_rows.sum())
 
-    def means(self) -> np.ndarray:
-        """The guide's locations [D] in the order of the sites."""
-        values = self.inference.parameters.unflatten(self.state.average)
-        return values["guide.loc"].detach().cpu().double().numpy()
-
     def gpu_bytes(self) -> int:
         return torch.cuda.max_memory_allocated() if self.setting.device == "cuda" else 0
+
+
+class Recipe:
+    """`fit` with the defaults, from shards; it ends when its own rule says so."""
+
+    def __init__(self, setting: Setting):
+        torch.set_num_threads(setting.threads)
+        self.setting = setting
+
+    def start(self) -> None:
+        """What is compiled serves every run."""
+        self.fit(self.setting.seed, {"max_steps": 2})
+
+    def fit(self, seed: int, options: dict[str, Any] | None = None) -> tuple[float, np.ndarray]:
+        """Seconds from the start's search for a mode to the last pass, and the locations [D] in the order of sites."""
+        folder, setting = Path(self.setting.folder) / "shards", self.setting
+        posterior = fit(
+            MODELS[setting.model], folder, batch_size=setting.batch, dtype="float32", seed=seed, progress=False,
+            options={"threads": setting.threads, **(options or {})},
+        )  # fmt: skip
+        values = posterior.inference.parameters.unflatten(posterior.theta)
+        return posterior.metrics["seconds"], values["guide.loc"].double().numpy()
+
+    def gpu_bytes(self) -> int:
+        return 0
 
 
 def program(fused: bool, inference: Inference, update: Update, seed: int) -> Program:

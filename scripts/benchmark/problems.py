@@ -35,8 +35,8 @@ class Setting:
     device: str
     folder: str
     """Where `make_data` has put the rows."""
-    horizon: int | None = None
-    """Steps of a whole run, for its schedule; None: a constant rate."""
+    rate: float = 0.01
+    """Adam's, constant."""
     seed: int = 0
 
 

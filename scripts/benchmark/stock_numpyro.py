@@ -18,7 +18,6 @@ from numpyro.infer.autoguide import AutoNormal
 
 from scripts.benchmark.problems import MODELS, Setting, load
 
-LR = 0.01
 _STEPS = 64  # between two looks at the clock
 
 
@@ -80,10 +79,8 @@ class NumPyro:
         jax.block_until_ready(self.chunks)
 
     def start(self) -> None:
-        horizon = self.setting.horizon
-        rate = LR if horizon is None else lambda t: LR * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(t / horizon, 1.0)))
         model = model_of(self.setting)
-        self.svi = svi = SVI(model, AutoNormal(model), numpyro.optim.Adam(rate), Trace_ELBO())
+        self.svi = svi = SVI(model, AutoNormal(model), numpyro.optim.Adam(self.setting.rate), Trace_ELBO())
         if self.scan:
             self.run = jax.jit(
                 lambda state, *columns: jax.lax.scan(lambda s, batch: svi.update(s, *batch), state, columns)

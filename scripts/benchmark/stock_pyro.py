@@ -17,9 +17,6 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from scripts.benchmark.problems import MODELS, Setting, load
-from trainer.svi.schedules import Cosine
-
-LR = 0.01
 
 
 class Rows:
@@ -101,20 +98,9 @@ class StockPyro:
     def reset(self, seed: int) -> None:
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
-        model, horizon, optim = model_of(self.setting), self.setting.horizon, cast(Any, pyro.optim)
+        model, optim = model_of(self.setting), cast(Any, pyro.optim)
         self.guide = AutoNormal(model)
-        if horizon is None:
-            self.schedule, optimiser = None, optim.Adam({"lr": LR})
-        else:
-            cosine = Cosine()
-            self.schedule = optimiser = optim.LambdaLR(
-                {
-                    "optimizer": torch.optim.Adam,
-                    "optim_args": {"lr": LR},
-                    "lr_lambda": lambda t: float(cosine(torch.tensor(t), horizon)),
-                }
-            )
-        self.svi = SVI(model, self.guide, optimiser, self.elbo)
+        self.svi = SVI(model, self.guide, optim.Adam({"lr": self.setting.rate}), self.elbo)
 
     def advance(self) -> tuple[int, int]:
         """One step: (steps, rows)."""
@@ -122,8 +108,6 @@ class StockPyro:
         if self.given:
             given = torch.randint(self.setting.stored_rows, (batch,), device=self.columns[0].device)
         self.svi.step(given, *self.columns)
-        if self.schedule is not None:
-            self.schedule.step()
         return 1, batch
 
     def means(self) -> np.ndarray:

@@ -22,7 +22,7 @@ LABELS = {
     "fused": "ours, fused in memory",
     "fused-shards": "ours, fused from shards",
     "fused-pair": "ours, fused, antithetic pair",
-    "fused-recipe": "ours, fused, as svi train has it",
+    "recipe": "ours, fit with its defaults",
 }
 RATIOS = (
     ("fused / NumPyro scan", "fused", "numpyro-scan"),

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from scripts.benchmark.problems import Setting
 
+_LOOK = 0.02  # seconds between two looks at where a chase has got to
+
 
 class Contender(Protocol):
     """The constructor loads the rows; `start` is everything up to the end of the first step or chunk."""
@@ -60,6 +62,12 @@ def _ours(**how: bool) -> Callable[[Setting], Any]:
     return make
 
 
+def _recipe(setting: Setting) -> Any:
+    from scripts.benchmark.ours import Recipe
+
+    return Recipe(setting)
+
+
 CONTENDERS: dict[str, Callable[[Setting], Any]] = {
     "copy": _copy,
     "pyro": _pyro(),
@@ -71,7 +79,7 @@ CONTENDERS: dict[str, Callable[[Setting], Any]] = {
     "fused": _ours(fused=True),
     "fused-shards": _ours(fused=True, shards=True),
     "fused-pair": _ours(fused=True, antithetic=True),
-    "fused-recipe": _ours(fused=True, antithetic=True, recipe=True),
+    "recipe": _recipe,
 }
 
 
@@ -99,17 +107,38 @@ def run_round(contender: Any, seconds: float) -> dict[str, Any]:
     return {"seconds": now - began, "steps": steps, "rows": rows}
 
 
-def fit(contender: Any, seed: int, steps: int) -> dict[str, Any]:
-    """A whole run of ``steps`` steps, compiled before: its seconds and where it ended."""
+def fit(contender: Any, seed: int, target: str) -> dict[str, Any]:
+    """A run that ends by its own rule: its seconds and how far it is off."""
+    seconds, means = contender.fit(seed)
+    return {"seconds": seconds, "off_by": off(means, target)}
+
+
+def chase(contender: Any, seed: int, target: str, limit: float, within: float) -> dict[str, Any]:
+    """Runs until an iterate is ``within`` the optimum (an oracle says when) or ``limit`` seconds have gone.
+
+    Looking does not count; ``off_by``: the smallest that was seen.
+    """
     contender.reset(seed)
-    done = 0
-    began = time.perf_counter()
-    while done < steps:
-        done += contender.advance()[0]
-    return {"seconds": time.perf_counter() - began, "means": contender.means().tolist()}
+    error, seconds = float("inf"), 0.0
+    while error > within and seconds < limit:
+        began, part = time.perf_counter(), 0.0
+        while part < min(_LOOK, limit / 100):
+            contender.advance()
+            part = time.perf_counter() - began
+        seconds += part
+        error = min(error, off(contender.means(), target))
+    return {"seconds": seconds, "off_by": error}
 
 
-VERBS: dict[str, Callable[..., dict[str, Any]]] = {"start": start, "round": run_round, "fit": fit}
+def off(means: Any, target: str) -> float:
+    """The largest distance of ``means`` [D] from those of the file ``target``, in its scales."""
+    import numpy as np
+
+    with np.load(target) as optimum:
+        return float(np.abs((np.asarray(means) - optimum["mean"]) / optimum["sd"]).max())
+
+
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {"start": start, "round": run_round, "fit": fit, "chase": chase}
 
 
 def main() -> None:

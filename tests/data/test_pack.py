@@ -328,6 +328,71 @@ def test_the_split_of_groups_is_by_key(tmp_path: Path) -> None:
     assert 20 < len(held[0]) < 80
 
 
+@pytest.mark.parametrize("key", ["number", "text"])
+@pytest.mark.parametrize("memory", [1 << 30, 1 << 16])
+def test_values_of_a_column_are_held_out_with_all_their_rows(tmp_path: Path, key: str, memory: int) -> None:
+    source = table()
+    team = source["team"] if key == "number" else np.array([f"team {number}" for number in source["team"]])
+    path = write(tmp_path, **{**source, "team": team})
+    train, held = pack(path, tmp_path / "out", columns=COLUMNS, split_by="team", held_out=0.3, memory_bytes=memory)
+    assert held is not None
+    expect_source_rows(tmp_path / "out")
+    assert train.meta["split_by"] == "team"
+    ours, theirs = (rows(tmp_path / "out" / side)["row_id"] for side in ("train", "held_out"))
+    assert not {*team[ours]} & {*team[theirs]}
+    assert 0.2 < len({*team[theirs]}) / len({*team}) < 0.4
+    # The same teams whatever else is in the table.
+    half = write(tmp_path, **{name: values[::2] for name, values in {**source, "team": team}.items()})
+    pack(half, tmp_path / "half", columns=COLUMNS, split_by="team", held_out=0.3)
+    assert {*team[::2][rows(tmp_path / "half" / "held_out")["row_id"]]} == {*team[::2]} & {*team[theirs]}
+
+
+@pytest.mark.parametrize(
+    ("make", "after"),
+    [
+        (lambda day: day, 70),
+        (lambda day: day + 0.5, 70.0),
+        (lambda day: np.datetime64("2024-01-01") + day, "2024-03-11"),
+        (
+            lambda day: pa.array(np.datetime64("2024-01-01T00:00:00") + day * 86_400).cast(pa.timestamp("us")),
+            "2024-03-11",
+        ),
+        (lambda day: (np.datetime64("2024-01-01") + day).astype(str), "2024-03-11"),
+    ],
+)
+def test_rows_from_a_time_on_are_held_out(tmp_path: Path, make: Any, after: Any) -> None:
+    """Whatever says the time; the chance of held_out is not asked."""
+    day = np.random.default_rng(1).integers(0, 100, 500)
+    path = write(tmp_path, x=np.arange(500.0), day=make(day))
+    train, held = pack(path, tmp_path / "out", columns={"x": "x"}, split_time="day", split_after=after)
+    assert held is not None
+    assert np.array_equal(np.sort(rows(tmp_path / "out" / "held_out")["row_id"]), np.flatnonzero(day >= 70))
+    assert np.array_equal(np.sort(rows(tmp_path / "out" / "train")["row_id"]), np.flatnonzero(day < 70))
+    assert train.meta["split_time"] == ["day", str(after)]
+    assert train.meta["held_out"] is None
+
+
+def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
+    path = write(tmp_path, x=np.arange(4.0), day=pa.array([1, 2, None, 4]), team=[1, 1, 2, 2])
+    for options, message in (
+        ({"split_time": "day"}, "split.time and split.after belong together"),
+        ({"split_after": 3}, "split.time and split.after belong together"),
+        ({"split_time": "day", "split_after": 3}, "no value for 'day' in row 2"),
+        ({"split_time": "dya", "split_after": 3}, r"no column 'dya': did you mean day\?"),
+        ({"split_time": "team", "split_after": "May"}, "split.after=May cannot be compared with column 'team'"),
+        (
+            {"split_time": "day", "split_after": 3, "split_by": "team"},
+            "split.by=team and split.time=day are two splits",
+        ),
+        ({"split_by": "team", "group_by": "team"}, "groups are held out whole already"),
+        ({"split_by": "x"}, "split.by=x is no column of integers or text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pack(path, tmp_path / "out", columns={"x": "x"}, **options)
+    pack(path, tmp_path / "out", columns={"x": "x"}, split_time="day", split_after=3, missing="drop")
+    assert rows(tmp_path / "out" / "held_out")["row_id"].tolist() == [3]
+
+
 def test_groups_refuse_inexact_keys(parquet: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="group_by=a is no column of integers or text"):
         pack(parquet, tmp_path / "out", columns={"x": "b"}, group_by="a")

@@ -85,6 +85,9 @@ def _options(cfg: DictConfig) -> dict[str, Any]:
         "missing": str(cfg.missing),
         "standardise": _names(cfg.standardise),
         "group_by": None if cfg.group_by is None else str(cfg.group_by),
+        "split_by": None if cfg.split.by is None else str(cfg.split.by),
+        "split_time": None if cfg.split.time is None else str(cfg.split.time),
+        "split_after": cfg.split.after,
         "overwrite": _truth_value("overwrite", cfg.overwrite),
     }
 

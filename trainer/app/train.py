@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,7 +98,7 @@ def train(
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
     plan = Plan(folder.index.block_rows, **{k: v for k, v in plan_facts.items() if k not in ("index", "draws")})
     inference, theta = infer(cfg, folder, given)
-    sample = _sample(folder, inference)
+    sample, began = _sample(folder, inference), time.monotonic()
     start = laplace_start(inference, theta, sample, console.print) if cfg.start == "laplace" else None
     update = _update(cfg, plan, start is not None, _anchored(cfg, plan, inference, start is not None))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
@@ -112,7 +113,7 @@ def train(
         "version": version("svi-trainer"),
         "world_size": here.size,
     }
-    seconds = 0.0
+    seconds = time.monotonic() - began
     if saved is not None:
         resume.check_same(saved[1], facts, saved[0], fresh)
         state, seconds = saved[0], float(saved[1]["seconds"])

@@ -6,29 +6,32 @@ Shapes: B rows of a batch.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from trainer.data.columns import ColumnMap, Recipe, recipes, source_columns
+from trainer.data.fields import choose
 from trainer.data.index import ROW_ID
 from trainer.data.moments import Moments
 from trainer.data.shuffle import PLACE, Buckets, scramble
 from trainer.data.sources import Source, open_source
+from trainer.data.split import Split
 from trainer.errors import UserError
 
-_PLACES, _SIDES = 0, 1  # streams of the hash
+_PLACES = 0  # stream of the hash
 _READ_ROWS, _READ_BYTES = 1 << 16, 1 << 22  # of one batch: fixed, since the statistics' rounding depends on it
 
 
 @dataclass(frozen=True)
 class Table:
-    """A source with the recipes for its columns and for the key of its groups, and the split at ``seed``."""
+    """A source with the recipes for its columns and for the key of its groups, and how it is shuffled and split."""
 
     source: Source
     recipes: list[Recipe]
     group: Recipe | None
-    held_out: float
+    split: Split
     seed: int
 
     @property
@@ -41,10 +44,6 @@ class Table:
         """The place in the shuffled order, uint64 [B], of rows with ``ids`` [B]: their numbers, or their groups'."""
         return scramble(ids, self.seed, _PLACES)
 
-    def is_held_out(self, places: np.ndarray) -> np.ndarray:
-        """The side of the split, bool [B]: every unit by chance ``held_out``, whatever the others are."""
-        return scramble(places, self.seed, _SIDES) < np.uint64(int(self.held_out * 2**64))
-
 
 def describe(
     source: Source | str | Path,
@@ -54,11 +53,14 @@ def describe(
     float_dtype: str,
     held_out: float,
     seed: int,
+    split_by: str | None = None,
+    split_time: str | None = None,
+    split_after: Any = None,
 ) -> Table:
     """Opens ``source`` and settles what its columns become; columns to be standardised are carried in float64."""
     opened: Source
     if isinstance(source, str | Path):
-        keys = [] if group_by is None else [group_by]
+        keys = [key for key in (group_by, split_by, split_time) if key is not None]
         opened = open_source(source, None if columns is None else source_columns(columns) + keys)
     else:
         opened = source
@@ -69,12 +71,19 @@ def describe(
     for name in standardise:
         if name not in {recipe.name for recipe in made if recipe.dtype.startswith("float")}:
             raise UserError(f"standardise={name} names no column of floats: name one of columns, or a list of numbers.")
-    if group_by is None:
-        return Table(opened, made, None, held_out, seed)
-    group = recipes(opened, {"group": group_by}, float_dtype)[0]
-    if group.dtype != "int64" or group.shape:
-        raise UserError(f"group_by={group_by} is no column of integers or text: a group needs an exact key.")
-    return Table(opened, made, group, held_out, seed)
+    group = None if group_by is None else _key(opened, group_by, "group_by", "a group needs an exact key")
+    by = None if split_by is None else _key(opened, split_by, "split.by", "what is held out needs an exact key")
+    if split_time is not None:
+        choose([split_time], list(opened.fields), opened.name)
+    return Table(opened, made, group, Split(held_out, seed, by, split_time, split_after), seed)
+
+
+def _key(source: Source, name: str, option: str, because: str) -> Recipe:
+    """The recipe of a column whose values are told apart exactly."""
+    found = recipes(source, {"key": name}, "float32")[0]
+    if found.dtype != "int64" or found.shape:
+        raise UserError(f"{option}={name} is no column of integers or text: {because}.")
+    return found
 
 
 @dataclass
@@ -93,29 +102,33 @@ def scatter(table: Table, buckets: Buckets, *, drop: bool, tick: Callable[[int],
     Raises UserError for a missing value (unless ``drop``) and when no training row is left.
     """
     tally = Tally({recipe.name: Moments() for recipe in table.recipes if recipe.vocabulary is None})
-    made = table.recipes if table.group is None else [*table.recipes, table.group]
-    names = list(dict.fromkeys(part for recipe in made for part in recipe.parts))
+    keyed = {"group": table.group, "by": table.split.by}
+    made = [*table.recipes, *(key for key in keyed.values() if key is not None)]
+    names = list(dict.fromkeys((*(part for recipe in made for part in recipe.parts), *table.split.parts)))
     rows = max(1, min(_READ_ROWS, _READ_BYTES // table.record.itemsize))
-    hashes = None if table.group is None else _word_hashes(table.group)
+    hashes = {name: _word_hashes(key) for name, key in keyed.items() if key is not None}
     first_row = 0
     for batch in table.source.batches(rows, names):
         count = len(batch[names[0]])
-        records, keys = np.empty(count, table.record), np.empty(count, np.int64)
+        records, keys = np.empty(count, table.record), {name: np.empty(count, np.int64) for name in hashes}
         missing = np.zeros(count, bool)
+        absences = [table.split.missing(batch)]
         for recipe in made:
-            out = keys if recipe is table.group else records[recipe.name]
-            for part, absent in recipe.fill(out, batch, first_row).items():
-                if not drop:
-                    row = first_row + int(absent.argmax())
-                    raise UserError(
-                        f"'{table.source.name}' has no value for '{part}' in row {row} (counted from 0): "
-                        "fill it in, or leave such rows out with missing=drop."
-                    )
-                missing |= absent
+            out = next((keys[name] for name, key in keyed.items() if recipe is key), None)
+            absences.append(recipe.fill(records[recipe.name] if out is None else out, batch, first_row))
+        for part, absent in ((part, absent) for found in absences for part, absent in found.items() if absent.any()):
+            if not drop:
+                row = first_row + int(absent.argmax())
+                raise UserError(
+                    f"'{table.source.name}' has no value for '{part}' in row {row} (counted from 0): "
+                    "fill it in, or leave such rows out with missing=drop."
+                )
+            missing |= absent
         records[ROW_ID] = np.arange(first_row, first_row + count)
-        ids = records[ROW_ID] if table.group is None else keys if hashes is None else hashes[keys]
-        records[PLACE] = table.places(ids)
-        held = table.is_held_out(records[PLACE])
+        exact = {name: codes if (words := hashes[name]) is None else words[codes] for name, codes in keys.items()}
+        places = table.places(exact.get("group", records[ROW_ID]))
+        records[PLACE] = table.split.places(places, exact.get("by"), batch)
+        held = table.split.is_held_out(records[PLACE])
         if missing.any():
             records, held = records[~missing], held[~missing]
         buckets.add(records)

@@ -43,6 +43,9 @@ def pack(
     missing: str = "error",
     standardise: Sequence[str] = (),
     group_by: str | None = None,
+    split_by: str | None = None,
+    split_time: str | None = None,
+    split_after: Any = None,
     float_dtype: str = "float32",
     overwrite: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
@@ -53,6 +56,9 @@ def pack(
         every source column under its own name.
     ``held_out``: the chance of a row (of a group, with ``group_by``) to be held out, by a hash of ``seed`` and its row
         number (its key). Where no row was drawn there is no `out/held_out`, and None is returned for it.
+    ``split_by``: a source column of integers or text: ``held_out`` is the chance of each of its values, with all its
+        rows. ``split_time``: a column of numbers, times or text, of which the rows at ``split_after`` or later are held
+        out, whatever ``held_out`` says.
     ``missing``: "error", or "drop" for rows with a null or NaN, counted in ``Index.meta["dropped"]``.
     ``standardise``: float columns to store as (x - mean) / sd of the training rows, per element, from float64;
         ``Index.meta["standardised"]`` keeps both. A constant element stays as it is (mean 0, sd 1).
@@ -71,8 +77,11 @@ def pack(
     replaces a packed folder), a disk that is full, no training rows, and all that `open_source` and `recipes` refuse.
     """
     _check(held_out, seed, shard_bytes, block_rows, memory_bytes, missing, float_dtype)
+    _check_split(group_by, split_by, split_time, split_after)
     with partial_folder(Path(out), overwrite) as folder, contextlib.ExitStack() as opened:
-        table = describe(source, columns, group_by, standardise, float_dtype, held_out, seed)
+        table = describe(
+            source, columns, group_by, standardise, float_dtype, held_out, seed, split_by, split_time, split_after
+        )
         tick = _ticker(progress, table.source.num_rows)
         buckets = Buckets(folder / "buckets", table.record, table.source.num_rows, memory_bytes)
         tally = scatter(table, buckets, drop=missing == "drop", tick=tick)
@@ -106,6 +115,16 @@ def _check(
     ):
         if not good:
             raise UserError(sentence)
+
+
+def _check_split(group_by: str | None, by: str | None, time: str | None, after: Any) -> None:
+    if (time is None) != (after is None):
+        raise UserError("split.time and split.after belong together: the column, and from where on rows are held out.")
+    for name, value in (("group_by", group_by), ("split.by", by)):
+        if value is not None and time is not None:
+            raise UserError(f"{name}={value} and split.time={time} are two splits: give one of them.")
+    if group_by is not None and by is not None:
+        raise UserError(f"split.by={by} has no place beside group_by={group_by}: groups are held out whole already.")
 
 
 def _ticker(progress: Callable[[int, int | None], None] | None, total: int) -> Callable[[int], None]:
@@ -169,7 +188,7 @@ def _units(table: Table, bucket: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     if table.group:
         places = places[order]
         starts = np.flatnonzero(np.concatenate([[True], places[1:] != places[:-1]]))
-    return order, starts, np.diff(starts, append=len(order)), table.is_held_out(bucket[PLACE][order[starts]])
+    return order, starts, np.diff(starts, append=len(order)), table.split.is_held_out(bucket[PLACE][order[starts]])
 
 
 def _lengths(table: Table, buckets: Buckets) -> tuple[int, Moments]:
@@ -204,7 +223,9 @@ def _meta(table: Table, tally: Tally, shifts: Shifts) -> dict[str, Any]:
         "source_rows": table.source.num_rows,
         "dropped": tally.dropped,
         "columns": {made.name: list(made.parts) if made.stacked else made.parts[0] for made in table.recipes},
-        "held_out": table.held_out,
+        "held_out": table.split.share if table.split.time is None else None,
+        "split_by": table.split.by.parts[0] if table.split.by else None,
+        "split_time": table.split.time and [table.split.time, str(table.split.after)],
         "group_by": table.group.parts[0] if table.group else None,
         "standardised": {name: {"mean": m.tolist(), "sd": sd.tolist()} for name, (m, sd) in shifts.items()},
     }

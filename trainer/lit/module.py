@@ -27,7 +27,7 @@ _COMPARE_EVERY = 64  # chunks: some seconds
 class VariationalModule(pl.LightningModule):
     """Trains ``theta`` of an `Inference` with a `Program`; `last` holds the newest chunk's figures.
 
-    ``seconds``: those before a resume; ``say``: tells the user a sentence.
+    ``seconds``: those of the start, or before a resume; ``say``: tells the user a sentence.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class VariationalModule(pl.LightningModule):
 
     @property
     def seconds(self) -> float:
-        """Wall seconds of training, those before a resume included."""
+        """Wall seconds of training, those of the search for a start and before a resume included."""
         return self.seconds_before + time.monotonic() - self._started
 
     def configure_optimizers(self) -> None:
