@@ -88,14 +88,15 @@ class Finish(Callback):
 
     def _facts(self, module: VariationalModule, seconds: float, world_size: int) -> dict[str, Any]:
         epochs = module.step / self.plan.steps_per_epoch
-        rows = round(epochs * self.folder.num_rows)
+        passes = self.stop.facts.get("passes", 0)
+        rows = round((epochs + passes) * self.folder.num_rows)
         done = module.step >= module.update.horizon
         return {
             "rows": self.folder.num_rows,
             "held_out_rows": self.held_out.num_rows if self.held_out else 0,
             "steps": module.step,
             "epochs": epochs,
-            "passes": self.stop.facts.get("passes", 0),
+            "passes": passes,
             "seconds": seconds,
             "rows_per_second": rows / max(seconds, 1e-9),
             "world_size": world_size,
