@@ -46,9 +46,10 @@ def test_killed_twice_in_one_epoch_and_continued(shards, tmp_path, uninterrupted
 
 @pytest.mark.slow
 def test_a_compiled_run_killed_from_outside_and_continued(shards, tmp_path):
-    """Wherever SIGKILL finds it: between two chunks, in one, or while it saves."""
+    """Wherever SIGKILL finds it: between two chunks, in one, or while it saves (fifty times in a run)."""
     common = ("train", "model._target_=app_models.linear", f"data.path={shards}", "batch_size=256", "trainer=cpu",
-              "threads=1", "max_steps=20000", "checkpoint.every_n_steps=500", "ckpt_path=last")  # fmt: skip
+              "threads=1", "stop=budget", "max_steps=20000", "checkpoint.every_n_steps=400",
+              "ckpt_path=last")  # fmt: skip
     whole = svi(*common, f"run_dir={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
     for _ in range(2):
