@@ -49,6 +49,11 @@ def table() -> pd.DataFrame:
 COLUMNS = {"x": ["a", "b", "c"], "y": "y"}
 
 
+def guide_of(sites):
+    """loc and scale [D] of all sites."""
+    return tuple(np.concatenate([np.ravel(getattr(site, name)) for site in sites]) for name in ("loc", "scale"))
+
+
 def quick_fit(data, model=regression, **more):
     more = {"max_steps": 400, "dtype": "float64", "progress": False, **more}
     return fit(model, data, options=QUICK, **more)
@@ -266,6 +271,77 @@ def test_a_model_that_takes_the_weight_has_it_to_itself(table):
     found = quick_fit({"x": x, "y": y, "weight": np.full(len(y), 4.0)}, takes_weight).summary()[0]
     precision = 4 * x.T @ x / NOISE**2 + np.eye(3) / 4
     np.testing.assert_allclose(found.scale, 1 / np.sqrt(np.diag(precision)), rtol=1e-3)
+
+
+def school(group, y=None):
+    """A hierarchy of known scales, in which the mean and the 300 effects can nearly stand in for each other."""
+    mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float64), 10.0))
+    with pyro.plate("groups", 300):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(group)):
+        pyro.sample("y", dist.Normal(mean + effect[group], NOISE), obs=y)
+
+
+@pytest.fixture(scope="module")
+def pupils():
+    rng = np.random.default_rng(5)
+    group = np.arange(2400) % 300
+    return {"group": group, "y": 3.0 + rng.normal(size=300)[group] + NOISE * rng.normal(size=2400)}
+
+
+def school_optimum(group, y):
+    """The exact mean-field optimum, mean first: means of the posterior, scales 1 / sqrt(diagonal of the precision)."""
+    rows = np.concatenate([np.ones((len(group), 1)), np.eye(300)[group]], axis=1)
+    precision = rows.T @ rows / NOISE**2 + np.diag(np.r_[10.0**-2, np.ones(300)])
+    return np.linalg.solve(precision, rows.T @ y / NOISE**2), np.diag(precision) ** -0.5
+
+
+def off_by(posterior, optimum):
+    """Largest error of the locations in scales, and the largest of the effects' log scales."""
+    loc, scale = guide_of(posterior.summary())
+    return np.abs((loc - optimum[0]) / optimum[1]).max(), np.abs(np.log(scale / optimum[1])[1:]).max()
+
+
+def test_with_many_latents_newton_steps_by_passes_end_a_round_at_the_optimum(pupils):
+    """A hundred steps leave whole scales to go, along the ridge; with Newton steps nothing is left."""
+    options = {**QUICK, "rounds": 1, "stop": "budget", "estimator": "plain"}
+
+    def trained(newton_after):
+        given = {**options, "newton_after": newton_after}
+        return fit(school, pupils, dtype="float64", max_steps=100, batch_size=600, progress=False, options=given)
+
+    optimum = school_optimum(**pupils)
+    without, scales_without = off_by(trained(None), optimum)
+    assert without > 1.0
+    assert scales_without > 0.05
+    found = trained(0)
+    error, scales = off_by(found, optimum)
+    assert error < 1e-3
+    assert scales < 1e-6
+    assert found.metrics["passes"] > 10
+
+
+def test_with_many_latents_training_ends_when_newton_steps_leave_nothing_to_go(pupils, capsys):
+    found = fit(school, pupils, dtype="float64", batch_size=600, options=QUICK)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Newton steps on the ELBO over all rows" in out
+    assert found.metrics["stop_reason"] == "converged"
+    assert set(found.metrics["evidence"]) >= {"scale_error", "gradient"}
+    assert off_by(found, school_optimum(**pupils))[0] < 0.05
+
+
+def test_a_model_without_second_derivatives_goes_without_newton_steps(pupils, capsys):
+    def model(group, y=None):
+        with pyro.plate("groups", 300):
+            effect = pyro.sample("effect", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("data", len(group)):
+            far = torch.cdist(effect[:, None], effect.new_zeros(1, 1), p=1.0)[:, 0]
+            pyro.sample("y", dist.Normal(far[group], NOISE), obs=y)
+
+    options = {**QUICK, "newton_after": 0, "rounds": 1}
+    found = fit(model, pupils, dtype="float64", max_steps=50, options=options)
+    assert "no Newton steps, since curvature is not to be had" in " ".join(capsys.readouterr().out.split())
+    assert found.metrics["stop_reason"] == "budget"
 
 
 def separable(x, y=None):

@@ -10,14 +10,17 @@ from svi_problems import F64, build, one_group, regression, regression_data, reg
 from trainer.posterior.convergence import (
     Evidence,
     Rule,
+    axis_step,
     judged,
+    newton_step,
     of_average,
+    scale_error_of_small,
     segment_ends,
     segment_means,
     step_to_go,
 )
 from trainer.posterior.elbo import Block, full_elbo
-from trainer.posterior.gradient import full_gradient
+from trainer.posterior.gradient import MANY, Pass, full_gradient, full_product
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD
 from trainer.svi.schedules import Constant
@@ -82,6 +85,19 @@ def test_the_evidence_of_an_average_by_hand(problem):
     assert Rule().short_of(Evidence(0.1, 0.02, 1.01, 0.1)) == []
 
 
+def test_the_error_of_small_sites_scales(problem):
+    """Standard error by hand, or half the difference of the halves; nothing to say without segments."""
+    inference, optimum, _ = problem
+    steady = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=F64)
+    drifting = torch.tensor([0.0] * 4 + [1.0] * 4, dtype=F64)
+    means = optimum.expand(8, -1).clone()
+    means[:, 3] += 0.01 * steady
+    assert scale_error_of_small(inference, means) == pytest.approx(0.01 * (8 / 7) ** 0.5 / 8**0.5)
+    means[:, 4] += 0.01 * drifting
+    assert scale_error_of_small(inference, means) == pytest.approx(0.005)
+    assert math.isnan(scale_error_of_small(inference, None))
+
+
 def test_small_sites_count_whole_and_others_to_their_99_per_cent():
     values = torch.cat([torch.tensor([0.5]), torch.arange(1000.0) / 1000])
     top = torch.zeros(1001, dtype=torch.bool)
@@ -102,13 +118,18 @@ def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, siz
     away[:3] += torch.tensor([0.3, -0.1, 0.2], dtype=F64) * scale
     away[4] += 0.05
     blocks = list(the_blocks(size))
-    found = full_gradient(inference, away, blocks, len(blocks), 3, lambda each: each, whitening)
+    rows = Pass(blocks, len(blocks), 3, lambda each: each)
+    found = full_gradient(inference, away, rows, whitening, MANY)
     want = torch.cat([precision @ (away[:3] - mean), away[3:].exp() ** 2 * precision.diagonal() - 1])
     torch.testing.assert_close(found[:3], want[:3], rtol=1e-8, atol=1e-8)
     if size == 12:  # the control variate takes all rows as alike, so blocks of a few leave some noise
         torch.testing.assert_close(found[3:], want[3:], rtol=0, atol=0.3)
-    assert step_to_go(inference, away, want, whitening) == pytest.approx(0.3, rel=1e-5)
-    plain = step_to_go(inference, away, want, None)
+    along = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+    product = full_product(inference, away, along, rows)
+    torch.testing.assert_close(product, precision @ along, rtol=1e-8, atol=1e-8)
+    left = step_to_go(inference, away, newton_step(away, want, whitening))
+    assert left == pytest.approx(0.3, rel=1e-5)
+    plain = step_to_go(inference, away, axis_step(inference, away, want))
     assert plain == pytest.approx(float((away[3:].exp() * want[:3]).abs().max()), rel=1e-12)
 
 
@@ -122,7 +143,7 @@ def test_blocks_of_unequal_length_leave_no_noise_where_rows_are_alike():
     _, covariance, _ = regression_posterior(**same)
     precision = torch.linalg.inv(covariance)
     blocks = [Block(i, {n: c[:r] for n, c in same.items()}, torch.arange(r)) for i, r in enumerate((5, 5, 2))]
-    found = full_gradient(inference, start[0], blocks, 3, 3, lambda each: each, start[1])
+    found = full_gradient(inference, start[0], Pass(blocks, 3, 3, lambda each: each), start[1], MANY)
     want = start[0][3:].exp() ** 2 * precision.diagonal() - 1
     torch.testing.assert_close(found[3:], want, rtol=0, atol=1e-7)
 

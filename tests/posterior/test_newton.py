@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
 
 from trainer.posterior.convergence import newton_step, step_to_go
-from trainer.posterior.newton import polished
+from trainer.posterior.newton import conjugate_gradients, polished, step_by_products
 from trainer.svi.objective import Objective
 from trainer.svi.start import laplace_start
 
@@ -45,49 +46,83 @@ def away(optimum):
     return far
 
 
+def by(whitening):
+    return partial(newton_step, whitening=whitening)
+
+
 def test_one_step_solves_a_gaussian_problem(problem):
     inference, optimum, whitening, mean, precision = problem
     gradient = Gradient(mean, precision)
     far = away(optimum)
     torch.testing.assert_close(far + newton_step(far, gradient(far, False), whitening), optimum, rtol=1e-7, atol=1e-9)
     gradient.calls.clear()
-    made, found = polished(inference, far, gradient(far, True), whitening, gradient)
+    made, found, left = polished(inference, far, by(whitening), gradient)
     torch.testing.assert_close(made, optimum, rtol=1e-7, atol=1e-9)
     assert torch.equal(found, gradient(made, True))
-    assert gradient.calls[:-1] == [True, False, False, True]
+    assert left < 1e-6
+    assert gradient.calls[:-1] == [False, False, True]
 
 
 def test_a_curvature_that_is_off_takes_more_steps(problem):
     inference, optimum, whitening, mean, precision = problem
     gradient, far = Gradient(mean, precision), away(optimum)
     wrong = whitening._replace(factor=1.1 * whitening.factor)
-    made, found = polished(inference, far, gradient(far, True), wrong, gradient)
-    assert step_to_go(inference, made, found, whitening) <= 0.03
-    left, of_each = 3 * 1.1**2, 1.1**2 - 1  # as the wrong curvature sees it
-    assert gradient.calls.count(False) == 1 + math.ceil(math.log(0.03 / left) / math.log(of_each))
+    made, found, left = polished(inference, far, by(wrong), gradient)
+    assert step_to_go(inference, made, newton_step(made, found, whitening)) <= left <= 0.03
+    first, of_each = 3 * 1.1**2, 1.1**2 - 1  # as the wrong curvature sees it
+    assert gradient.calls.count(False) == 1 + math.ceil(math.log(0.03 / first) / math.log(of_each))
 
 
 @pytest.mark.parametrize("off", [0.2, -1.0])
-def test_where_fresh_draws_do_not_agree_the_average_stays(problem, off):
+def test_where_fresh_draws_do_not_agree_there_is_no_answer(problem, off):
     inference, optimum, whitening, mean, precision = problem
-    far = away(optimum)
     gradient = Gradient(mean, precision, off * optimum[3:].exp())
-    made, _ = polished(inference, far, gradient(far, True), whitening, gradient)
-    assert made is far
+    assert polished(inference, away(optimum), by(whitening), gradient) is None
+    assert gradient.calls[-1]
 
 
 def test_steps_that_lead_away_are_not_gone(problem):
     inference, optimum, whitening, mean, precision = problem
-    far, gradient = away(optimum), Gradient(mean, precision)
-    wrong = whitening._replace(factor=1.6 * whitening.factor)  # overshoots to 1.56 times as far
-    made, _ = polished(inference, far, gradient(far, True), wrong, gradient)
-    assert made is far
-    assert gradient.calls == [True, False, False]
-
-
-def test_at_the_optimum_there_is_nothing_to_do(problem):
-    inference, optimum, whitening, mean, precision = problem
     gradient = Gradient(mean, precision)
-    made, _ = polished(inference, optimum, gradient(optimum, True), whitening, gradient)
-    assert made is optimum
-    assert gradient.calls == [True]
+    wrong = whitening._replace(factor=1.6 * whitening.factor)  # overshoots to 1.56 times as far
+    assert polished(inference, away(optimum), by(wrong), gradient) is None
+    assert gradient.calls == [False, False]
+
+
+def test_conjugate_gradients_end_after_as_many_steps_as_there_are_directions():
+    """A hierarchy: 300 effects of precision 1 + 1/i, and two top-level latents that hang together with all of them."""
+    generator = torch.Generator().manual_seed(3)
+    arrow = torch.diag(1 + 1 / torch.arange(1, 303, dtype=F64))
+    arrow[:2, :2] = 60 * torch.eye(2, dtype=F64)
+    arrow[:2, 2:] = torch.randn(2, 300, dtype=F64, generator=generator) / 3
+    arrow[2:, :2] = arrow[:2, 2:].T
+    want, calls = torch.randn(302, dtype=F64, generator=generator), []
+
+    def product(along):
+        calls.append(along)
+        return arrow @ along
+
+    found = conjugate_gradients(product, want, arrow.diagonal())
+    torch.testing.assert_close(found, torch.linalg.solve(arrow, want), rtol=1e-3, atol=1e-4)
+    assert len(calls) <= 8
+
+
+def test_conjugate_gradients_end_where_the_curvature_is_negative():
+    saddle, one = torch.tensor([2.0, -1.0], dtype=F64), torch.ones(2, dtype=F64)
+    found = conjugate_gradients(lambda along: saddle * along, torch.tensor([1.0, 0.0], dtype=F64), one)
+    assert found.tolist() == [0.5, 0.0]
+    assert conjugate_gradients(lambda along: saddle * along, torch.tensor([0.0, 1.0], dtype=F64), one).tolist() == [
+        0,
+        0,
+    ]
+
+
+def test_a_step_by_products_is_the_one_by_the_matrix(problem):
+    """For the locations; the scales of three scalars stay as averaged."""
+    inference, optimum, whitening, mean, precision = problem
+    far = away(optimum)
+    found = Gradient(mean, precision)(far, False)
+    want = newton_step(far, found, whitening)
+    step = step_by_products(inference, far, found, lambda along: precision @ along)
+    torch.testing.assert_close(step[:3], want[:3], rtol=1e-5, atol=1e-9)
+    assert step[3:].eq(0).all()

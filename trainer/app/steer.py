@@ -12,8 +12,9 @@ from torch import Tensor
 from trainer.app.blocks import AllRows
 from trainer.lit.module import VariationalModule
 from trainer.lit.strategy import from_rank_zero
-from trainer.posterior.convergence import step_to_go
-from trainer.posterior.newton import polished
+from trainer.posterior.convergence import newton_step, step_to_go
+from trainer.posterior.gradient import MANY
+from trainer.posterior.newton import NEAR, polished, step_by_products
 from trainer.svi.start import whitening_at
 from trainer.svi.step import StepBatch
 from trainer.svi.variance import Anchor, Whitening
@@ -35,13 +36,14 @@ class MoveAnchor(Callback):
 
 
 class EndRound:
-    """Goes on from the round's average; with a `Whitening`, after Newton steps, and with the curvature at that place.
+    """Goes on from the round's average after Newton steps: with a `Whitening` by that curvature, which is then taken
+    anew at that place; without one by passes over all rows, after ``afford`` steps (None: never).
 
     ``sample``: the rows that give the curvature.
     """
 
-    def __init__(self, rows: AllRows, sample: StepBatch):
-        self.rows, self.sample = rows, sample
+    def __init__(self, rows: AllRows, sample: StepBatch, afford: int | None):
+        self.rows, self.sample, self.afford = rows, sample, afford
 
     def __call__(self, trainer: pl.Trainer, module: VariationalModule) -> tuple[bool, float]:
         """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
@@ -49,23 +51,49 @@ class EndRound:
         own, whitening, _ = module.update.split(slots)
         theta = average
         if whitening is not None:
-            theta, whitening, left = self._to_optimum(trainer, module, average, whitening)
+            theta, whitening, left = self._by_curvature(trainer, module, average, whitening)
             slots = (*own, *whitening)
+        elif self.afford is not None and module.step > self.afford:
+            theta, left = self._by_products(trainer, module, average)
         module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
         return theta is not average, left
 
-    def _to_optimum(
+    def _by_curvature(
         self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor, whitening: Whitening
     ) -> tuple[Tensor, Whitening, float]:
         """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
         inference, rows = module.inference, self.rows
 
-        def moved(theta: Tensor, found: Tensor, by: Whitening) -> tuple[Tensor, Tensor]:
-            made, found = polished(inference, theta, found, by, lambda at, new: rows.gradient(trainer, at, by, new))
-            return (theta if made is theta else from_rank_zero(made)), found
+        def gradient(at: Tensor, fresh: bool) -> Tensor:
+            return rows.gradient(trainer, at, whitening, MANY, fresh)
 
-        theta, found = moved(theta, rows.gradient(trainer, theta, whitening, fresh=True), whitening)
+        def solve(at: Tensor, found: Tensor) -> Tensor:
+            return newton_step(at, found, whitening)
+
+        def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+            near = step_to_go(inference, theta, solve(theta, found)) <= NEAR
+            made = None if near else polished(inference, theta, solve, gradient)
+            return (theta, found) if made is None else (from_rank_zero(made[0]), made[1])
+
+        theta, found = moved(theta, gradient(theta, True))
         made = whitening_at(inference, theta.cpu(), self.sample)
         whitening = Whitening(*(from_rank_zero(each.to(module.device)) for each in made))
-        theta, found = moved(theta, found, whitening)
-        return theta, whitening, step_to_go(inference, theta, found, whitening)
+        theta, found = moved(theta, found)
+        return theta, whitening, step_to_go(inference, theta, solve(theta, found))
+
+    def _by_products(self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
+        inference, rows = module.inference, self.rows
+
+        def gradient(at: Tensor, fresh: bool) -> Tensor:
+            return rows.gradient(trainer, at, None, MANY, fresh)
+
+        def solve(at: Tensor, found: Tensor) -> Tensor:
+            return step_by_products(inference, at, found, lambda along: rows.product(trainer, at, along))
+
+        module.say(f"step {module.step:,}: Newton steps on the ELBO over all rows, in some dozens of passes")
+        try:
+            made = polished(inference, theta, solve, gradient)
+        except RuntimeError as error:  # an operation without a second derivative
+            module.say(f"step {module.step:,}: no Newton steps, since curvature is not to be had: {error}")
+            made = None
+        return (theta, math.nan) if made is None else (from_rank_zero(made[0]), made[2])

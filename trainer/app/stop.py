@@ -16,8 +16,10 @@ from trainer.posterior.convergence import (
     Evidence,
     Mark,
     Rule,
+    axis_step,
     can_be_judged,
     of_average,
+    scale_error_of_small,
     segment_ends,
     segment_means,
     step_to_go,
@@ -34,7 +36,8 @@ _WORDS = {
 class Stop(Callback):
     """Gathers the segments' means, and judges what each round comes to; ``rule``: None stops at the budget alone.
 
-    An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well.
+    An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well. Where
+    the curvature is not known as a matrix, they leave the log scales of small sites, which their segments judge.
     ``facts``: the checkpoint's, where marks and the reason to stop are kept.
     """
 
@@ -59,18 +62,20 @@ class Stop(Callback):
         if module.step == here.horizon:
             average = module.theta.cpu()
             moved, left = self.end_round(trainer, module)
+            means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
             if moved:
-                self._judge(trainer, module, Evidence(None, None, None, left))
-            elif ends and len(self.marks) == len(ends):
-                evidence = of_average(module.inference, segment_means(self.marks), average)
-                self._judge(trainer, module, evidence._replace(gradient=left))
+                small = None if module.update.whitened else scale_error_of_small(module.inference, means)
+                self._judge(trainer, module, Evidence(None, small, None, left))
+            elif means is not None:
+                self._judge(trainer, module, of_average(module.inference, means, average)._replace(gradient=left))
             self.marks.clear()
 
     def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence) -> None:
         theta, rule, last = module.theta, self.rule or Rule(), module.step == module.update.horizon
         if math.isnan(evidence.gradient) and (last or set(rule.short_of(evidence)) <= {"gradient"}):
             gradient = self.end_round.rows.gradient(trainer, theta)
-            evidence = evidence._replace(gradient=step_to_go(module.inference, theta, gradient, None))
+            step = axis_step(module.inference, theta, gradient)
+            evidence = evidence._replace(gradient=step_to_go(module.inference, theta, step))
         self.evidence, short = evidence, rule.short_of(evidence)
         if not short and self.rule is not None:
             self.facts["stopped"] = "converged"

@@ -42,7 +42,7 @@ from trainer.posterior.convergence import segment_ends
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import WEIGHT, Batch
-from trainer.svi.start import laplace_start
+from trainer.svi.start import has_latents_alone, laplace_start
 from trainer.svi.step import Inference, StepBatch, Update
 
 _CHECK_ROWS = 1024
@@ -143,15 +143,18 @@ def train(
                          each, plan.steps_per_epoch, program.sync_every))))  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     signals = StopOnSignal()
-    rows = AllRows(folder, int(cfg.seed), facts)
+    bar = ProgressBar(console, update.horizon)
+    rows = AllRows(folder, int(cfg.seed), facts, bar.on_pass)
     rule = build.make(cfg.stop) if cfg.get("stop") else None
-    stop = Stop(rule, EndRound(rows, sample), plan.steps_per_epoch, facts, console.print)
+    afford = None if cfg.newton_after is None else math.ceil(float(cfg.newton_after) * plan.steps_per_epoch)
+    by_products = afford if has_latents_alone(inference) else None
+    stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print)
     shown = f" · {run_dir}" if given is None or given.keep else ""
     finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, stop, shown)
     callbacks = [
         signals,
         *([MoveAnchor(rows, epoch)] if epoch else []),
-        ProgressBar(console, update.horizon),
+        bar,
         MetricsFile(run_dir / "metrics.csv"),
         stop,
         Checkpoints(run_dir / "checkpoints", facts, every, int(cfg.checkpoint.keep_last)),

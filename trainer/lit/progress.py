@@ -50,6 +50,11 @@ class ProgressBar(Callback):
             )
             self.next_line = module.step + max(1, self.horizon // _LINES)
 
+    def on_pass(self, number: int) -> None:
+        """What is shown during a pass over all rows."""
+        if self.bar is not None:
+            self.bar.update(self.task, figures=f"pass {number:,} over all rows")
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._stop()
 

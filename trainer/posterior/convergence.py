@@ -9,6 +9,7 @@ Jones 2010), drift as the split R-hat (Vehtari et al. 2021) that draws from the 
 Shapes: P parameters, D latents (loc [D] and log scale [D] head theta).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -77,9 +78,7 @@ def of_average(inference: Inference, means: Tensor, theta: Tensor) -> Evidence:
     """The evidence of segment means [S, P] beside their average ``theta`` [P]; the gradient is not known yet."""
     size = locations(inference)
     scale = theta[size : 2 * size].double().exp()
-    error = means.std(0) / len(means) ** 0.5
-    half = len(means) // 2
-    drift = means[:half].mean(0) - means[half:].mean(0)
+    error, drift = _error_and_drift(means)
     off = torch.maximum(error, drift.abs() / 2)[size : 2 * size]
     drift = drift[:size] / scale
     top = small_sites(inference)
@@ -89,6 +88,23 @@ def of_average(inference: Inference, means: Tensor, theta: Tensor) -> Evidence:
         judged((1 + drift**2 / 2).sqrt(), top),
         float("nan"),
     )
+
+
+def scale_error_of_small(inference: Inference, means: Tensor | None) -> float | None:
+    """The ``scale_error`` of the small sites alone (None: there are none; nan: no segments tell)."""
+    top = small_sites(inference)
+    if not top.any():
+        return None
+    if means is None:
+        return math.nan
+    error, drift = _error_and_drift(means)
+    return float(torch.maximum(error, drift.abs() / 2)[len(top) : 2 * len(top)][top].max())
+
+
+def _error_and_drift(means: Tensor) -> tuple[Tensor, Tensor]:
+    """The standard error [P] of the mean of ``means`` [S, P], and the difference [P] between its halves."""
+    half = len(means) // 2
+    return means.std(0) / len(means) ** 0.5, means[:half].mean(0) - means[half:].mean(0)
 
 
 def newton_step(theta: Tensor, gradient: Tensor, whitening: Whitening) -> Tensor:
@@ -104,25 +120,26 @@ def newton_step(theta: Tensor, gradient: Tensor, whitening: Whitening) -> Tensor
     return step
 
 
-def to_go(theta: Tensor, gradient: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
-    """The Newton step's size: of the locations [D], in scales, and twice that of the log scales [D]."""
-    size = len(whitening.factor)
-    step = newton_step(theta, gradient, whitening)
-    return (step[:size] / theta[size : 2 * size].double().exp()).abs(), 2 * step[size : 2 * size].abs()
+def axis_step(inference: Inference, theta: Tensor, gradient: Tensor) -> Tensor:
+    """The same where no curvature is known, which is then taken as 1 / scale^2 for each latent.
 
-
-def step_to_go(inference: Inference, theta: Tensor, gradient: Tensor, whitening: Whitening | None) -> float:
-    """The judged Newton step in scales, from the ``gradient`` [P] of minus the ELBO (nats).
-
-    Twice a log scale's step counts too (a scale 5 % off is 0.1). Without a `Whitening` the curvature is taken as
-    1 / scale^2 for each latent, and the log scales do not count: their draws' noise would hide it.
+    For the locations alone, since the noise of the draws would hide the log scales' step.
     """
-    if whitening is None:
-        size = locations(inference)
-        left = (theta[size : 2 * size].double().exp() * gradient[:size].double()).abs()
-    else:
-        left = torch.maximum(*to_go(theta, gradient, whitening))
-    return judged(left, small_sites(inference))
+    size, step = locations(inference), torch.zeros_like(theta, dtype=torch.float64)
+    step[:size] = -(theta[size : 2 * size].double().exp() ** 2) * gradient[:size].double()
+    return step
+
+
+def to_go(inference: Inference, theta: Tensor, step: Tensor) -> tuple[float, float]:
+    """The judged size of a ``step`` [P]: of the locations, in scales, and twice that of the log scales."""
+    size, top = locations(inference), small_sites(inference)
+    loc = step[:size] / theta[size : 2 * size].double().exp()
+    return judged(loc.abs(), top), judged(2 * step[size : 2 * size].abs(), top)
+
+
+def step_to_go(inference: Inference, theta: Tensor, step: Tensor) -> float:
+    """The judged ``step`` [P], in scales; twice a log scale's step counts too (a scale 5 % off is 0.1)."""
+    return max(to_go(inference, theta, step))
 
 
 def judged(values: Tensor, top: Tensor) -> float:

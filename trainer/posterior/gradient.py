@@ -1,5 +1,5 @@
-"""The gradient of the loss over all rows, from one streamed pass: what an anchor needs, and what says how far it is to
-the optimum.
+"""The gradient of the loss over all rows, and the Hessian times a vector, from one streamed pass: what an anchor needs,
+and what says how far it is to the optimum.
 
 Noise is a function of the block, so the figure does not depend on the number of ranks, but for rounding.
 """
@@ -7,6 +7,7 @@ Noise is a function of the block, so the figure does not depend on the number of
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -18,37 +19,82 @@ from trainer.svi.plates import WEIGHT
 from trainer.svi.step import Inference, StepBatch, StepNoise
 from trainer.svi.variance import Whitening
 
-_DRAWS, _DRAWS_JUDGED = 16, 64  # at least, over all rows
-_PART_ROWS = 16_384  # of a judged draw, as far as there are so many: in fewer, rows are not alike
+
+class Draws(NamedTuple):
+    """How many antithetic pairs there are at least, over all rows, and on how many rows each, as far as there are."""
+
+    pairs: int
+    part_rows: int
+
+
+FEW = Draws(16, 1)
+MANY = Draws(64, 16_384)  # in smaller parts rows are not alike, as a control variate takes them to be
+
+
+class Pass(NamedTuple):
+    """Once over all rows."""
+
+    blocks: Iterable[Block]
+    """This rank's."""
+    num_blocks: int
+    """Of all ranks."""
+    seed: int
+    """Names the draws."""
+    reduce: Callable[[Tensor], Tensor]
+    """The sum over the ranks."""
+
+
+Derivative = Callable[[Tensor, Tensor, StepNoise, float], Tensor]
+"""Of a part's loss [] (nats) by theta [P], which it was made from by the noise, on so many rows."""
 
 
 def full_gradient(
     inference: Inference,
     theta: Tensor,
-    blocks: Iterable[Block],
-    num_blocks: int,
-    seed: int,
-    reduce: Callable[[Tensor], Tensor],
+    rows: Pass,
     whitening: Whitening | None = None,
+    draws: Draws = FEW,
 ) -> Tensor:
-    """The gradient [P] of minus the ELBO in nats at ``theta`` over the ``num_blocks`` blocks of all ranks.
+    """The gradient [P] of minus the ELBO in nats at ``theta`` over all rows.
 
-    ``blocks`` are this rank's; ``reduce`` sums over the ranks; ``seed`` names the draws. Each part of a block has its
-    own antithetic pairs: S draws, each on 1/S of the rows, say as much as S draws on all of them. ``whitening`` gives a
-    control variate, without which the log scales' part is too noisy to judge them by; since that takes all rows as
-    alike, parts are large then, and few rows are gone through once for each draw.
+    Each part of a block has its own antithetic pairs: S draws, each on 1/S of the rows, say as much as S draws on all
+    of them; where there are fewer rows than ``draws`` asks for, they are gone through once for each draw.
+    ``whitening`` gives a control variate, without which the log scales' part is too noisy to judge them by.
     """
-    draws = math.ceil((_DRAWS if whitening is None else _DRAWS_JUDGED) / num_blocks)
-    fewest = 1 if whitening is None else _PART_ROWS
-    total = torch.zeros_like(theta, dtype=torch.float64)
-    for block in blocks:
-        parts = min(draws, max(1, len(block.row_id) // fewest))
-        pairs = math.ceil(draws / parts)
+
+    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, observed: float) -> Tensor:
+        grad = torch.autograd.grad(loss, at)[0].double()
+        if whitening is None:
+            return grad
+        return grad - whitening.control_variate(theta, noise.elements, observed / inference.num_obs).double()
+
+    return _over_parts(inference, theta, rows, draws, derivative, len(theta))
+
+
+def full_product(inference: Inference, theta: Tensor, along: Tensor, rows: Pass) -> Tensor:
+    """H v [D]: the Hessian of minus the ELBO (nats) by the locations, from few draws, times v = ``along`` [D]."""
+
+    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, observed: float) -> Tensor:
+        (grad,) = torch.autograd.grad(loss, at, create_graph=True)
+        slope = grad[: len(along)] @ along.to(grad.dtype)
+        return torch.autograd.grad(slope, at)[0][: len(along)].double()
+
+    return _over_parts(inference, theta, rows, FEW, derivative, len(along))
+
+
+def _over_parts(
+    inference: Inference, theta: Tensor, rows: Pass, draws: Draws, derivative: Derivative, size: int
+) -> Tensor:
+    """The sum [size] of the derivatives of all parts."""
+    of_block, total = math.ceil(draws.pairs / rows.num_blocks), theta.new_zeros(size, dtype=torch.float64)
+    for block in rows.blocks:
+        parts = min(of_block, max(1, len(block.row_id) // draws.part_rows))
+        pairs = math.ceil(of_block / parts)
         many = replace(inference, objective=replace(inference.objective, pairs=pairs))
         for part in range(parts):
-            share = 1.0 / (num_blocks * parts)
-            total += _of_part(many, theta, _part(block, part, parts), seed, part * pairs, share, whitening)
-    return reduce(total)
+            share = 1.0 / (rows.num_blocks * parts)
+            total += _of_part(many, theta, _part(block, part, parts), rows.seed, part * pairs, share, derivative)
+    return rows.reduce(total)
 
 
 def _part(block: Block, part: int, parts: int) -> Block:
@@ -64,7 +110,7 @@ def _of_part(
     seed: int,
     first: int,
     share: float,
-    whitening: Whitening | None,
+    derivative: Derivative,
 ) -> Tensor:
     device = theta.device
     numbers = range(first, first + inference.objective.pairs)
@@ -76,11 +122,7 @@ def _of_part(
     columns = {name: column[None] for name, column in block.columns.items()}
     everything = torch.tensor(inference.num_obs, device=device)  # so that the data plate's scale is 1
     batch = StepBatch(columns, torch.tensor([len(block.row_id)], device=device), everything, block.row_id[None])
+    observed = float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
     at = theta.detach().requires_grad_()
     with torch.enable_grad(), pyro.validation_enabled(False):
-        loss = -inference.terms(at, noise, batch, share).sum()
-        grad = torch.autograd.grad(loss, at)[0].double()
-    if whitening is None:
-        return grad
-    observed = float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
-    return grad - whitening.control_variate(theta, noise.elements, observed / inference.num_obs).double()
+        return derivative(-inference.terms(at, noise, batch, share).sum(), at, noise, observed)

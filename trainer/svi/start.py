@@ -45,9 +45,7 @@ def laplace_start(
     than 256 latents.
     """
     guide = inference.guide
-    if not isinstance(guide, MeanField) or guide.noise_size != (guide.size, 0) or guide.size > MOST_LATENTS:
-        return None
-    if set(inference.parameters.shapes) != {"guide.loc", "guide.log_scale"}:
+    if not isinstance(guide, MeanField) or not has_latents_alone(inference) or guide.size > MOST_LATENTS:
         return None
     with _double():
         mode = _settled(inference, rows, guide, theta.device, say)
@@ -60,6 +58,14 @@ def laplace_start(
         made = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": scale.log()})
         whitening = Whitening(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
     return made.to(theta.dtype), Whitening(*(each.to(theta.dtype) for each in whitening))
+
+
+def has_latents_alone(inference: Inference) -> bool:
+    """Whether locations and log scales of a mean-field guide are all that is learnt, and no latent belongs to a row."""
+    guide = inference.guide
+    if not isinstance(guide, MeanField) or guide.noise_size != (guide.size, 0):
+        return False
+    return set(inference.parameters.shapes) == {"guide.loc", "guide.log_scale"}
 
 
 def _settled(
