@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.benchmark.posterior import optimum
+from scripts.benchmark.optima import of_hierarchical, of_logistic
 from scripts.benchmark.worker import CONTENDERS
+from trainer import fit
+from trainer.models.hierarchical import VaryingSlopes
 
 ROOT = Path(__file__).parent.parent
 NAMES = [name for name in CONTENDERS if name not in ("fused-pair", "recipe")]  # the code of fused, and of fit
@@ -41,8 +43,21 @@ def test_the_optimum_is_stationary():
     """Half the rows 0 and half 1 at the same x: the means are 0; the sd solves 1 / s^2 = 1 / tau^2 + sum E sigmoid'."""
     rows, tau = 2_000, np.array([1.0, 10.0])
     columns = {"x": np.ones((rows, 1), np.float32), "y": np.repeat([0.0, 1.0], rows // 2).astype(np.float32)}
-    mean, sd = optimum(columns, tau)
+    mean, sd, _ = of_logistic(columns, tau)
     np.testing.assert_allclose(mean, 0, atol=1e-10)
     u = np.sqrt((sd**2).sum()) * np.random.default_rng(0).normal(size=400_000)
     slope = (1 / (2 + np.exp(u) + np.exp(-u))).mean()
     np.testing.assert_allclose(sd**-2, tau**-2 + rows * slope, rtol=1e-4)
+
+
+def test_the_optimum_of_a_hierarchy_is_what_fit_finds():
+    """Two codes of nothing in common: sums over groups in closed form, and draws."""
+    zoo = VaryingSlopes(groups=20, slopes=2)
+    rows = zoo.rows(zoo.truth(np.random.default_rng(1)), np.random.default_rng(2), 0, 600)
+    want = of_hierarchical(rows, zoo)
+    found = fit(zoo, rows, dtype="float64", progress=False, options={"program": "eager"})
+    loc = np.concatenate([site.loc.ravel() for site in found.summary()])
+    scale = np.concatenate([site.scale.ravel() for site in found.summary()])
+    assert want.top.tolist() == [True] * 7 + [False] * 60
+    np.testing.assert_array_less(np.abs(loc - want.mean) / want.sd, 0.1)
+    np.testing.assert_allclose(scale, want.sd, rtol=0.05)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from scripts.benchmark.posterior import OURS, RATES, arrivals_table, race
+from scripts.benchmark.posterior import OURS, RATES, Arrival, arrivals_table, race
 from scripts.benchmark.problems import MODELS, Setting, load, make_data, row_bytes
 from scripts.benchmark.table import ProgressLine, name_of, ratios, ratios_table, results_table
 from scripts.benchmark.turns import COMPILING, Result, cores, play
@@ -140,20 +140,21 @@ def content(done: list[list[Result]]) -> dict[str, Any]:
 
 
 def measure_posterior(arguments: argparse.Namespace, console: Console) -> None:
-    """The table of arrivals."""
-    num_obs, batch = arguments.rows[0], arguments.batch[0]
-    folder = (arguments.out / "data" / f"logistic-{num_obs}").absolute()
-    make_data("logistic", num_obs, folder, shards=True)
-    slots = min(arguments.slots, num_obs // batch)
-    setting = Setting("logistic", batch, num_obs, num_obs, slots, arguments.threads, arguments.device, str(folder))
-    line = ProgressLine(console, (len(RATES) + 2) * (COMPILING + 10.0 * arguments.rounds))
-    line.enter("time to posterior")
+    """The tables of arrivals."""
+    every = [setting for setting in settings(arguments) if setting.model != "network"]
+    line = ProgressLine(console, len(every) * (len(RATES) + 2) * (COMPILING + 10.0 * arguments.rounds))
+    found: dict[str, list[Arrival]] = {}
     try:
-        arrivals = race(setting, arguments.rounds, arguments.out / "log.txt", line.tick)
+        for setting in every:
+            line.enter(f"{name_of(setting)}, time to posterior")
+            make_data(setting.model, setting.stored_rows, Path(setting.folder), shards=True)
+            found[name_of(setting)] = race(setting, arguments.rounds, arguments.out / "log.txt", line.tick)
+            content = {name: [asdict(each) for each in arrivals] for name, arrivals in found.items()}
+            save(arguments.out / "posterior.json", {"arrivals": content}, arguments)
     finally:
         line.close()
-    console.print(arrivals_table(arrivals, setting))
-    save(arguments.out / "posterior.json", {"arrivals": [asdict(arrival) for arrival in arrivals]}, arguments)
+    for setting in every:
+        console.print(arrivals_table(found[name_of(setting)], setting))
 
 
 def main() -> None:

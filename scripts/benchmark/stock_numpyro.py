@@ -18,6 +18,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 from scripts.benchmark.problems import MODELS, Setting, load
 
+_SITES = ("weight", "intercept", "mean", "scale", "sigma", "deviation")  # in the order of the models
 _STEPS = 64  # between two looks at the clock
 
 
@@ -106,7 +107,8 @@ class NumPyro:
     def means(self) -> np.ndarray:
         """The guide's locations [D] in the order of the sites."""
         params = self.svi.get_params(self.state)
-        return np.concatenate([np.ravel(params[f"{site}_auto_loc"]) for site in ("weight", "intercept")]).astype(float)
+        sites = [name for name in _SITES if f"{name}_auto_loc" in params]
+        return np.concatenate([np.ravel(params[f"{site}_auto_loc"]) for site in sites]).astype(float)
 
     def gpu_bytes(self) -> int:
         statistics = jax.devices()[0].memory_stats() or {}

@@ -1,6 +1,5 @@
 """Newton steps: to the exact optimum of a Gaussian problem, and nowhere where draws do not agree."""
 
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -64,13 +63,13 @@ def test_one_step_solves_a_gaussian_problem(problem):
 
 
 def test_a_curvature_that_is_off_takes_more_steps(problem):
+    """Each of which would leave 0.21 of the error, 6 until less than 0.005 is left; two tell the next how much."""
     inference, optimum, whitening, mean, precision = problem
     gradient, far = Gradient(mean, precision), away(optimum)
     wrong = whitening._replace(factor=1.1 * whitening.factor)
     made, found, left = polished(inference, far, by(wrong), gradient)
-    assert step_to_go(inference, made, newton_step(made, found, whitening)) <= left <= 0.03
-    first, of_each = 3 * 1.1**2, 1.1**2 - 1  # as the wrong curvature sees it
-    assert gradient.calls.count(False) == 1 + math.ceil(math.log(0.03 / first) / math.log(of_each))
+    assert step_to_go(inference, made, newton_step(made, found, whitening)) <= left <= 0.005
+    assert gradient.calls.count(False) <= 4
 
 
 @pytest.mark.parametrize("off", [0.2, -1.0])
@@ -81,12 +80,33 @@ def test_where_fresh_draws_do_not_agree_there_is_no_answer(problem, off):
     assert gradient.calls[-1]
 
 
-def test_steps_that_lead_away_are_not_gone(problem):
+def test_steps_that_do_not_settle_give_no_answer(problem):
     inference, optimum, whitening, mean, precision = problem
-    gradient = Gradient(mean, precision)
-    wrong = whitening._replace(factor=1.6 * whitening.factor)  # overshoots to 1.56 times as far
-    assert polished(inference, away(optimum), by(wrong), gradient) is None
-    assert gradient.calls == [False, False]
+    noise, gradient = torch.Generator().manual_seed(1), Gradient(mean, precision)
+
+    def restless(theta, found):
+        return newton_step(theta, found, whitening) + 0.1 * torch.randn(6, dtype=F64, generator=noise)
+
+    assert polished(inference, away(optimum), restless, gradient) is None
+    assert gradient.calls == [False] * 10
+    assert polished(inference, away(optimum), lambda theta, found: None, gradient) is None
+
+
+def test_small_equal_parts_of_the_way_are_taken_at_once(problem):
+    """Steps that go a twentieth of the way in one direction and all of it in the others: 90 would be needed."""
+    inference, optimum, whitening, mean, precision = problem
+    slow, gradient = torch.zeros(6, dtype=F64), Gradient(mean, precision)
+    slow[:3] = optimum[3:].exp()
+    slow /= slow.norm()
+
+    def short(theta, found):
+        step = newton_step(theta, found, whitening)
+        return step - 0.95 * (step @ slow) * slow
+
+    made, _, left = polished(inference, away(optimum), short, gradient)
+    torch.testing.assert_close(made[:3], optimum[:3], rtol=0, atol=1e-3 * float(optimum[3:].exp().min()))
+    assert left < 0.01
+    assert gradient.calls.count(False) <= 6
 
 
 def test_conjugate_gradients_end_after_as_many_steps_as_there_are_directions():
@@ -107,22 +127,19 @@ def test_conjugate_gradients_end_after_as_many_steps_as_there_are_directions():
     assert len(calls) <= 8
 
 
-def test_conjugate_gradients_end_where_the_curvature_is_negative():
+def test_conjugate_gradients_say_where_the_curvature_is_negative():
     saddle, one = torch.tensor([2.0, -1.0], dtype=F64), torch.ones(2, dtype=F64)
     found = conjugate_gradients(lambda along: saddle * along, torch.tensor([1.0, 0.0], dtype=F64), one)
+    assert found is not None
     assert found.tolist() == [0.5, 0.0]
-    assert conjugate_gradients(lambda along: saddle * along, torch.tensor([0.0, 1.0], dtype=F64), one).tolist() == [
-        0,
-        0,
-    ]
+    assert conjugate_gradients(lambda along: saddle * along, torch.tensor([0.0, 1.0], dtype=F64), one) is None
 
 
 def test_a_step_by_products_is_the_one_by_the_matrix(problem):
-    """For the locations; the scales of three scalars stay as averaged."""
     inference, optimum, whitening, mean, precision = problem
     far = away(optimum)
     found = Gradient(mean, precision)(far, False)
     want = newton_step(far, found, whitening)
     step = step_by_products(inference, far, found, lambda along: precision @ along)
-    torch.testing.assert_close(step[:3], want[:3], rtol=1e-5, atol=1e-9)
-    assert step[3:].eq(0).all()
+    torch.testing.assert_close(step, want, rtol=1e-5, atol=1e-9)
+    assert step_by_products(inference, far, found, lambda along: -precision @ along) is None

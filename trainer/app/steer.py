@@ -87,7 +87,7 @@ class EndRound:
         def gradient(at: Tensor, fresh: bool) -> Tensor:
             return rows.gradient(trainer, at, None, MANY, fresh)
 
-        def solve(at: Tensor, found: Tensor) -> Tensor:
+        def solve(at: Tensor, found: Tensor) -> Tensor | None:
             return step_by_products(inference, at, found, lambda along: rows.product(trainer, at, along))
 
         module.say(f"step {module.step:,}: Newton steps on the ELBO over all rows, in some dozens of passes")

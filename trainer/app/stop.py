@@ -24,6 +24,7 @@ from trainer.posterior.convergence import (
     segment_means,
     step_to_go,
 )
+from trainer.posterior.newton import exact_scales
 
 _WORDS = {
     "mc_error": "Monte Carlo error {:.2g} scales (limit {:.2g})",
@@ -36,8 +37,8 @@ _WORDS = {
 class Stop(Callback):
     """Gathers the segments' means, and judges what each round comes to; ``rule``: None stops at the budget alone.
 
-    An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well. Where
-    the curvature is not known as a matrix, they leave the log scales of small sites, which their segments judge.
+    An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well. If
+    they leave the log scales of small sites as averaged, the segments judge these.
     ``facts``: the checkpoint's, where marks and the reason to stop are kept.
     """
 
@@ -64,7 +65,8 @@ class Stop(Callback):
             moved, left = self.end_round(trainer, module)
             means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
             if moved:
-                small = None if module.update.whitened else scale_error_of_small(module.inference, means)
+                known = module.update.whitened or exact_scales(module.inference)
+                small = None if known else scale_error_of_small(module.inference, means)
                 self._judge(trainer, module, Evidence(None, small, None, left))
             elif means is not None:
                 self._judge(trainer, module, of_average(module.inference, means, average)._replace(gradient=left))

@@ -47,7 +47,6 @@ from trainer.svi.step import Inference, StepBatch, Update
 
 _CHECK_ROWS = 1024
 _ROUND_STEPS = 250  # of the shortest round
-_ANCHOR_STEPS = 2, 64  # per epoch, where a full pass an epoch costs little and the rows' noise counts
 _START_ROWS = 65_536
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -100,7 +99,7 @@ def train(
     inference, theta = infer(cfg, folder, given)
     sample, began = _sample(folder, inference), time.monotonic()
     start = laplace_start(inference, theta, sample, console.print) if cfg.start == "laplace" else None
-    update = _update(cfg, plan, start is not None, _anchored(cfg, plan, inference, start is not None))
+    update = _update(cfg, plan, start is not None, _anchored(cfg, inference))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=replace(inference.objective, pairs=2))
     fresh = state = update.init(theta) if start is None else update.init(*start)
@@ -254,22 +253,19 @@ def _update(cfg: DictConfig, plan: Plan, whitened: bool, anchored: int) -> Updat
     return update
 
 
-def _anchored(cfg: DictConfig, plan: Plan, inference: Inference, whitened: bool) -> int:
+def _anchored(cfg: DictConfig, inference: Inference) -> int:
     """How many locations are anchored."""
-    if cfg.estimator not in ("auto", "anchor", "plain"):
-        raise UserError(f"estimator={cfg.estimator} is not known: use auto, anchor or plain.")
-    can = isinstance(inference.guide, MeanField) and not inference.guide.noise_size[1]
-    can = can and int(cfg.program.get("sync_every", 1)) == 1
-    if cfg.estimator == "anchor" and not can:
+    if cfg.estimator == "plain":
+        return 0
+    if cfg.estimator != "anchor":
+        raise UserError(f"estimator={cfg.estimator} is not known: use plain or anchor.")
+    guide, each_step = inference.guide, int(cfg.program.get("sync_every", 1)) == 1
+    if not (isinstance(guide, MeanField) and not guide.noise_size[1] and each_step):
         raise UserError(
             "estimator=anchor needs guide=mean_field, a model without latents or noise of its own per row, and a sum "
-            "over the ranks at every step: leave estimator=auto."
+            "over the ranks at every step: leave estimator=plain."
         )
-    low, high = _ANCHOR_STEPS
-    chosen = cfg.estimator == "anchor" or (
-        cfg.estimator == "auto" and not whitened and low <= plan.steps_per_epoch <= high
-    )
-    return inference.guide.size if isinstance(inference.guide, MeanField) and can and chosen else 0
+    return guide.size
 
 
 def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:
