@@ -1,5 +1,6 @@
 """`fit` from Python: the same answer from every kind of table, no file left behind, and what a Posterior can do."""
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pyro.infer.autoguide import AutoNormal
 import trainer
 from trainer import Posterior, ShardFolder, UserError, fit
 from trainer.data.pack import pack
+from trainer.posterior.newton import Polished
 from trainer.posterior.posterior import between_seeds
 from trainer.posterior.summary import SiteSummary
 
@@ -328,6 +330,27 @@ def test_with_many_latents_training_ends_when_newton_steps_leave_nothing_to_go(p
     assert found.metrics["stop_reason"] == "converged"
     assert set(found.metrics["evidence"]) >= {"scale_error", "gradient"}
     assert off_by(found, school_optimum(**pupils))[0] < 0.05
+
+
+def test_training_ends_where_draws_can_tell_no_more(pupils, capsys, monkeypatch):
+    def nearly(inference, theta, *rest):
+        return Polished(theta + 1e-3, theta, 0.5, False)
+
+    monkeypatch.setattr("trainer.app.steer.polished", nearly)
+    options = {**QUICK, "newton_after": 0}
+    found = fit(school, pupils, dtype="float64", max_steps=1_000, batch_size=600, options=options)
+    assert found.metrics["stop_reason"] == "noise"
+    assert found.metrics["steps"] == 333
+    assert found.metrics["evidence"]["gradient"] == 0.5
+    assert "as the draws can tell: 0.5 scales to go" in " ".join(capsys.readouterr().out.split())
+
+
+def test_newton_steps_that_fail_are_tried_again_after_four_times_as_many_training_steps(pupils, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.app.steer.polished", lambda *given: None)
+    options = {**QUICK, "newton_after": 0, "stop": "budget"}
+    fit(school, pupils, dtype="float64", max_steps=2_100, batch_size=600, options=options)
+    tried = re.findall(r"step ([\d,]+): Newton steps", " ".join(capsys.readouterr().out.split()))
+    assert tried == ["300", "2,100"]
 
 
 def test_a_model_without_second_derivatives_goes_without_newton_steps(pupils, capsys):

@@ -13,11 +13,14 @@ from trainer.app.blocks import AllRows
 from trainer.lit.module import VariationalModule
 from trainer.lit.strategy import from_rank_zero
 from trainer.posterior.convergence import newton_step, step_to_go
-from trainer.posterior.gradient import MANY
+from trainer.posterior.gradient import MANY, Draws
 from trainer.posterior.newton import NEAR, polished, step_by_products
 from trainer.svi.start import whitening_at
 from trainer.svi.step import StepBatch
 from trainer.svi.variance import Anchor, Whitening
+
+_AGAIN = 4  # times as many steps, before what failed is tried again
+_LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 
 
 class MoveAnchor(Callback):
@@ -37,7 +40,8 @@ class MoveAnchor(Callback):
 
 class EndRound:
     """Goes on from the round's average after Newton steps: with a `Whitening` by that curvature, which is then taken
-    anew at that place; without one by passes over all rows, after ``afford`` steps (None: never).
+    anew at that place; without one by passes over all rows, after ``afford`` steps (None: never), and where they fail,
+    after four times as many.
 
     ``sample``: the rows that give the curvature.
     """
@@ -47,14 +51,16 @@ class EndRound:
 
     def __call__(self, trainer: pl.Trainer, module: VariationalModule) -> tuple[bool, float]:
         """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
-        average, slots, left = module.theta, module.state.slots, math.nan
+        average, slots, left, facts = module.theta, module.state.slots, math.nan, self.rows.facts
         own, whitening, _ = module.update.split(slots)
         theta = average
         if whitening is not None:
             theta, whitening, left = self._by_curvature(trainer, module, average, whitening)
             slots = (*own, *whitening)
-        elif self.afford is not None and module.step > self.afford:
+        elif self.afford is not None and module.step > max(self.afford, _AGAIN * facts.get("no_newton_at", 0)):
             theta, left = self._by_products(trainer, module, average)
+            if theta is average:
+                facts["no_newton_at"] = module.step
         module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
         return theta is not average, left
 
@@ -64,18 +70,18 @@ class EndRound:
         """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
         inference, rows = module.inference, self.rows
 
-        def gradient(at: Tensor, fresh: bool) -> Tensor:
-            return rows.gradient(trainer, at, whitening, MANY, fresh)
+        def gradient(theta: Tensor, draws: Draws = MANY, fresh: bool = True) -> Tensor:
+            return rows.gradient(trainer, theta, whitening, draws, fresh)
 
-        def solve(at: Tensor, found: Tensor) -> Tensor:
-            return newton_step(at, found, whitening)
+        def solve(theta: Tensor, found: Tensor) -> Tensor:
+            return newton_step(theta, found, whitening)
 
         def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
             near = step_to_go(inference, theta, solve(theta, found)) <= NEAR
             made = None if near else polished(inference, theta, solve, gradient)
-            return (theta, found) if made is None else (from_rank_zero(made[0]), made[1])
+            return (theta, found) if made is None or not made.agreed else (from_rank_zero(made.theta), made.gradient)
 
-        theta, found = moved(theta, gradient(theta, True))
+        theta, found = moved(theta, gradient(theta))
         made = whitening_at(inference, theta.cpu(), self.sample)
         whitening = Whitening(*(from_rank_zero(each.to(module.device)) for each in made))
         theta, found = moved(theta, found)
@@ -84,16 +90,16 @@ class EndRound:
     def _by_products(self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
         inference, rows = module.inference, self.rows
 
-        def gradient(at: Tensor, fresh: bool) -> Tensor:
-            return rows.gradient(trainer, at, None, MANY, fresh)
+        def gradient(theta: Tensor, draws: Draws, fresh: bool) -> Tensor:
+            return rows.gradient(trainer, theta, None, draws, fresh)
 
-        def solve(at: Tensor, found: Tensor) -> Tensor | None:
-            return step_by_products(inference, at, found, lambda along: rows.product(trainer, at, along))
+        def solve(theta: Tensor, found: Tensor) -> Tensor | None:
+            return step_by_products(inference, theta, found, lambda along: rows.product(trainer, theta, along))
 
         module.say(f"step {module.step:,}: Newton steps on the ELBO over all rows, in some dozens of passes")
         try:
-            made = polished(inference, theta, solve, gradient)
+            made = polished(inference, theta, solve, gradient, _LEVELS)
         except RuntimeError as error:  # an operation without a second derivative
             module.say(f"step {module.step:,}: no Newton steps, since curvature is not to be had: {error}")
             made = None
-        return (theta, math.nan) if made is None else (from_rank_zero(made[0]), made[2])
+        return (theta, math.nan) if made is None else (from_rank_zero(made.theta), made.left)

@@ -12,6 +12,7 @@ from pytorch_lightning import Callback
 
 from trainer.app.steer import EndRound
 from trainer.lit.module import VariationalModule
+from trainer.posterior.arrow import knows_small_sites
 from trainer.posterior.convergence import (
     Evidence,
     Mark,
@@ -24,7 +25,6 @@ from trainer.posterior.convergence import (
     segment_means,
     step_to_go,
 )
-from trainer.posterior.newton import exact_scales
 
 _WORDS = {
     "mc_error": "Monte Carlo error {:.2g} scales (limit {:.2g})",
@@ -64,15 +64,19 @@ class Stop(Callback):
             average = module.theta.cpu()
             moved, left = self.end_round(trainer, module)
             means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
+            evidence = None
             if moved:
-                known = module.update.whitened or exact_scales(module.inference)
+                known = module.update.whitened or knows_small_sites(module.inference)
                 small = None if known else scale_error_of_small(module.inference, means)
-                self._judge(trainer, module, Evidence(None, small, None, left))
+                evidence = Evidence(None, small, None, left)
             elif means is not None:
-                self._judge(trainer, module, of_average(module.inference, means, average)._replace(gradient=left))
+                evidence = of_average(module.inference, means, average)._replace(gradient=left)
+            if evidence is not None:
+                self._judge(trainer, module, evidence, moved and not module.update.whitened)
             self.marks.clear()
 
-    def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence) -> None:
+    def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence, at_noise: bool) -> None:
+        """``at_noise``: what the gradient leaves to go is as little as its draws can tell."""
         theta, rule, last = module.theta, self.rule or Rule(), module.step == module.update.horizon
         if math.isnan(evidence.gradient) and (last or set(rule.short_of(evidence)) <= {"gradient"}):
             gradient = self.end_round.rows.gradient(trainer, theta)
@@ -84,6 +88,13 @@ class Stop(Callback):
             trainer.should_stop = True
             asked = [name for name, value in evidence._asdict().items() if value is not None]
             self.say(f"converged at step {module.step:,}: {_words(rule, evidence, asked)}")
+        elif short == ["gradient"] and at_noise and self.rule is not None:
+            self.facts["stopped"] = "noise"
+            trainer.should_stop = True
+            self.say(
+                f"as near at step {module.step:,} as the draws can tell: {_words(rule, evidence, short)}; the model "
+                "has a ridge, which may be gone with its hierarchy in the other form (centred or non-centred)"
+            )
         elif short and last:
             self.say(
                 f"not converged within the budget: {_words(rule, evidence, short)}; give it more with max_epochs= "

@@ -8,52 +8,93 @@ latents it is known by its products with vectors, a pass each.
 Shapes: P parameters, of which the first D are the locations and the next D the log scales.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.posterior.convergence import locations, small_sites, step_to_go, to_go
+from trainer.posterior.arrow import arrow
+from trainer.posterior.convergence import locations, step_to_go, to_go
+from trainer.posterior.gradient import MANY, Draws
 from trainer.svi.step import Inference
 
 NEAR = 0.03  # scales left to go, under which there is nothing to gain
 _AGREE = 0.08, 0.1  # what fresh draws may leave to go: locations, in scales, and twice a log scale
-_DONE = 0.005  # by the draws of the steps
-_STEPS = 10
-_FEW, _PROBES = 32, 2
+_DONE, _NEARLY = 0.01, 0.05  # by the draws of the steps: at once, and after the last one
+_STEPS = 16
+_MEMORY = 6  # points
+_PATIENCE = 4  # steps, after which it has to have come nearer
+_KNOWN = 1e-6  # of the largest change, below which one is rounding
 _FACTOR = 4.0  # by which a variance may change in a step
-_RESIDUAL, _PRODUCTS = 1e-5, 100
+_RESIDUAL, _PRODUCTS = 1e-3, 100
 Solve = Callable[[Tensor, Tensor], Tensor | None]
 """(theta [P], the gradient [P] of minus the ELBO there in nats) -> the Newton step [P], float64, if there is one."""
 
 
-def polished(
-    inference: Inference, theta: Tensor, solve: Solve, gradient: Callable[[Tensor, bool], Tensor]
-) -> tuple[Tensor, Tensor, float] | None:
-    """``theta`` [P] after Newton steps, the gradient [P] there and what it leaves to go (scales); None: they fail.
+class Gradient(Protocol):
+    """Of minus the ELBO over all rows (nats) at theta [P], a pass each: by so many draws, others if ``fresh``."""
 
-    ``gradient(theta, fresh)``: of minus the ELBO over all rows (nats), a pass each. The steps solve the problem of one
-    set of draws, a few dozen, until nothing is left of it. The answer holds if a fresh set of draws agrees: along a
-    steep ridge a few draws say little, and the average of thousands of steps is better.
+    def __call__(self, theta: Tensor, draws: Draws, fresh: bool) -> Tensor: ...
+
+
+class Polished(NamedTuple):
+    """Where Newton steps have come to."""
+
+    theta: Tensor
+    gradient: Tensor
+    """[P], there, by fresh draws."""
+    left: float
+    """What fresh draws leave to go, in scales."""
+    agreed: bool
+    """Whether that is as good as nothing."""
+
+
+def polished(
+    inference: Inference, theta: Tensor, solve: Solve, gradient: Gradient, levels: Sequence[Draws] = (MANY,)
+) -> Polished | None:
+    """``theta`` [P] after Newton steps; None where they fail, or fresh draws leave more than a quarter of the way.
+
+    The steps solve the problem of one set of draws until nothing is left of it, and the answer holds if a fresh set
+    agrees. If not, the next of the ``levels`` has more draws: along a steep ridge a few say little.
     """
-    at, secant = theta, Secant(inference)
-    for _ in range(_STEPS):
-        step = solve(at, gradient(at, False))
+    way, made = 0.0, None
+    for draws in levels:
+        settled = _settled(inference, theta, solve, partial(gradient, draws=draws, fresh=False))
+        if settled is None:
+            return None
+        theta, secant, first = settled
+        found = gradient(theta, draws=draws, fresh=True)
+        step = solve(theta, found)
+        if step is None:
+            return None
+        far = to_go(inference, theta, secant.accelerated(theta, step, keep=False))
+        agreed = all(each <= limit for each, limit in zip(far, _AGREE, strict=True))
+        way, made = max(way, first), Polished(theta, found, max(far), agreed)
+        if agreed:
+            break
+    return made if made and (made.agreed or made.left <= way / 4) else None
+
+
+def _settled(
+    inference: Inference, theta: Tensor, solve: Solve, gradient: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, "Secant", float] | None:
+    """Where Newton steps end, what they have learnt, and the first one's size in scales; None: they do not end."""
+    secant, first, left = Secant(inference), 0.0, 0.0
+    for number in range(_STEPS):
+        step = solve(theta, gradient(theta))
         if step is None or not step.isfinite().all():
             return None
-        ahead = secant.accelerated(at, step)
-        if max(step_to_go(inference, at, each) for each in (step, ahead)) <= _DONE:
-            break
-        at = at + ahead.to(at.dtype)
-    else:
-        return None
-    found = gradient(at, True)
-    step = solve(at, found)
-    if step is None:
-        return None
-    far = to_go(inference, at, secant.accelerated(at, step, keep=False))
-    agree = all(each <= limit for each, limit in zip(far, _AGREE, strict=True))
-    return (at, found, max(far)) if agree else None
+        ahead = secant.accelerated(theta, step)
+        left = max(step_to_go(inference, theta, each) for each in (step, ahead))
+        first = first or left
+        if left <= _DONE:
+            return theta, secant, first
+        if number >= _PATIENCE and left > first:
+            return None
+        theta = theta + ahead.to(theta.dtype)
+    return (theta, secant, first) if left <= _NEARLY else None
 
 
 class Secant:
@@ -78,10 +119,10 @@ class Secant:
             return step
         weight = torch.ones_like(step)
         weight[: self.size] = (-theta[self.size : 2 * self.size].double()).exp()
-        moved = torch.stack(self.points).diff(dim=0).T
-        changed = torch.stack(self.steps).diff(dim=0).T
-        share = torch.linalg.lstsq(weight[:, None] * changed, (weight * step)[:, None]).solution
-        return step - ((moved + changed) @ share)[:, 0]
+        moved = torch.stack(self.points[-_MEMORY:]).diff(dim=0).T
+        changed = torch.stack(self.steps[-_MEMORY:]).diff(dim=0).T
+        share = torch.linalg.pinv(weight[:, None] * changed, rtol=_KNOWN) @ (weight * step)
+        return step - (moved + changed) @ share
 
 
 def step_by_products(
@@ -89,50 +130,36 @@ def step_by_products(
 ) -> Tensor | None:
     """The Newton step [P] where the Hessian by the locations is known by ``product``: v -> H v [D].
 
-    Locations: conjugate gradients in scales, in which the Hessian of a hierarchy is a diagonal and a few directions, so
-    that they end after a few more steps than those; None where it is not positive definite. Log scales: s =
-    1 / sqrt(diag H). Of sites of more than 256 scalars random signs z give it, z * (H z) (Bekas, Kokiopoulou and Saad
-    2007), of the others a product each; if these are more than 32, they stay as averaged.
+    Locations: by conjugate gradients in scales, preconditioned by the Hessian's `Arrow`; None where the Hessian turns
+    out not to be positive definite. Log scales: s = 1 / sqrt(diag H); those of which the arrow knows nothing stay.
     """
-    size, few = locations(inference), small_sites(inference).to(theta.device)
+    size = locations(inference)
     scale = theta[size : 2 * size].double().exp()
 
     def scaled(direction: Tensor) -> Tensor:
         return scale * product(scale * direction)
 
-    generator, diagonal = torch.Generator().manual_seed(0), few.double()
-    if exact_scales(inference):
-        for number in few.nonzero()[:, 0]:
-            unit = torch.zeros_like(scale).index_fill_(0, number, 1.0)
-            diagonal[number] = scaled(unit)[number]
-    for _ in range(_PROBES):
-        signs = (2.0 * torch.randint(0, 2, (size,), generator=generator) - 1.0).double().to(theta.device)
-        signs = signs.masked_fill(few, 0.0)
-        diagonal += signs * scaled(signs) / _PROBES
-    if not (diagonal > 0).all():
+    known = arrow(inference, scaled, theta.device)
+    if known is None:
         return None
-    diagonal = diagonal.clamp(1 / _FACTOR, _FACTOR)
-    direction = conjugate_gradients(scaled, -scale * gradient[:size].double(), diagonal)
+    direction = conjugate_gradients(scaled, -scale * gradient[:size].double(), known.solve)
     if direction is None:
         return None
     step = torch.zeros_like(theta, dtype=torch.float64)
     step[:size] = scale * direction
-    step[size : 2 * size] = -0.5 * diagonal.log()
+    step[size : 2 * size] = -0.5 * known.diagonal.clamp(1 / _FACTOR, _FACTOR).log()
     return step
 
 
-def exact_scales(inference: Inference) -> bool:
-    """Whether `step_by_products` takes the log scales of small sites to their optimum too."""
-    return int(small_sites(inference).sum()) <= _FEW
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor], want: Tensor, precondition: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """x [D] with A x = ``want`` [D], for A as its ``product``; ``precondition`` solves a matrix like A.
 
-
-def conjugate_gradients(product: Callable[[Tensor], Tensor], want: Tensor, diagonal: Tensor) -> Tensor | None:
-    """x [D] with A x = ``want`` [D], for A as its ``product``, preconditioned by a ``diagonal`` [D] > 0.
-
-    To a residual of 1e-5 (Hestenes and Stiefel 1952). None where A turns out not to be positive definite.
+    To a residual of 1e-3 (Hestenes and Stiefel 1952). None where A turns out not to be positive definite.
     """
     found, residual = torch.zeros_like(want), want.clone()
-    direction = residual / diagonal
+    direction = precondition(residual)
     size = first = residual @ direction
     for _ in range(_PRODUCTS):
         if not size > _RESIDUAL**2 * first:
@@ -143,7 +170,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], want: Tensor, diago
             return None
         found = found + size / curvature * direction
         residual = residual - size / curvature * image
-        preconditioned = residual / diagonal
+        preconditioned = precondition(residual)
         before, size = size, residual @ preconditioned
         direction = preconditioned + size / before * direction
     return found
