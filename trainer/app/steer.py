@@ -96,7 +96,7 @@ class EndRound:
         def solve(theta: Tensor, found: Tensor) -> Tensor | None:
             return step_by_products(inference, theta, found, lambda along: rows.product(trainer, theta, along))
 
-        module.say(f"step {module.step:,}: Newton steps on the ELBO over all rows, in some dozens of passes")
+        module.say(f"step {module.step:,}: Newton steps, in some dozens of passes over all rows")
         try:
             made = polished(inference, theta, solve, gradient, _LEVELS)
         except RuntimeError as error:  # an operation without a second derivative
