@@ -1,5 +1,5 @@
 """All cases."""
 
-from scripts.references import hierarchies, regressions, series
+from scripts.references import fresh, hierarchies, regressions, series
 
-CASES = (*regressions.CASES, *series.CASES, *hierarchies.CASES)
+CASES = (*regressions.CASES, *series.CASES, *hierarchies.CASES, *fresh.CASES)
