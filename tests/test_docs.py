@@ -1,5 +1,6 @@
 """What the documentation shows is so: commands compose and run, models run, links and paths lead somewhere."""
 
+import ast
 import os
 import re
 import shlex
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +33,11 @@ SVI = """#!/usr/bin/env bash
 # The command on a smaller scale.
 case $1 in
   shard) set -- "$@" rows=3000 ;;
-  train) set -- "$@" max_steps=4 program=eager ;;
+  train) set -- "$@" max_steps=3 program=eager ;;
 esac
 exec "$PYTHON" -m trainer "$@"
 """
+STAND_INS = {"svi": SVI, "pip": "#!/usr/bin/env bash\n", "python": '#!/usr/bin/env bash\nexec "$PYTHON" "$@"\n'}
 
 
 class Block(NamedTuple):
@@ -85,7 +88,20 @@ OVERRIDES = [
     for span in spans(page)
     if span not in NOT_OURS and all(OVERRIDE.fullmatch(word) for word in span.split())
 ]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
 SCRIPTS = [block for block in BLOCKS if svi_commands(block.text)]
+
+
+def of_a_page(chosen: list[Block]) -> list:
+    """The blocks of each page that has any, as the cases of a test."""
+    pages = {block.page: [other for other in chosen if other.page == block.page] for block in chosen}
+    return [pytest.param(found, id=str(page.relative_to(ROOT))) for page, found in pages.items()]
+
+
+def file_name(block: Block) -> str | None:
+    """The name of the file that a block of Python begins with, as `# NAME.py:`."""
+    name = re.match(r"# (\w+\.py):", block.text)
+    return name[1] if name else None
 
 
 def test_the_pages_were_read():
@@ -153,10 +169,36 @@ def test_a_script_of_a_block_can_be_run(block):
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
-def test_python_of_a_block_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shown", of_a_page(PYTHON))
+def test_the_python_of_a_page_runs(shown, tmp_path, monkeypatch):
+    """In order, in one folder; a block can import those before it by the names of their files."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(block.text, str(block), "exec"), {"__name__": "shown"})
+    for block in shown:
+        name = (file_name(block) or "shown.py").removesuffix(".py")
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(compile(block.text, str(block), "exec"), module.__dict__)
+
+
+def written(text: str) -> list[str]:
+    """What a source has between quotes, "…" for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(re.sub(r"\{.*?\}", "…", node.value))
+    return found
+
+
+def test_the_messages_of_the_gotchas_are_the_programs():
+    """Each is in *italics*, with "…" for what is filled in or left out."""
+    known = [text for path in ROOT.glob("trainer/**/*.py") for text in written(path.read_text())]
+    quoted = re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", (ROOT / "docs" / "gotchas.md").read_text())
+    assert len(quoted) >= 10
+    for message in (" ".join(each.split()) for each in quoted):
+        pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
+        assert any(re.search(pattern, text) for text in known), message
 
 
 def write_table(path: Path) -> None:
@@ -173,34 +215,37 @@ def copy_example(example: Path, to: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", SCRIPTS, ids=str)
-def test_a_block_of_commands_runs(block, tmp_path):
-    """As it stands, in order, with `svi` on a smaller scale and `pip` left out."""
+@pytest.mark.parametrize("scripts", of_a_page(SCRIPTS))
+def test_the_commands_of_a_page_run(scripts, tmp_path):
+    """As they stand, in order, in one folder, with `svi` on a smaller scale and `pip` left out."""
     write_table(tmp_path / "table.parquet")
-    for python in (other for other in blocks(block.page) if other.language == "python"):
-        name = re.match(r"# (\w+\.py):", python.text)
+    for python in (block for block in PYTHON if block.page == scripts[0].page):
+        name = file_name(python)
         assert name, f"{python} does not say its file's name"
-        (tmp_path / name[1]).write_text(python.text)
+        (tmp_path / name).write_text(python.text)
     for example in ROOT.glob("examples/*/README.md"):
-        if f"cd examples/{example.parent.name}\n" in block.text:
+        if any(f"cd examples/{example.parent.name}\n" in block.text for block in scripts):
             copy_example(example.parent, tmp_path / "examples" / example.parent.name)
     commands = tmp_path / "commands"
     commands.mkdir()
-    for name, text in (("svi", SVI), ("pip", "#!/usr/bin/env bash\n")):
+    for name, text in STAND_INS.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     env = {
         **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    trained = sum(command[0] == "train" for command in svi_commands(block.text))
-    assert len(list(tmp_path.rglob("summary.csv"))) == done.stdout.count("ELBO ") == trained
+    elbos = 0
+    for block in scripts:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.text],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+        elbos += done.stdout.count("ELBO ")
+    trained = sum(command[0] == "train" for block in scripts for command in svi_commands(block.text))
+    assert len(list(tmp_path.rglob("summary.csv"))) == elbos == trained
