@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.data.reader import open_split
+from trainer.data.shards.folder import open_split
 from trainer.models.linear import LinearRegression, Statistics, exact_posterior
 
 MODEL = LinearRegression(noise_sd=1.5)

@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from trainer import cli
+from trainer.app import space
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -35,6 +37,7 @@ case $1 in
   shard) set -- "$@" rows=3000 ;;
   train) set -- "$@" max_steps=3 program=eager ;;
 esac
+case "$*" in *sweeper=optuna*) set -- "$@" hydra.sweeper.n_trials=2 ;; esac
 exec "$PYTHON" -m trainer "$@"
 """
 STAND_INS = {"svi": SVI, "pip": "#!/usr/bin/env bash\n", "python": '#!/usr/bin/env bash\nexec "$PYTHON" "$@"\n'}
@@ -70,8 +73,28 @@ def svi_commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("svi ")]
 
 
+def cluster_commands(text: str) -> list[list[str]]:
+    """The arguments that svi gets from every line of a shell script that begins with `sbatch` or `srun`."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        begun = re.match(r"(?:\w+=\S+ )*(?:sbatch|srun) .*?(slurm/\S+\.sbatch|\"\$SVI\") (.*)", line)
+        if begun:
+            verb = [] if "SVI" in begun[1] else ["shard" if "shard" in begun[1] else "train"]
+            found.append([*verb, *shlex.split(begun[2], comments=True)])
+    return found
+
+
 def composed(verb: str, overrides: list[str]) -> DictConfig:
-    """The config that the overrides make. Raises for a key, a group or a choice that does not exist."""
+    """The config that the overrides make, a point of them where they sweep. Raises for a key, a group or a choice that
+    does not exist."""
+    for part, choice in (("sweeper", "optuna"), ("launcher", "slurm")):
+        if f"hydra.{part}." in " ".join(overrides) and f"hydra/{part}=" not in " ".join(overrides):
+            overrides = [f"hydra/{part}={choice}", *overrides]  # whose options a sentence speaks of
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    overrides = [
+        f"{each.get_key_element()}={space.first(space.distribution(each))}" if each.is_sweep_override() else word
+        for each, word in zip(parsed, overrides, strict=True)
+    ]
     cli.register_open_nodes()
     with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
         return compose(verb, overrides)
@@ -80,6 +103,7 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [
     *((str(block), command) for block in BLOCKS for command in svi_commands(block.text)),
+    *((str(block), command) for block in BLOCKS for command in cluster_commands(block.text)),
     *((page.name, shlex.split(span)[1:]) for page in PAGES for span in spans(page) if span.startswith("svi ")),
 ]
 OVERRIDES = [
@@ -135,6 +159,15 @@ def test_options_in_a_sentence_exist(place, span):
         except HydraException as error:
             errors.append(str(error))
     pytest.fail(f"{place}: `{span}` is an option of no verb: {errors}")
+
+
+def test_the_commands_of_a_cluster_are_found():
+    found = cluster_commands(
+        'A=b sbatch -N2 slurm/train.sbatch \\\n  seed=1\nsrun -n2 "$SVI" doctor threads=1\nsvi runs'
+    )
+    assert found == [["train", "seed=1"], ["doctor", "threads=1"]]
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    assert len(cluster_commands(page)) == page.count("\nsbatch ") + page.count(" sbatch --") + page.count("\nsrun ")
 
 
 def test_an_option_that_does_not_exist_is_noticed():
@@ -201,9 +234,9 @@ def test_the_messages_of_the_gotchas_are_the_programs():
         assert any(re.search(pattern, text) for text in known), message
 
 
-def write_table(path: Path) -> None:
+def write_table(path: Path, seed: int = 0) -> None:
     """The table of the README."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     columns = {name: generator.normal(size=500) for name in ("age", "income", "height")}
     pq.write_table(pa.table({**columns, "score": sum(columns.values())}), path)
 
@@ -218,7 +251,8 @@ def copy_example(example: Path, to: Path) -> None:
 @pytest.mark.parametrize("scripts", of_a_page(SCRIPTS))
 def test_the_commands_of_a_page_run(scripts, tmp_path):
     """As they stand, in order, in one folder, with `svi` on a smaller scale and `pip` left out."""
-    write_table(tmp_path / "table.parquet")
+    for seed, name in enumerate(("table", "monday", "tuesday")):
+        write_table(tmp_path / f"{name}.parquet", seed)
     for python in (block for block in PYTHON if block.page == scripts[0].page):
         name = file_name(python)
         assert name, f"{python} does not say its file's name"
@@ -246,6 +280,9 @@ def test_the_commands_of_a_page_run(scripts, tmp_path):
             timeout=280,
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
-        elbos += done.stdout.count("ELBO ")
-    trained = sum(command[0] == "train" for block in scripts for command in svi_commands(block.text))
-    assert len(list(tmp_path.rglob("summary.csv"))) == elbos == trained
+        elbos += done.stdout.count(" nats (")
+    commands_shown = [command for block in scripts for command in svi_commands(block.text)]
+    trained = [command for command in commands_shown if command[0] == "train"]
+    runs = len(list(tmp_path.rglob("summary.csv")))
+    assert runs == elbos
+    assert runs > len(trained) if any("-m" in command for command in trained) else runs == len(trained)

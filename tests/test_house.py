@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "models": {"errors"},
     "posterior": {"posterior", "svi", "data", "errors"},
     "lit": {"lit", "posterior", "svi", "data", "errors"},
-    "app": {"app", "lit", "posterior", "models", "svi", "data", "errors"},
+    "app": {"app", "lit", "posterior", "models", "svi", "data", "cache", "errors"},
 }
 ROOMS_OF = {
     "pyro": {"svi", "models", "posterior", "app"},
@@ -20,6 +20,7 @@ ROOMS_OF = {
     "omegaconf": {"app", "cli"},
     "pytorch_lightning": {"lit", "app"},
     "wandb": {"lit", "app"},
+    "optuna": {"app"},
     "pyarrow": {"data"},
     "torch": {"svi", "models", "posterior", "lit", "app"},
 }

@@ -70,13 +70,14 @@ def test_the_wheel_holds_the_package_its_config_its_types_and_its_licence(wheel)
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         facts = Parser().parsestr(archive.read(metadata).decode())
-    for folder, prefix in (("trainer", "trainer"), ("conf", "trainer/conf")):
+    for folder, prefix in (("trainer", "trainer"), ("conf", "trainer/conf"), ("hydra_plugins", "hydra_plugins")):
         files = [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".yaml", ".typed")]
         assert files
         assert {f"{prefix}/{path.relative_to(ROOT / folder).as_posix()}" for path in files} <= names
     assert "trainer/py.typed" in names
     assert f"{Path(metadata).parent}/licenses/LICENSE" in names
-    assert {name.split("/")[0] for name in names} == {"trainer", Path(metadata).parts[0]}
+    assert {name.split("/")[0] for name in names} == {"trainer", "hydra_plugins", Path(metadata).parts[0]}
+    assert "hydra_plugins/__init__.py" not in names  # other packages have plugins there too
     assert facts["License-Expression"] == "Apache-2.0"
     required = {line.split(">")[0].split("<")[0] for line in facts.get_all("Requires-Dist", []) if "extra" not in line}
     assert {"torch", "pyro-ppl", "pytorch-lightning", "hydra-core", "webdataset", "wandb"} <= required
@@ -84,7 +85,7 @@ def test_the_wheel_holds_the_package_its_config_its_types_and_its_licence(wheel)
 
 def test_the_source_archive_makes_the_same_wheel(wheel, tmp_path):
     with tarfile.open(build("sdist", ROOT, tmp_path)) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
     with zipfile.ZipFile(build("wheel", source, tmp_path)) as again, zipfile.ZipFile(wheel) as first:
         assert sorted(again.namelist()) == sorted(first.namelist())
@@ -106,6 +107,24 @@ def test_every_library_that_is_imported_is_required():
         for top in {name.split(".")[0] for name in imports(path.read_text())} - {"trainer", *sys.stdlib_module_names}:
             names = {through.get(name, name).lower() for name in of_package[top]}
             assert names & required, f"{path.name} imports {top} ({', '.join(names)}), which is not required"
+
+
+def test_the_citation_says_what_the_package_says():
+    import tomllib
+
+    import yaml
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["type"] == "software"
+    assert cited["message"]
+    assert cited["title"].lower().replace(" ", "-") == project["name"]
+    assert all(author["name"] for author in cited["authors"])
+    assert cited["authors"]
+    assert cited["version"] == project["version"]
+    assert cited["license"] == project["license"]
+    assert cited["abstract"] == project["description"]
 
 
 @pytest.mark.slow
@@ -137,3 +156,4 @@ def test_installed_its_help_lists_every_choice(installed, empty):
         choices = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
         assert f"{group}: {', '.join(choices)}" in text
     assert "run_dir:" in text
+    assert "OptunaSweeper" in run(svi, "train", "--info", "plugins", cwd=empty, **environment)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.app.fit import fit
-    from trainer.data.reader import ShardFolder
+    from trainer.data.shards.folder import ShardFolder
     from trainer.errors import UserError
     from trainer.posterior.posterior import Posterior
 
@@ -12,7 +12,7 @@ __all__ = ["Posterior", "ShardFolder", "UserError", "fit"]
 _HOMES = {
     "fit": "trainer.app.fit",
     "Posterior": "trainer.posterior.posterior",
-    "ShardFolder": "trainer.data.reader",
+    "ShardFolder": "trainer.data.shards.folder",
     "UserError": "trainer.errors",
 }
 

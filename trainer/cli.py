@@ -1,46 +1,65 @@
 """`svi VERB key=value ...`: one Hydra program a verb."""
 
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from trainer.app.allowed import typed
 from trainer.app.config import config_folder, register_open_nodes
-from trainer.app.ranks import launched_rank
-from trainer.errors import UserError
+from trainer.app.run_folder import end_noted
+from trainer.app.secrets import handed_on, redact_files
+from trainer.errors import RankLost, UserError, exit_code
 
 VERBS = {
     "shard": "pack a table into shards",
     "verify": "check every hash of a shard folder",
+    "inspect": "what a shard folder holds",
     "train": "fit a model to a shard folder",
     "predict": "new observations at the rows of a table",
     "export": "the answer for ArviZ, or as safetensors",
+    "runs": "the runs and sweeps below a folder, as a table or a page",
+    "best": "the command of the best run of a sweep",
+    "sync": "what was logged offline, to W&B",
+    "doctor": "what this machine or allocation can do, and what is wrong with it",
 }
+
+
+_BARE = {"runs": "dir", "best": "sweep", "sync": "dir"}  # what a first word without a key says
+_FLAGS = {"--html": "html=runs.html"}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one verb. Exit codes: 0 done, 1 failed, 2 a mistake that the user can mend, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what its C++ says of lost connections is told better
     if len(arguments) == 2 and arguments[0] == "child":
-        _guarded("train", lambda: _child(Path(arguments[1])), debug=False)
+        guarded("train", lambda: _child(Path(arguments[1])), debug=False)
+        return
+    if arguments == ["completion"]:
+        print(import_module("trainer.app.completion").script(config_folder(), VERBS), end="")
         return
     if not arguments or arguments[0] not in VERBS:
         print("usage: svi VERB key=value ...\n")
         print("\n".join(f"  svi {verb:<8} {what}" for verb, what in VERBS.items()))
-        print("\nsvi VERB --help lists its options.")
+        print('\nsvi VERB --help lists its options; eval "$(svi completion)" has the shell complete them.')
         sys.exit(0 if not arguments or arguments[0] in ("-h", "--help") else 2)
     verb, *overrides = arguments
-    if launched_rank():  # rank 0 writes Hydra's files, the others take its folder
-        overrides += [
-            "hydra.output_subdir=null",
-            "hydra.run.dir=.",
-            "hydra/job_logging=none",
-            "hydra/hydra_logging=none",
-        ]
+    overrides = [_FLAGS.get(word, word) for word in overrides]
+    if verb in _BARE and overrides and not re.search("^-|=", overrides[0]):
+        overrides[0] = f"{_BARE[verb]}={overrides[0]}"
+    if _rank():  # the others take the folder of rank 0
+        overrides += ["hydra.run.dir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     register_open_nodes()
     sys.argv = [f"svi {verb}", *overrides]
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_task(verb))()
@@ -50,24 +69,53 @@ def _task(verb: str) -> Callable[[DictConfig], float]:
     def task(cfg: DictConfig) -> float:
         run = import_module(f"trainer.app.{verb}").run
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        return _guarded(verb, lambda: run(cfg, run_dir), bool(cfg.get("debug")))
+        redact_files(Path(HydraConfig.get().sweep.dir))
+        if "allow" in cfg:  # what is typed is meant
+            cfg.allow = [*cfg.allow, *typed(HydraConfig.get().overrides.task)]
+        noted = end_noted(cfg, run_dir) if verb == "train" and _rank() == 0 else nullcontext()
+
+        def work() -> float:
+            with noted:
+                return run(cfg, run_dir)
+
+        return guarded(verb, work, bool(cfg.get("debug")))
 
     return task
 
 
+def _rank() -> int:
+    """That of this process; torch is imported for it, which `main` has prepared for."""
+    return import_module("trainer.app.ranks").launched_rank()
+
+
 def _child(run_dir: Path) -> float:
     """A rank that Lightning launched: it starts from the run's saved config."""
+    import_module("trainer.app.ranks").die_with_parent()
     cfg = OmegaConf.load(run_dir / ".hydra" / "resolved.yaml")
     assert isinstance(cfg, DictConfig)
-    return import_module("trainer.app.train").run(cfg, run_dir)
+    return import_module("trainer.app.train").run(handed_on(cfg), run_dir)
 
 
-def _guarded(verb: str, work: Callable[[], float], debug: bool) -> float:
+def guarded(verb: str, work: Callable[[], float], debug: bool) -> float:
+    """What ``work`` returns. A mistake of the user's is one sentence: of the command, or of one job of a sweep."""
     try:
         return work()
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, RankLost) as error:
         if debug:
             raise
-        if launched_rank() == 0:
+        if _is_sweep():
+            raise CompactHydraException(str(error)) from error
+        if str(error):
             print(f"svi {verb}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(exit_code(error))
+    except OSError as error:
+        if debug or _is_sweep() or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = error.filename or "a file"
+        print(f"svi {verb}: {what} could not be written ({error.strerror}): free some space.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_sweep() -> bool:
+    """Whether this is a job that others follow, which an exit would end with it."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -1,4 +1,6 @@
-"""The one error that a user is meant to see."""
+"""The errors that a user is meant to see, and the exit codes they come with."""
+
+import signal
 
 
 class UserError(Exception):
@@ -6,3 +8,47 @@ class UserError(Exception):
 
     The command line prints the sentence alone and exits with code 2 (`debug=true` adds the traceback).
     """
+
+
+class Damaged(UserError):
+    """Data that is not, or no longer, what its index says: missing, cut short, unreadable or changed.
+
+    Not data that cannot be reached: it may be intact.
+    """
+
+
+class RankLost(Exception):
+    """Another rank has left, so this one does, with exit code ``code``; without text: the other tells of it.
+
+    ``faultless``: nothing speaks against the state of this rank.
+    """
+
+    def __init__(self, text: str, code: int = 1, faultless: bool = True):
+        super().__init__(text)
+        self.code, self.faultless = code, faultless
+
+
+class Stopped(SystemExit):
+    """Ends a process that was told to by signal ``number``, with exit code 128 + ``number``.
+
+    ``agreed``: on all ranks.
+    """
+
+    def __init__(self, number: int, agreed: bool = False):
+        super().__init__(128 + number)
+        self.number, self.agreed = number, agreed
+        self.step: int | None = None
+        """Where training had come to, if it had begun."""
+
+    def __str__(self) -> str:
+        where = "before training" if self.step is None else f"at step {self.step:,}"
+        return f"stopped by {signal.Signals(self.number).name} {where}; continue with ckpt_path=last"
+
+
+def exit_code(error: BaseException) -> int:
+    """Of the command that ends with ``error``."""
+    if isinstance(error, RankLost):
+        return error.code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 2 if isinstance(error, UserError) else 1

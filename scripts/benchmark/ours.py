@@ -14,9 +14,9 @@ import torch
 
 from scripts.benchmark.problems import MODELS, Setting, load
 from trainer import fit
-from trainer.data.index import Column
 from trainer.data.plan import Plan, default_lanes
-from trainer.data.reader import ShardFolder, open_split
+from trainer.data.shards.folder import ShardFolder, open_split
+from trainer.data.shards.index import Column
 from trainer.lit.datamodule import ChunkData, Ranks
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise

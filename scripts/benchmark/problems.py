@@ -13,8 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from trainer.data.pack import pack
-from trainer.data.synthetic import SyntheticSource
+from trainer.data.packing.pack import pack
+from trainer.data.sources.synthetic import SyntheticSource
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.logistic import LogisticRegression
 

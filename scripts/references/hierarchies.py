@@ -209,15 +209,15 @@ CASES = (
     ),
     posteriordb(
         "radon mn centred", f"{_OTHER}/radon_mn-radon_partially_pooled_centered", radon_mn_centered, _radon,
-        judged=_radon_order,
+        2 * np.log(2), judged=_radon_order,
     ),
     posteriordb(
         "radon mn non-centred", f"{_OTHER}/radon_mn-radon_hierarchical_intercept_noncentered", radon_noncentered,
-        _radon_floors,
+        _radon_floors, 2 * np.log(2),
     ),
     posteriordb(
         "radon all centred", f"{_OTHER}/radon_all-radon_partially_pooled_centered", radon_all_centered, _radon,
-        judged=_radon_order,
+        2 * np.log(2), judged=_radon_order,
     ),
     posteriordb("dogs", f"{_OTHER}/dogs-dogs", dogs, _dogs),
     Case("flights200k", flights, _flights, _flights_answer),

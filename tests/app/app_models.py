@@ -19,10 +19,11 @@ def linear(x, y=None):
 
 
 def dying(x, y=None, at=-1, number=int(signal.SIGKILL), rank=0):
-    """`linear`, whose process gets signal ``number`` in its call ``at`` on ``rank``."""
+    """`linear`, whose process gets signal ``number`` in its call ``at`` on ``rank``, the first time it is launched."""
     global _calls
     _calls += 1
-    if _calls == at and int(os.environ.get("LOCAL_RANK", "0")) == rank:
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if _calls == at and int(os.environ.get("LOCAL_RANK", "0")) == rank and not again:
         os.kill(os.getpid(), number)
     linear(x, y)
 
@@ -31,6 +32,14 @@ def exploding(x, y=None, at=40):
     global _calls
     _calls += 1
     linear(x if _calls < at else x * float("nan"), y)
+
+
+def breaking(x, y=None, bad=0.0, at=40):
+    """`linear`, which from call ``at`` on is not a number where x[0] is ``bad``."""
+    global _calls
+    _calls += 1
+    found = (x[:, :1] - bad).abs() < 1e-6
+    linear(torch.where(found, float("nan"), x) if _calls >= at else x, y)
 
 
 class Regression(PyroModule):
@@ -116,3 +125,12 @@ def centring(x, y=None):
 
 def needs_more(x, weather, y=None):
     linear(x, y)
+
+
+def luck(x, y=None, prior_sd=1.0):
+    """`with_arguments`; with a prior above 2 it fails, with one above 1 it comes to nothing finite."""
+    if prior_sd > 2:
+        raise RuntimeError("no luck")
+    if prior_sd > 1:
+        return exploding(x, y)
+    return with_arguments(x, y, prior_sd)

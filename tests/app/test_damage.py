@@ -8,7 +8,7 @@ import pytest
 from app_tools import config, svi
 
 from trainer.app import verify
-from trainer.data.index import read_index
+from trainer.data.shards.files import read_index
 from trainer.errors import UserError
 
 
@@ -30,7 +30,7 @@ def flip_in_the_last_block(split: Path) -> tuple[Path, int]:
 
 def test_intact_shards_are_reported_and_counted(shards, capsys):
     assert verify.run(config("verify", f"data.path={shards}"), shards) == 3000
-    out = capsys.readouterr().out.splitlines()
+    out = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("checking ")]
     assert [line.split(":")[0] for line in out] == [f"{shards}/train", f"{shards}/held_out"]
     assert all(line.endswith("rows are intact") for line in out)
     held_out = read_index(shards / "held_out").num_rows
@@ -49,7 +49,8 @@ def test_verify_names_every_bad_shard_of_both_splits_and_exits_with_1(folder):
         f"svi verify: shard {missing} is missing: copy it back, or pack the table again.",
         *(
             f'svi verify: shard {shard}, block {number}, column "x" does not match its hash: '
-            "copy the shard again, or pack the table again."
+            "copy the shard again, pack the table again, or leave the block out (data.on_corrupt=quarantine, in a new "
+            "run_dir)."
             for shard, number in ((path, block), (other, other_block))
         ),
     ]
@@ -83,7 +84,8 @@ def test_training_meets_a_flipped_byte_on_its_way(folder, tmp_path, ranks):
     assert died.returncode == 2, died.stderr
     assert died.stderr.strip() == (
         f'svi train: shard {path}, block {block}, column "x" does not match its hash: '
-        "copy the shard again, or pack the table again."
+        "copy the shard again, pack the table again, or leave the block out (data.on_corrupt=quarantine, in a new "
+        "run_dir)."
     )
 
 

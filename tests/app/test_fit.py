@@ -1,11 +1,13 @@
 """`fit` from Python: the same answer from every kind of table, no file left behind, and what a Posterior can do."""
 
+import io
 import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyro
@@ -13,17 +15,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
+from rich.console import Console
 
 import trainer
 from trainer import Posterior, ShardFolder, UserError, fit
-from trainer.data.pack import pack
+from trainer.data.packing.pack import pack
+from trainer.lit.progress import _can_show
+from trainer.posterior.gradient import FEW, MANY
 from trainer.posterior.newton import Polished
 from trainer.posterior.posterior import between_seeds
 from trainer.posterior.summary import SiteSummary
 
 N, NOISE = 256, 0.5
 FOUR = {"x": np.ones((4, 3)), "y": np.ones(4)}
-MANY = {"program": "eager", "slots": 64, "optimizer.lr": 0.03, "objective.pairs": 4}
+PAIRS = {"program": "eager", "slots": 64, "optimizer.lr": 0.03, "objective.pairs": 4}
 QUICK = {"program": "eager", "slots": 64, "optimizer.lr": 0.05}
 
 
@@ -63,7 +68,7 @@ def quick_fit(data, model=regression, **more):
 
 @pytest.fixture(scope="module")
 def fitted(table: pd.DataFrame) -> Posterior:
-    return fit(regression, table, columns=COLUMNS, dtype="float64", max_steps=1500, progress=False, options=MANY)
+    return fit(regression, table, columns=COLUMNS, dtype="float64", max_steps=1500, progress=False, options=PAIRS)
 
 
 def exact(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +96,7 @@ def test_every_kind_of_table_gives_the_same_bits(fitted, table, tmp_path):
     whole = {"x": torch.tensor(table[["a", "b", "c"]].to_numpy()), "y": torch.tensor(table["y"].to_numpy())}
     packed = [tmp_path / "shards", ShardFolder(tmp_path / "shards" / "train")]
     wanted = quick_fit(table, columns=COLUMNS, max_steps=20).theta
-    for data in (arrow, arrays, *files):
+    for data in (arrow, arrays, pl.from_arrow(arrow), *files):
         assert torch.equal(quick_fit(data, columns=COLUMNS, max_steps=20).theta, wanted)
     for data in (whole, *packed):
         assert torch.equal(quick_fit(data, max_steps=20).theta, wanted)
@@ -109,6 +114,19 @@ def test_no_file_is_left_behind_and_the_process_is_as_before(table, tmp_path, mo
 def test_a_run_folder_stays_where_it_was_asked_for(table, tmp_path):
     quick_fit(table, columns=COLUMNS, max_steps=5, run_dir=tmp_path / "run")
     assert {"metrics.json", "summary.csv", "checkpoints"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_in_a_notebook_the_posterior_is_its_table(fitted):
+    assert "posterior" in repr(fitted)
+    assert "\x1b" not in repr(fitted)
+    assert [line.split()[0] for line in repr(fitted).splitlines() if line.startswith("w ")] == ["w"]
+
+
+@pytest.mark.parametrize(("terminal", "jupyter", "shown"), [(True, False, 1), (False, True, 1), (False, False, 0)])
+def test_a_bar_is_drawn_on_a_terminal_and_in_a_notebook(terminal, jupyter, shown, monkeypatch):
+    monkeypatch.setattr("trainer.lit.progress.find_spec", lambda name: name)
+    console = Console(file=io.StringIO(), force_terminal=terminal, force_jupyter=jupyter)
+    assert _can_show(console) == shown
 
 
 def test_draws_have_the_moments_of_the_summary(fitted):
@@ -222,7 +240,7 @@ def test_what_cannot_be_is_said_in_a_sentence(data, more, message):
 
 
 def test_packing_options_of_what_is_packed_are_refused(table, tmp_path):
-    pack(trainer.data.memory.MemorySource(table), tmp_path / "shards", columns=COLUMNS)
+    pack(trainer.data.sources.memory.MemorySource(table), tmp_path / "shards", columns=COLUMNS)
     with pytest.raises(UserError, match="packed already"):
         quick_fit(tmp_path / "shards", standardise=["x"])
 
@@ -345,6 +363,20 @@ def test_training_ends_where_draws_can_tell_no_more(pupils, capsys, monkeypatch)
     assert "as the draws can tell: 0.5 scales to go" in " ".join(capsys.readouterr().out.split())
 
 
+def test_training_goes_on_where_four_times_the_draws_leave_something_to_go(table, monkeypatch):
+    asked = []
+
+    def gradient(inference, theta, rows, whitening=None, draws=FEW):
+        asked.append(draws.pairs)
+        return torch.full_like(theta, asked.count(4 * MANY.pairs) == 1 and draws.pairs > MANY.pairs, dtype=torch.double)
+
+    monkeypatch.setattr("trainer.app.blocks.full_gradient", gradient)
+    options = {**QUICK, "recipe": "auto", "rounds": 2}
+    found = fit(regression, table, columns=COLUMNS, max_steps=900, progress=False, options=options)
+    assert asked.count(4 * MANY.pairs) == 2
+    assert (found.metrics["stop_reason"], found.metrics["steps"]) == ("converged", 900)
+
+
 def test_newton_steps_that_fail_are_tried_again_after_four_times_as_many_training_steps(pupils, capsys, monkeypatch):
     monkeypatch.setattr("trainer.app.steer.polished", lambda *given: None)
     options = {**QUICK, "newton_after": 0, "stop": "budget"}
@@ -398,7 +430,10 @@ def test_a_problem_without_a_good_answer_says_so(table, capsys, model, sentence)
     x = table[["a", "b", "c"]].to_numpy()
     y = (x[:, 0] > 0).astype(float) if model is separable else table["y"].to_numpy()
     quick_fit({"x": x, "y": y}, model, progress=True, max_steps=300)
-    assert sentence in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert sentence in out
+    if model is separable:  # what was said before training is said again where the answer did not come
+        assert "not converged within the budget" in out.partition(sentence)[2].partition(sentence)[0]
 
 
 def test_a_model_without_data_says_so():

@@ -9,6 +9,8 @@ from app_tools import final_state, svi
 ARGUMENTS = ("batch_size=256", "max_steps=40", "slots=16", "draws=2", "dtype=float64", "checkpoint.every_n_steps=20",
              "recipe=plain")  # fmt: skip
 MODEL = "model._target_=app_models.linear"
+SLURM_TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+              "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "node1"}  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
 
@@ -21,8 +23,12 @@ def alone(shards, tmp_path_factory):
     return final_state(run_dir)[0]
 
 
-def test_lightnings_launcher_gives_what_one_rank_gives(shards, tmp_path, alone):
-    done = svi("train", MODEL, f"data.path={shards}", f"run_dir={tmp_path}/run", "trainer=ddp_sim", *ARGUMENTS)
+@pytest.mark.parametrize(
+    ("program", "around"), [("fused", {}), ("eager", SLURM_TASK)], ids=["by hand", "one task of Slurm"]
+)
+def test_lightnings_launcher_gives_what_one_rank_gives(shards, tmp_path, alone, program, around):
+    overrides = ("trainer=ddp_sim", f"program={program}", *ARGUMENTS)
+    done = svi("train", MODEL, f"data.path={shards}", f"run_dir={tmp_path}/run", *overrides, **around)
     assert done.returncode == 0, done.stderr
     state, facts = final_state(tmp_path / "run")
     assert facts["world_size"] == 2

@@ -33,6 +33,7 @@ def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -67,7 +68,10 @@ class Recorder:
         self.nodes.append(OmegaConf.to_container(node, resolve=True))
         if self.fails_online and node.get("mode") != "offline":
             raise wandb.errors.CommError("Timed out.\nConsider increasing it.")
-        return SimpleNamespace(experiment=None, log_hyperparams=self.facts.append)
+        client = SimpleNamespace(update_run=lambda *given, **named: None)
+        return SimpleNamespace(
+            experiment=client, log_hyperparams=self.facts.append, run_id="0", finalize=lambda status: None
+        )
 
 
 @pytest.fixture
@@ -156,7 +160,7 @@ def test_wandb_without_a_key_is_offline_and_asks_nobody(made, no_key, monkeypatc
     begin(Path("job"), "logger=wandb")
     assert [node["mode"] for node in made.nodes] == ["offline"]
     assert capsys.readouterr().out == (
-        "W&B: no API key is set, so this run is logged offline; wandb sync uploads it later.\n"
+        "W&B: no API key is set, so this run is logged offline; svi sync job uploads it later.\n"
     )
 
 
@@ -169,9 +173,9 @@ def test_a_key_is_found_wherever_wandb_looks(no_key, monkeypatch, tmp_path, answ
         (tmp_path / "netrc").write_text(f"machine {address}\n login user\n password {KEY}\n")
         (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setattr(wandb, "login", lambda prompt, verify: True)
-    assert loggers._why_offline(answering, KEY if where == "settings" else None) is None
+    assert loggers.why_offline(answering, KEY if where == "settings" else None) is None
     monkeypatch.setattr(wandb, "login", lambda prompt, verify: prompt)
-    assert loggers._why_offline(answering, KEY) == "no API key is set"
+    assert loggers.why_offline(answering, KEY) == "no API key is set"
 
 
 def test_a_server_that_refuses_or_never_answers_is_given_up(made, no_key, monkeypatch, capsys, silent, free_port):

@@ -5,7 +5,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from app_models import linear
-from app_tools import config
+from app_tools import config, svi
 
 from trainer import Posterior
 from trainer.app import predict
@@ -51,3 +51,22 @@ def test_what_cannot_be_is_said_in_a_sentence(run_dir, table, tmp_path):
     with pytest.raises(UserError, match="has no answer yet: finish it with svi train"):
         predicted(run_dir, table, tmp_path / "a.csv")
     assert [path.name for path in tmp_path.iterdir()] == [run_dir.name]
+
+
+def test_memory_does_not_grow_with_the_rows(run_dir, tmp_path):
+    peaks = []
+    for rows in (4_000, 600_000):
+        x = np.random.default_rng(0).normal(size=(rows, 4)).astype(np.float32)
+        np.savez(tmp_path / "new.npz", x=x[:, :3], y=x[:, 3])
+        code = (
+            "import resource, sys; from trainer.cli import main; main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = svi(
+            "predict", f"run={run_dir}", f"data.path={tmp_path}/new.npz", f"out={tmp_path}/out.parquet", "draws=2",
+            launcher=("-c", code),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert pq.read_metadata(tmp_path / "out.parquet").num_rows == 600_000
+    assert peaks[1] - peaks[0] < 24  # MB; what is written alone is 29 in memory

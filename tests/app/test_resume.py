@@ -98,6 +98,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(fit, tmp_path):
     assert checkpoint.newest(run_dir / "checkpoints").name == "step_000000010.ckpt"
 
 
+def test_checkpoints_come_by_the_clock_and_the_newest_stay(fit):
+    """At each chunk, where the clock asks for one every millisecond."""
+    run_dir = fit("max_steps=50", "slots=10", "checkpoint.every_minutes=1e-9", "checkpoint.keep_last=3")
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("*.ckpt")) == [
+        f"step_{step:09d}.ckpt" for step in (30, 40, 50)
+    ]
+    with pytest.raises(UserError, match="keep_last=0 must be at least 1"):
+        fit("ckpt_path=last", "max_steps=60", "checkpoint.keep_last=0")
+
+
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     import hashlib
     import pickle

@@ -17,8 +17,8 @@ import pytest
 from app_tools import svi
 
 from trainer import cli
-from trainer.data.index import read_index
-from trainer.data.reader import open_split
+from trainer.data.shards.files import read_index
+from trainer.data.shards.folder import open_split
 from trainer.models.linear import LinearRegression
 
 ROWS = 2000
@@ -195,6 +195,12 @@ BAD = {
     "source=synthetic out=packed model=linear": "a synthetic table needs a size: add rows=1000000.",
     "source=synthetic out=packed rows=10": "no model was given",
     "source=synthetic out=packed rows=ten model=linear": "rows=ten is no whole number.",
+    "source=t.csv out=packed part=3": "part=3 is no part: write part=1/16 for the first of 16.",
+    "source=t.csv out=packed part=3/2": "part=3/2 is no part: write part=1/2 to part=2/2.",
+    "source=t.csv out=packed workers=0": "workers=0 do nothing",
+    "source=t.csv out=packed workers=two": "workers=two is no whole number.",
+    "out=packed finish=true": "there are no parts in",
+    "out=packed finish=true part=1/2": "part= and finish=true are two steps",
     "source=synthetic out=packed rows=10 model=linear seed=-3": "seed=-3 is out of range",
     "source=synthetic out=packed rows=10 model._target_=app_models.linear": "cannot make rows",
 }
@@ -287,3 +293,49 @@ def test_a_full_disk_is_one_sentence_and_is_cleared(shard, small_disk):
     assert f"no space is left on the disk of '{small_disk}/packed'" in done.err
     assert done.err.count("\n") == 1
     assert not list(small_disk.iterdir())
+
+
+def test_parts_and_finish_give_what_one_command_does(shard, here):
+    common = ("source=t.parquet", "columns.x=[a,b,c]", "columns.y=target", "standardise=x", "seed=3")
+    assert shard(*common, "out=one").code == 0
+    early = shard(*common, "out=packed", "part=1/2")
+    assert early.code == 0, early.err
+    assert summary(early.out) == "part 1 of 2: 0 rows read · 1 of 2 parts to come"
+    missing = shard("finish=true", "out=packed")
+    assert missing.code == 2
+    assert "of the 2 parts in '" in missing.err
+    assert "these are missing: 2; run each again with part=NUMBER/2, then finish=true." in missing.err
+    last = shard(*common, "out=packed", "part=2/2")
+    assert summary(last.out).startswith("part 2 of 2: 2,000 rows read · ")
+    again = shard(*common, "out=packed", "part=2/2")
+    assert summary(again.out).startswith("part 2 of 2: read before · 0 shards made")
+    done = shard("finish=true", "out=packed")
+    assert done.code == 0, done.err
+    assert summary(done.out).startswith("packed: ")
+    for path in Path("one").rglob("*.*"):
+        assert Path("packed", path.relative_to("one")).read_bytes() == path.read_bytes()
+    assert not Path("packed.parts").exists()
+
+
+def test_a_synthetic_table_in_parts_keeps_its_truth(shard, here):
+    common = ("source=synthetic", "model=linear", "rows=300000")
+    assert shard(*common, "out=one").code == 0
+    for part in (1, 2):
+        done = shard(*common, "out=packed", f"part={part}/2")
+        assert done.code == 0, done.err
+        assert re.search(rf"^reading part {part} of 2 [\d,]+/[\d,]+ rows", done.out, re.MULTILINE)
+    assert shard("finish=true", "out=packed").code == 0
+    files = sorted(str(path.relative_to("one")) for path in Path("one").rglob("*") if path.is_file())
+    assert "truth.json" in files
+    assert all(Path("packed", file).read_bytes() == Path("one", file).read_bytes() for file in files)
+
+
+def test_a_part_that_gets_a_signal_says_what_to_do_and_leaves_the_others(shard, here):
+    common = ("source=synthetic", "rows=50000", "out=packed", "model._target_=test_shard.Dying")
+    assert shard(*common, "part=1/2", "model.number=0", "model.at=-1").code == 0
+    died = shard(*common, "part=2/2", f"model.number={int(signal.SIGTERM)}", "model.at=30000")
+    assert died.code == 128 + signal.SIGTERM
+    assert died.err == "svi shard: stopped by SIGTERM; start part=2/2 again: it does what is left of it.\n"
+    assert not list(Path("packed.parts").glob(".part-*"))
+    assert shard(*common, "part=2/2", "model.number=0", "model.at=-1").code == 0
+    assert shard("finish=true", "out=packed").code == 0

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from app_tools import WEIGHTS, config, final_state
 
-from trainer.app import train
+from trainer.app.budget import update_of
 from trainer.errors import UserError
 from trainer.lit.module import flat_state
 
@@ -142,7 +143,7 @@ def test_a_run_folder_is_not_overwritten(fit):
 
 
 def test_a_checkpoint_of_another_model_data_or_optimiser_is_refused(fit, table, tmp_path):
-    from trainer.data.pack import pack
+    from trainer.data.packing.pack import pack
 
     pack(str(table), tmp_path / "other", seed=5)
     fit("max_steps=4")
@@ -186,16 +187,16 @@ def test_the_horizon_and_the_average_are_whole_epochs(shards):
     from trainer.data.plan import Plan
 
     plan = Plan(np.full(10, 100), 0, 8, 96)
-    update = train._update(config("train", "data.path=x", "max_epochs=20"), plan, whitened=False, anchored=0)
+    update = update_of(config("train", "data.path=x", "max_epochs=20"), plan, whitened=False, anchored=0)
     assert (plan.steps_per_epoch, update.horizon) == (11, 220)
     assert update.average_from == 220 - 55
     assert (
-        train._update(
+        update_of(
             config("train", "data.path=x", "max_epochs=20", "max_steps=100"), plan, whitened=False, anchored=0
         ).horizon
         == 100
     )
-    assert train._update(config("train", "data.path=x"), plan, whitened=False, anchored=0).horizon == 20_000
+    assert update_of(config("train", "data.path=x"), plan, whitened=False, anchored=0).horizon == 20_000
 
 
 def test_a_budget_is_spent_in_rounds_each_twice_the_one_before():
@@ -205,16 +206,16 @@ def test_a_budget_is_spent_in_rounds_each_twice_the_one_before():
 
     plan = Plan(np.full(10, 100), 0, 8, 96)
     cfg = config("train", "data.path=x", "max_steps=4500")
-    rounds = train._update(cfg, plan, whitened=True, anchored=0).rounds
+    rounds = update_of(cfg, plan, whitened=True, anchored=0).rounds
     assert [(each.start, each.horizon) for each in rounds] == [(0, 300), (300, 900), (900, 2100), (2100, 4500)]
     assert [each.horizon - each.average_from for each in rounds] == [66, 143, 297, 594]
     assert (rounds[-1].optimizer.lr, rounds[-1].optimizer.beta2) == (0.2, 0.9999)
     assert cfg.optimizer.lr == 0.2
-    few = train._update(config("train", "data.path=x", "max_steps=1000"), plan, whitened=False, anchored=0).rounds
+    few = update_of(config("train", "data.path=x", "max_steps=1000"), plan, whitened=False, anchored=0).rounds
     assert [each.horizon for each in few] == [333, 1000]
     assert few[0].optimizer.lr == 0.05
     with pytest.raises(UserError, match="rounds=0 must be at least 1"):
-        train._update(config("train", "data.path=x", "rounds=0"), plan, whitened=False, anchored=0)
+        update_of(config("train", "data.path=x", "rounds=0"), plan, whitened=False, anchored=0)
 
 
 def test_a_run_that_converged_stops_there_and_stays_there(fit, capsys):
@@ -249,6 +250,19 @@ def test_what_a_stop_is_decided_by_is_in_the_checkpoint(fit, tmp_path):
     one, other = (json.loads((run / "metrics.json").read_text()) for run in (whole, cut))
     assert one["evidence"] == other["evidence"]
     assert (one["steps"], one["stop_reason"]) == (other["steps"], other["stop_reason"])
+
+
+def test_a_resumed_run_knows_where_newton_steps_have_failed(fit, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.app.steer.polished", lambda *given: None)
+    options = ("max_steps=1050", "start=zero", "newton_after=0", "stop=budget", "checkpoint.every_n_steps=200")
+    options = (*options, "checkpoint.keep_last=9")
+    run_dir = fit(*options)
+    assert re.findall(r"step ([\d,]+): Newton steps", capsys.readouterr().out) == ["150", "1,050"]
+    for newer in (run_dir / "checkpoints").glob("*"):
+        if "000000200" not in newer.name:
+            newer.unlink()
+    fit(*options, "ckpt_path=last")
+    assert re.findall(r"step ([\d,]+): Newton steps", capsys.readouterr().out) == ["1,050"]
 
 
 def test_a_budget_that_is_too_small_says_what_is_missing(fit, capsys):

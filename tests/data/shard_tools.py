@@ -3,14 +3,15 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.data.index import DTYPES, ROW_ID, Column, Index, write_index
-from trainer.data.shards import ShardWriter
+from trainer.data.fields import CsrRows, RaggedRows, Rows
+from trainer.data.shards.index import DTYPES, ROW_ID, Column, Index, write_index
+from trainer.data.shards.tar import ShardWriter
 
 SHAPES: dict[str, tuple[int, ...]] = {"float32": (3,), "int64": (2, 2)}
 
@@ -33,9 +34,35 @@ def all_dtypes(count: int) -> dict[str, np.ndarray]:
     return columns
 
 
+def described_by(name: str, values: Rows) -> Column:
+    """The column that stores ``values`` as they are."""
+    if isinstance(values, np.ndarray):
+        return Column(name, values.dtype.name, values.shape[1:])
+    dtype = values.values.dtype.name
+    if isinstance(values, CsrRows):
+        return Column(name, dtype, (values.width,), kind="csr")
+    return Column(name, dtype, values.values.shape[1:], kind="ragged")
+
+
+def csr(count: int, width: int = 50, mean: float = 3.0, dtype: str = "uint16") -> CsrRows:
+    """``count`` rows of about ``mean`` entries, a few of many and some of none."""
+    generator = np.random.default_rng(count)
+    lengths = generator.poisson(mean * generator.exponential(size=count))
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    values = generator.integers(1, 9, offsets[-1]).astype(dtype)
+    return CsrRows(offsets, generator.integers(0, width, offsets[-1]), values, width)
+
+
+def ragged(count: int, shape: tuple[int, ...] = (2,)) -> RaggedRows:
+    """``count`` rows of 0 to 6 entries."""
+    generator = np.random.default_rng(count)
+    offsets = np.concatenate([[0], generator.integers(0, 7, count).cumsum()])
+    return RaggedRows(offsets, generator.normal(size=(offsets[-1], *shape)).astype("float32"))
+
+
 def write_folder(
     path: Path,
-    columns: dict[str, np.ndarray],
+    columns: Mapping[str, Rows],
     block_rows: Sequence[int],
     shard_bytes: int = 1 << 20,
     first_id: int = 0,
@@ -45,7 +72,7 @@ def write_folder(
     path.mkdir(parents=True)
     count = sum(block_rows)
     columns = {**columns, ROW_ID: np.arange(first_id, first_id + count)}
-    described = tuple(Column(name, values.dtype.name, values.shape[1:]) for name, values in columns.items())
+    described = tuple(described_by(name, values) for name, values in columns.items())
     writer = ShardWriter(path, described, shard_bytes)
     ends = np.cumsum([0, *block_rows])
     for first, end in itertools.pairwise(ends):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trainer.data.moments import Moments
+from trainer.data.packing.moments import Moments
 
 
 def test_moments_survive_an_offset() -> None:

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from trainer.data import pack as packing
-from trainer.data.columns import recipes
-from trainer.data.index import Index, read_index
-from trainer.data.pack import pack
-from trainer.data.sources import FileSource, open_source
-from trainer.data.synthetic import SyntheticSource
+from trainer.data.packing.columns import recipes
+from trainer.data.packing.pack import pack
+from trainer.data.shards.files import read_index
+from trainer.data.shards.index import Index
+from trainer.data.shards.tar import ShardWriter
+from trainer.data.sources.source import FileSource, open_source
+from trainer.data.sources.synthetic import SyntheticSource
 from trainer.errors import UserError
 
 ROWS = 5000
@@ -562,7 +563,7 @@ def test_a_failure_leaves_nothing(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(packing.ShardWriter, method, fail)
+    monkeypatch.setattr(ShardWriter, method, fail)
     with pytest.raises(raised, match=message):
         pack(parquet, tmp_path / "out", columns=COLUMNS, memory_bytes=1 << 16)
     assert os.listdir(tmp_path) == ["t.parquet"]
@@ -575,7 +576,8 @@ def test_a_folder_that_cannot_be_made(parquet: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import sys
-from trainer.data.pack import pack
+from trainer.data.packing.pack import pack
+from trainer.data.shards.tar import ShardWriter
 pack(sys.argv[1], sys.argv[2], columns={"x": ["a", "b"]}, memory_bytes=1 << 16, block_rows=16,
      progress=lambda done, total: print(done, flush=True) or input())
 """

@@ -1,5 +1,6 @@
 """The plan against its definition spelled out with lists, over thousands of shapes; no process, no file."""
 
+import json
 import re
 import tracemalloc
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from scipy import stats
 
 from trainer.data import plan as planning
 from trainer.data.plan import Pieces, Plan, _permutation, default_lanes
+from trainer.data.rest import Part, Rest
 from trainer.errors import UserError
 from trainer.lit.datamodule import Ranks
 
@@ -25,6 +27,7 @@ def shapes(draw: st.DrawFn) -> dict:
     lanes = draw(st.integers(1, 16))
     block_rows = draw(st.lists(st.integers(1, 30), min_size=1, max_size=10))
     share = draw(st.integers(1, 12))
+    new_shard = draw(st.lists(st.integers(0, 1), min_size=len(block_rows), max_size=len(block_rows)))
     return {
         "block_rows": np.array(block_rows),
         "seed": draw(st.integers(0, 2**63 - 1)),
@@ -32,12 +35,20 @@ def shapes(draw: st.DrawFn) -> dict:
         "batch_size": draw(st.sampled_from([lanes * share, sum(block_rows), 10**6])),
         "run_rows": draw(st.integers(1, 9)),
         "pool_blocks": draw(st.integers(1, 4)),
+        "shard_of": np.cumsum(new_shard) - new_shard[0],
+        "shards_together": draw(st.integers(0, 3)),
     }
 
 
-def definition(epoch: int, block_rows, seed, lanes, batch_size, run_rows, pool_blocks) -> list[list[list[Row]]]:
+def definition(
+    epoch: int, block_rows, seed, lanes, batch_size, run_rows, pool_blocks, shard_of, shards_together
+) -> list[list[list[Row]]]:
     """[T][L] lists of rows: what the docstring of `plan` says, with every row of the epoch in memory."""
     order = _permutation(len(block_rows), seed, epoch, 0, 0, 0)
+    if shards_together:
+        shards = _permutation(shard_of[-1] + 1, seed, epoch, 2, 0, 0).tolist()
+        groups = [shards[i : i + shards_together] for i in range(0, len(shards), shards_together)]
+        order = [b for group in groups for b in order if shard_of[b] in group]
     stream = [(int(b), row) for b in order for row in range(block_rows[b])]
     steps = -(-len(stream) // min(batch_size, len(stream)))
     shares = []
@@ -139,11 +150,99 @@ def test_ranks_part_the_lanes_in_order_and_keep_the_groups(multiple: int, power:
         assert seen == of_draw
 
 
+@st.composite
+def takeovers(draw: st.DrawFn, total: int) -> tuple[int, int, int]:
+    """(steps until then, lanes, batch size)."""
+    lanes = draw(st.integers(1, 12))
+    batch_size = draw(st.sampled_from([lanes * draw(st.integers(1, 8)), total, 10**6]))
+    return draw(st.integers(0, 12)), lanes, batch_size
+
+
+@settings(many, max_examples=500)
+@given(shapes(), st.data())
+def test_every_row_once_an_epoch_over_any_changes_of_lanes_and_batch_size(shape: dict, data: st.DataObject) -> None:
+    """Of each launch the steps until the next, which may have no step between; the last goes on for two epochs."""
+    plan, total, first = Plan(**shape), int(sum(shape["block_rows"])), 0
+    changes = data.draw(st.lists(takeovers(total), max_size=6))
+    taken = dict.fromkeys([(b, i) for b, n in enumerate(shape["block_rows"]) for i in range(n)], 0)
+    for steps, *change in [*changes, (None,)]:
+        stop = plan.first_whole + 2 * plan.steps_per_epoch if steps is None else first + steps
+        for step in range(first, stop):
+            lanes = lanes_of_step(plan, step)
+            sizes = [len(lane) for lane in lanes]
+            assert sizes == plan.rows_at(step).tolist()
+            assert plan.fewest <= min(sizes) <= max(sizes) <= plan.capacity
+            assert 0 < sum(sizes) <= -(-plan.batch_size // plan.lanes) * plan.lanes
+            for row in (row for lane in lanes for row in lane):
+                taken[row] += 1
+            epochs = sum(taken.values()) / total
+            assert plan.epochs_at(step + 1) == pytest.approx(epochs)
+            if plan.begins(step + 1):
+                assert plan.step_after(epochs) == step + 1
+                assert set(taken.values()) == {epochs}
+        first = stop
+        if steps is not None:
+            rest = Rest.of(json.loads(json.dumps(plan.rest_at(first).plain())))
+            assert rest == plan.rest_at(first)
+            assert rest.rows < 2 * total
+            old, shape = plan, shape | {"lanes": change[0], "batch_size": change[1], "rest": rest}
+            plan = Plan(**shape)
+            assert plan.epochs_at(first) == pytest.approx(old.epochs_at(first))
+            assert len({part.epoch for part in rest.parts}) <= 3
+    assert len(set(taken.values())) == 1
+
+
+@settings(many, max_examples=500)
+@given(shapes(), st.integers(0, 30), st.integers(1, 8), st.data())
+def test_what_is_left_is_cut_as_an_epoch_is(shape: dict, step: int, share: int, data: st.DataObject) -> None:
+    """With the next one, in balanced steps, none of them small; in the order that the epoch had."""
+    old = Plan(**shape)
+    lanes = data.draw(st.integers(1, 12))
+    plan = Plan(**{**shape, "lanes": lanes, "batch_size": lanes * share}, rest=old.rest_at(step))
+    epoch, t = divmod(step, old.steps_per_epoch)
+    end = (epoch + 1) * old.steps_per_epoch
+    if t == 0:
+        assert plan.rest == Rest(step, epoch, ())
+        assert plan.first_whole == step
+        return
+    stream = [row for lane in range(old.lanes) for t in range(step, end) for row in rows(old.pieces(t, lane))]
+    next_one = Plan(**{**shape, "lanes": lanes, "batch_size": lanes * share})
+    first = (epoch + 1) * next_one.steps_per_epoch
+    ends = np.arange(lanes + 1) * len(stream) // lanes
+    for lane in range(lanes):
+        found = [row for s in range(step, plan.first_whole) for row in rows(plan.pieces(s, lane))]
+        after = [r for s in range(next_one.steps_per_epoch) for r in rows(next_one.pieces(first + s, lane))]
+        assert found == stream[ends[lane] : ends[lane + 1]] + after
+    sizes = np.array([plan.rows_at(s) for s in range(step, plan.first_whole)])
+    assert (np.ptp(sizes, axis=0) <= 1).all()
+    assert sizes.max() <= min(share, -(-plan.num_rows // lanes))
+    assert len(sizes) <= -(-(len(stream) + plan.num_rows + 2 * lanes) // plan.batch_size)
+
+
+def test_a_rest_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rows in two lanes of five, three steps of which one is taken; then three lanes, of six rows a step."""
+    monkeypatch.setattr(planning, "_permutation", lambda n, *key: np.arange(n))
+    shape = {"block_rows": np.array([10]), "seed": 0, "run_rows": 1, "pool_blocks": 1}
+    rest = Plan(**shape, lanes=2, batch_size=4).rest_at(1)
+    assert rest == Rest(1, 1, (Part(0, 2, 0, 1, 5), Part(0, 2, 1, 1, 5)))
+    plan = Plan(**shape, lanes=3, batch_size=6, rest=rest)
+    assert (plan.first_whole, plan.steps_per_epoch, plan.capacity, plan.most_parts) == (5, 2, 2, 3)
+    assert [[[row for _, row in lane] for lane in lanes_of_step(plan, t)] for t in range(1, 5)] == [
+        [[1], [3], [7]],
+        [[2], [4, 6], [8, 9]],
+        [[0], [3], [6, 7]],
+        [[1, 2], [4, 5], [8, 9]],
+    ]
+    assert [plan.epochs_at(t) for t in (1, 5, 6)] == pytest.approx([0.2, 2.0, 2.4])
+    assert [plan.step_after(epochs) for epochs in (0.1, 0.2, 0.3, 2, 2.25, 3)] == [1, 1, 2, 5, 6, 7]
+    assert [step for step in range(1, 9) if plan.begins(step)] == [1, 5, 7]
+
+
 def test_a_small_plan_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 3, 5 and 2 rows; every permutation turns the order around."""
     monkeypatch.setattr(planning, "_permutation", lambda n, *key: np.arange(n)[::-1])
     plan = Plan(np.array([3, 5, 2]), 0, lanes=2, batch_size=4, run_rows=2, pool_blocks=2)
-    assert (plan.steps_per_epoch, plan.capacity, plan.lane_ends.tolist()) == (3, 2, [0, 5, 10])
+    assert (plan.steps_per_epoch, plan.capacity, plan._lane_ends(2).tolist()) == (3, 2, [0, 5, 10])
     assert [lanes_of_step(plan, t) for t in range(3)] == [
         [[(1, 2)], [(0, 2)]],
         [[(1, 0), (1, 1)], [(0, 0), (0, 1)]],

@@ -11,9 +11,9 @@ import pytest
 import webdataset
 from shard_tools import all_dtypes, write_folder
 
-from trainer.data.index import ROW_ID
-from trainer.data.reader import ShardFolder
-from trainer.data.shards import RECORD, ShardWriter
+from trainer.data.shards.folder import ShardFolder
+from trainer.data.shards.index import ROW_ID
+from trainer.data.shards.tar import RECORD, ShardWriter, tar_header
 
 BLOCKS = [7, 1, 384, 30, 2, 19, 30]  # 384 bytes and their header fill a tar record
 COLUMNS = all_dtypes(sum(BLOCKS))
@@ -88,3 +88,11 @@ def test_a_block_of_another_shape_is_not_written(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, index.columns, 1 << 20)
     with pytest.raises(AssertionError, match="x:"):
         writer.write({"x": np.ones((4, 3)), ROW_ID: np.arange(4)})
+
+
+@pytest.mark.parametrize("name", ["00000000.x.npy", "00000012.x.npy", "99999999.counts.indices.npy", "00000007.y.npy"])
+@pytest.mark.parametrize("size", [0, 511, 1 << 20, 2**33 - 1])
+def test_tar_headers_are_those_of_the_standard_library(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)

@@ -1,4 +1,4 @@
-"""The shuffle: the hash is a uniform bijection, and buckets keep every row within the memory."""
+"""The shuffle: the hash is a uniform bijection, and runs give back what they were given."""
 
 import itertools
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from shard_tools import csr
 
-from trainer.data.shuffle import PLACE, Buckets, scramble
+from trainer.data.packing.columns import Recipe
+from trainer.data.packing.runs import Runs, RunsFile
+from trainer.data.packing.shuffle import CELLS, PLACE, cells_of, in_order, scramble
 
 
 def test_scramble_is_a_uniform_bijection() -> None:
@@ -39,19 +42,44 @@ def test_split_fraction(fraction: float) -> None:
     assert stats.binomtest(held, count, fraction).pvalue > 1e-3
 
 
-def test_the_largest_bucket_fits_the_memory(tmp_path: Path) -> None:
-    dtype = np.dtype([(PLACE, "uint64"), ("row_id", "int64"), ("x", "float32", (4,))])
-    memory, count = 1 << 17, 50_000
-    buckets = Buckets(tmp_path / "buckets", dtype, count, memory)
-    for first in range(0, count, 1000):
-        records = np.zeros(1000, dtype)
-        records["row_id"] = np.arange(first, first + 1000)
-        records[PLACE] = scramble(records["row_id"], 0, 0)
-        buckets.add(records)
-    read = list(buckets)
-    assert len(read) == buckets.count > count * dtype.itemsize // memory
-    assert max(bucket.nbytes + 8 * len(bucket) for bucket in read) <= memory
-    assert all(one[PLACE].max() < two[PLACE].min() for one, two in itertools.pairwise(read))
-    assert np.array_equal(np.sort(np.concatenate([bucket["row_id"] for bucket in read])), np.arange(count))
-    assert Buckets(tmp_path / "none", dtype, count, count * 64).count == 1
-    assert not (tmp_path / "none").exists()
+def test_cells_cut_the_order_into_ranges_and_sides() -> None:
+    places = scramble(np.arange(100_000), 0, 0)
+    held = places % np.uint64(3) == 0
+    cells = cells_of(places, held)
+    assert np.array_equal(cells >= CELLS, held)
+    for side in (False, True):
+        order = np.argsort(places[held == side])
+        assert (np.diff(cells[held == side][order].astype(int)) >= 0).all()
+        assert np.bincount(cells[held == side][order] % CELLS, minlength=CELLS).max() < 20
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_runs_give_back_the_rows_of_any_cells(tmp_path: Path, folder: bool) -> None:
+    """In memory or in a file, in whatever pieces they came."""
+    recipes = [Recipe("x", ("x",), False, (3,), "float32"), Recipe("w", ("w",), False, (50,), "uint16", kind="csr")]
+    runs = RunsFile(recipes, tmp_path / "rows") if folder else Runs(recipes)
+    rows, words = 5000, csr(5000)
+    places = scramble(np.arange(rows), 0, 0)
+    x = np.repeat(np.arange(rows, dtype=np.float32)[:, None], 3, axis=1)
+    for first, stop in itertools.pairwise([0, 1, 700, 5000]):
+        here = slice(first, stop)
+        part = {PLACE: places[here], "row_id": np.arange(first, stop), "x": x[here], "w": words[here]}
+        runs.add(part, np.arange(first, stop) % 4 == 0)
+    cells = cells_of(places, np.arange(rows) % 4 == 0)
+    assert np.array_equal(runs.counts, np.bincount(cells, minlength=2 * CELLS))
+    for low, high in ((0, CELLS), (CELLS, 2 * CELLS), (100, 3000), (7, 7)):
+        found = runs.load(low, high)
+        ids = found["row_id"]
+        assert np.array_equal(np.sort(ids), np.flatnonzero((cells >= low) & (cells < high)))
+        assert np.array_equal(found["x"], x[ids])
+        assert np.array_equal(found[PLACE], places[ids])
+        assert np.array_equal(found["w"].offsets, words[ids].offsets)
+        assert np.array_equal(found["w"].indices, words[ids].indices)
+        assert np.array_equal(found["w"].values, words[ids].values)
+    if isinstance(runs, RunsFile):
+        runs.close({})
+
+
+def test_what_shares_a_place_is_ordered_by_id() -> None:
+    places = np.array([5, 2, 5, 2, 9], np.uint64)
+    assert in_order(places, np.array([8, 7, 3, 1, 0])).tolist() == [3, 1, 2, 0, 4]

@@ -10,10 +10,10 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from trainer.data import text
 from trainer.data.fields import Field
-from trainer.data.pack import pack
-from trainer.data.sources import Source, open_source
+from trainer.data.packing.pack import pack
+from trainer.data.sources import text
+from trainer.data.sources.source import Source, open_source
 from trainer.errors import UserError
 
 ROWS = 1000
@@ -185,7 +185,7 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.txt", b"1", "no known format: give one of .parquet, .csv, .npz"),
+        ("t.xyz", b"1", "no known format: give one of .parquet, .csv, .npz"),
         ("t.parquet", b"not parquet at all", "cannot read"),
         ("t.npz", b"not a zip at all", "cannot read"),
         ("t.csv", b"", "cannot read"),

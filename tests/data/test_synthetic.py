@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.data.fields import Field
-from trainer.data.synthetic import SyntheticSource
+from trainer.data.sources.synthetic import SyntheticSource
 from trainer.errors import UserError
 
 

@@ -13,10 +13,10 @@ import pytest
 import xxhash
 from shard_tools import flip, sign, write_folder
 
-from trainer.data.index import read_index
-from trainer.data.reader import ShardFolder
-from trainer.data.shards import RECORD, member_name, padding, tar_header
-from trainer.data.verify import verify
+from trainer.data.shards.files import read_index
+from trainer.data.shards.folder import ShardFolder
+from trainer.data.shards.tar import RECORD, member_name, padding, tar_header
+from trainer.data.shards.verify import verify
 from trainer.errors import UserError
 
 COLUMNS = {"x": np.arange(24, dtype=np.float32).reshape(12, 2)}

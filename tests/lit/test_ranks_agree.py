@@ -41,7 +41,7 @@ def test_the_module_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(VariationalModule, "step", 41)
     monkeypatch.setattr(VariationalModule, "state", None, raising=False)
     with pytest.raises(UserError, match="different parameters at step 41"):
-        module._compare_ranks()
+        module.compare_ranks()
 
 
 def test_metrics_thin_out() -> None:

@@ -20,7 +20,7 @@ from trainer.posterior.convergence import (
     step_to_go,
 )
 from trainer.posterior.elbo import Block, full_elbo
-from trainer.posterior.gradient import MANY, Pass, full_gradient, full_product
+from trainer.posterior.gradient import MANY, Pass, even_normals, full_gradient, full_product
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD
 from trainer.svi.schedules import Constant
@@ -131,6 +131,15 @@ def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, siz
     assert left == pytest.approx(0.3, rel=1e-5)
     plain = step_to_go(inference, away, axis_step(inference, away, want))
     assert plain == pytest.approx(float((away[3:].exp() * want[:3]).abs().max()), rel=1e-12)
+
+
+def test_several_draws_fill_each_axis_evenly():
+    """Of 64 draws one lies in each 64th of each axis' probability; parts of them are the same draws."""
+    draws = even_normals(90, 5, 0, 64)
+    cells = (torch.special.ndtr(draws) * 64).floor().sort(dim=0).values
+    assert torch.equal(cells, torch.arange(64.0, dtype=F64)[:, None].expand(64, 90))
+    assert torch.equal(even_normals(90, 5, 16, 48), draws[16:])
+    assert not torch.equal(even_normals(90, 6, 0, 64), draws)
 
 
 def test_blocks_of_unequal_length_leave_no_noise_where_rows_are_alike():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.models.linear import LinearRegression, Statistics, exact_posterior
 from trainer.posterior import elbo as elbo_module
-from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row
+from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row, rough_elbo_per_row
 from trainer.svi.guides import PyroGuide
 from trainer.svi.plates import PlatedModel
 
@@ -78,6 +78,23 @@ def test_a_closed_form_is_met_without_monte_carlo_error(table, few_pairs, kl):
     assert found.elbo_se < 1e-12
     assert found.rows == 24
     assert math.isclose(found.elbo_per_row, found.elbo / 24)
+
+
+def test_a_rough_elbo_is_exact_where_pairs_are_also_over_some_of_the_rows_and_on_ranks(table):
+    """Of the rows that are looked at, each with its share of the KL that all training rows pay."""
+    inference, _ = build(tilted, table)
+    loc, scale = torch.tensor([0.3, -1.0], dtype=F64), torch.tensor([0.5, 2.0], dtype=F64)
+    blocks = blocks_of(table, SIZES)
+    some = {name: column[: SIZES[0] + SIZES[1]] for name, column in table.items()}
+    likelihood, divergence = tilted_exact(some, loc, scale)
+    exact = likelihood / len(some["y"]) - divergence / len(table["y"])
+    found = rough_elbo_per_row(inference, at(loc, scale), blocks[:2], 0, alone)
+    assert math.isclose(found, exact, rel_tol=1e-12)
+
+    def of_rank(rank, reduce):
+        return rough_elbo_per_row(inference, at(loc, scale), blocks[:2][rank::3], 0, reduce)
+
+    assert all(math.isclose(each, exact, rel_tol=1e-12) for each in on_ranks(3, of_rank))
 
 
 def test_linear_regression_at_its_mean_field_optimum(table):

@@ -1,21 +1,25 @@
 """A rank's blocks of a shard folder as tensors, for what is evaluated over all rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from trainer.data.index import ROW_ID
-from trainer.data.reader import ShardFolder
-from trainer.lit.datamodule import to_tensor
+from trainer.data.shards.folder import ShardFolder
+from trainer.data.shards.index import ROW_ID
+from trainer.data.shards.read_thread import ReadThread
+from trainer.errors import UserError
 from trainer.lit.module import VariationalModule
-from trainer.lit.strategy import sum_over_ranks
+from trainer.lit.strategy import raise_together, sum_over_ranks
 from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_product
+from trainer.posterior.tensors import to_tensor
 from trainer.svi.noise import mixed_seed
+from trainer.svi.rows import cat
 from trainer.svi.variance import Whitening
 
 _TOGETHER = 65_536  # rows that are evaluated at once, where blocks are smaller
@@ -23,30 +27,47 @@ _TOGETHER = 65_536  # rows that are evaluated at once, where blocks are smaller
 
 def block(folder: ShardFolder, number: int, module: VariationalModule, rows: int | None = None) -> Block:
     """Block ``number``, or its first ``rows`` rows, on the module's device."""
-
-    def values(name: str) -> Tensor:
-        return to_tensor(folder.read_block(number, name)[:rows], module.theta.dtype).to(module.device)
-
-    return Block(number, {name: values(name) for name in module.inference.model.arguments}, values(ROW_ID))
+    return _made(number, _read(folder, module, [number])[0], module, rows)
 
 
-def blocks(folder: ShardFolder, trainer: pl.Trainer) -> Iterator[Block]:
-    """This rank's blocks."""
-    module = _module(trainer)
-    for number in range(trainer.global_rank, len(folder.block_rows), trainer.world_size):
-        yield block(folder, number, module)
+def blocks(
+    folder: ShardFolder, trainer: pl.Trainer, check: Callable[[], None], count: int | None = None
+) -> Iterator[Block]:
+    """This rank's blocks, of the first ``count``; ``check`` is called before each, and may raise."""
+    return _groups(folder, trainer, check, [[number] for number in range(len(folder.block_rows))][:count])
+
+
+def together(here: Iterator[Block]) -> tuple[Iterator[Block], Callable[[Tensor], Tensor]]:
+    """This rank's blocks, and the sum over the ranks of what was made of them.
+
+    An error that ends the blocks of one rank is raised on all of them, at the sum.
+    """
+    failed: list[UserError] = []
+
+    def blocks() -> Iterator[Block]:
+        try:
+            yield from here
+        except UserError as error:
+            failed.append(error)
+
+    def total(tensor: Tensor) -> Tensor:
+        raise_together(failed[0] if failed else None, tensor.device)
+        return sum_over_ranks(tensor)
+
+    return blocks(), total
 
 
 @dataclass(frozen=True)
 class AllRows:
     """The loss over all training rows, by its derivatives; ``facts`` (the checkpoint's) count the passes, which
-    ``watch`` is told of.
+    ``watch`` is told of; ``check`` is called before each part of one, and may raise.
     """
 
     folder: ShardFolder
     seed: int
     facts: dict[str, Any]
     watch: Callable[[int], None]
+    check: Callable[[], None]
 
     def gradient(
         self,
@@ -66,15 +87,12 @@ class AllRows:
         return full_product(module.inference, theta, along, self._pass(module, trainer))
 
     def _pass(self, module: VariationalModule, trainer: pl.Trainer, fresh: bool = False) -> Pass:
-        count, together = len(self.folder.block_rows), max(1, _TOGETHER // int(self.folder.block_rows[0]))
-        starts = range(0, count, together)
-        here = (
-            _joined([block(self.folder, number, module) for number in range(first, min(first + together, count))])
-            for first in starts[trainer.global_rank :: trainer.world_size]
-        )
+        count, size = len(self.folder.block_rows), max(1, _TOGETHER // int(self.folder.block_rows[0]))
+        groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        here, total = together(_groups(self.folder, trainer, self.check, groups))
         self.facts["passes"] = self.facts.get("passes", 0) + 1
         self.watch(self.facts["passes"])
-        return Pass(here, len(starts), mixed_seed(self.seed, module.step, 0xF011 + fresh), sum_over_ranks)
+        return Pass(here, len(groups), mixed_seed(self.seed, module.step, 0xF011 + fresh), total)
 
 
 def _module(trainer: pl.Trainer) -> VariationalModule:
@@ -83,7 +101,33 @@ def _module(trainer: pl.Trainer) -> VariationalModule:
     return module
 
 
+def _groups(
+    folder: ShardFolder, trainer: pl.Trainer, check: Callable[[], None], groups: Sequence[Sequence[int]]
+) -> Iterator[Block]:
+    """This rank's groups of neighbouring blocks, each as one block, the next one read ahead."""
+    module, mine = _module(trainer), groups[trainer.global_rank :: trainer.world_size]
+    thread = ReadThread(folder.timeout, folder.reading)
+    try:
+        for numbers, stored in zip(mine, thread.ahead(partial(_read, folder, module, numbers) for numbers in mine)):
+            check()
+            yield _joined([_made(number, each, module) for number, each in zip(numbers, stored)])
+    finally:
+        thread.close()
+
+
+def _read(folder: ShardFolder, module: VariationalModule, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """The columns of each of these blocks, as they are stored."""
+    names = (*module.inference.model.arguments, ROW_ID)
+    return [{name: folder.read_block(number, name) for name in names} for number in numbers]
+
+
+def _made(number: int, stored: dict[str, Any], module: VariationalModule, rows: int | None = None) -> Block:
+    dtype, device = module.theta.dtype, module.device
+    tensors = {name: to_tensor(values[:rows], dtype).to(device) for name, values in stored.items()}
+    return Block(number, {name: tensors[name] for name in module.inference.model.arguments}, tensors[ROW_ID])
+
+
 def _joined(some: list[Block]) -> Block:
     """Neighbouring blocks as one, by the first one's number."""
-    columns = {name: torch.cat([each.columns[name] for each in some]) for name in some[0].columns}
+    columns = {name: cat([each.columns[name] for each in some]) for name in some[0].columns}
     return Block(some[0].number, columns, torch.cat([each.row_id for each in some]))

@@ -1,16 +1,15 @@
 """The only place that calls Hydra's instantiate: from config nodes to the objects of the layers below."""
 
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pyro.infer.autoguide import AutoGuide
 
+from trainer.app.allowed import imported
 from trainer.errors import UserError
 from trainer.svi.guides import MeanField, PyroGuide
 from trainer.svi.materialise import GuideFactory, guide_factory
@@ -31,27 +30,13 @@ def make(node: DictConfig, *, partial: bool = False) -> Any:
         raise UserError(f"{node._target_} cannot be made from the config: {str(cause).splitlines()[0]}") from error
 
 
-def target(node: DictConfig) -> Any:
-    """The class or function that ``node._target_`` names; the current folder is importable."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    path = str(node._target_)
-    try:
-        return get_object(path)
-    except Exception as error:
-        raise UserError(
-            f"_target_={path} cannot be imported ({str(error).splitlines()[0]}): write it as module.name, "
-            "with the module in this folder or installed."
-        ) from error
-
-
 def model(node: DictConfig) -> Any:
     """The user's model: a function as it stands (with its arguments bound), or an instance of a class."""
     if OmegaConf.is_missing(node, "_target_") or node.get("_target_") is None:
         raise UserError(
             "no model was given: choose one with model=NAME (svi train --help lists them) or model._target_=."
         )
-    found = target(node)
+    found = imported(str(node._target_))
     made = make(node) if inspect.isclass(found) else make(node, partial=True)
     if callable(made) and not _is_pair(made):
         return made
@@ -68,7 +53,7 @@ def _is_pair(made: Any) -> bool:
 
 def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...], plate: str) -> GuideFactory:
     """What makes the guide from the plated model and one batch."""
-    found = target(node)
+    found = imported(str(node._target_))
     owner = getattr(model, "__self__", None)
     if found is MeanField and owner is not None and _is_pair(owner):
         return lambda plated, batch: PyroGuide(PlatedModel(owner.guide, columns, plate), plate)

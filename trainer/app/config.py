@@ -1,5 +1,6 @@
 """Where the configs lie, the nodes of them that are open, and a config composed from Python."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ def config_folder() -> Path:
     """`conf/`: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parent.parent
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def node_of(path: Path, group: str) -> str:
+    """The node at which Hydra puts the file of a choice of ``group``; "" for the root."""
+    said = re.match(r"# @package (\S+)", path.read_text())
+    return {"_global_": ""}.get(said[1], said[1]) if said else group.replace("/", ".")
 
 
 def composed(verb: str, chosen: Mapping[str, Any]) -> DictConfig:

@@ -13,7 +13,7 @@ from trainer.posterior.export import save_guide, to_inference_data
 def run(cfg: DictConfig, run_dir: Path) -> float:
     """Writes ``cfg.out``: .nc for ArviZ, .safetensors (with a .json beside it) for the mean-field guide."""
     del run_dir
-    posterior, out = posterior_of(Path(str(cfg.run))), Path(str(cfg.out))
+    posterior, out = posterior_of(Path(str(cfg.run)), cfg.allow), Path(str(cfg.out))
     if not out.parent.is_dir():
         raise UserError(f"the folder of {out} does not exist: make it first.")
     if out.suffix == ".nc":

@@ -10,14 +10,15 @@ import torch
 from pytorch_lightning import Callback
 from rich.console import Console
 
-from trainer.app.blocks import block, blocks
+from trainer.app.blocks import block, blocks, together
 from trainer.app.stop import Stop
 from trainer.data.plan import Plan
-from trainer.data.reader import ShardFolder
+from trainer.data.shards.folder import ShardFolder
+from trainer.data.shards.verify import LEFT_OUT
 from trainer.data.store import atomic_write
+from trainer.lit.metrics import MetricsFile
 from trainer.lit.module import VariationalModule
 from trainer.lit.signals import StopOnSignal
-from trainer.lit.strategy import sum_over_ranks
 from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.prior_check import far_from_prior
@@ -26,11 +27,12 @@ from trainer.posterior.table import closing_table
 from trainer.svi.guides import MeanField
 from trainer.svi.plates import Batch
 
+_METRICS = "metrics.json"
 _SUMMARY_ROWS = 64  # of the data, for models whose latents take their shapes from it
 
 
 class Finish(Callback):
-    """Evaluates the answer on all ranks (unless a signal ended the run) and writes metrics.json and summary.csv.
+    """Evaluates the answer on all ranks and writes posterior.pt, summary.csv and, when all is there, metrics.json.
 
     ``shown`` ends the closing line.
     """
@@ -44,10 +46,11 @@ class Finish(Callback):
         seed: int,
         console: Console,
         signals: StopOnSignal,
+        figures: MetricsFile,
         stop: Stop,
         shown: str,
     ):
-        self.signals, self.stop = signals, stop
+        self.signals, self.figures, self.stop = signals, figures, stop
         self.run_dir, self.folder, self.held_out, self.plan = run_dir, folder, held_out, plan
         self.seed, self.console = seed, console
         self.shown = shown
@@ -56,27 +59,26 @@ class Finish(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
-        if self.signals.received:
-            return
         seconds = module.seconds
         metrics = {**self._evaluate(trainer, module), **self._facts(module, seconds, trainer.world_size)}
         self.metrics = metrics
         self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
         if trainer.is_global_zero:
             self._write(module, metrics)
-            for logger in trainer.loggers:
-                numbers = {f"final/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
-                logger.log_metrics(numbers, step=module.step)
+            numbers = {f"final/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
+            self.figures.to_loggers(trainer, numbers, module.step)
 
     def _evaluate(self, trainer: pl.Trainer, module: VariationalModule) -> dict[str, Any]:
         theta, inference = module.theta, module.inference
         _, whitening, _ = module.update.split(module.state.slots)
-        here, count = blocks(self.folder, trainer), len(self.folder.block_rows)
-        fitted = full_elbo(inference, theta, here, count, self.seed, sum_over_ranks, whitening)
+        count = len(self.folder.block_rows)
+        here, total = together(blocks(self.folder, trainer, self.signals.check))
+        fitted = full_elbo(inference, theta, here, count, self.seed, total, whitening)
         held_out = None
         if self.held_out is not None:
-            here, count = blocks(self.held_out, trainer), len(self.held_out.block_rows)
-            held_out = held_out_elbo_per_row(inference, theta, here, count, self.seed, sum_over_ranks, fitted)
+            count = len(self.held_out.block_rows)
+            here, total = together(blocks(self.held_out, trainer, self.signals.check))
+            held_out = held_out_elbo_per_row(inference, theta, here, count, self.seed, total, fitted)
         return {
             "elbo": fitted.elbo,
             "elbo_se": fitted.elbo_se,
@@ -87,13 +89,14 @@ class Finish(Callback):
         }
 
     def _facts(self, module: VariationalModule, seconds: float, world_size: int) -> dict[str, Any]:
-        epochs = module.step / self.plan.steps_per_epoch
+        epochs = self.plan.epochs_at(module.step)
         passes = self.stop.facts.get("passes", 0)
         rows = round((epochs + passes) * self.folder.num_rows)
         done = module.step >= module.update.horizon
         return {
             "rows": self.folder.num_rows,
             "held_out_rows": self.held_out.num_rows if self.held_out else 0,
+            **self._left_out(),
             "steps": module.step,
             "epochs": epochs,
             "passes": passes,
@@ -101,7 +104,16 @@ class Finish(Callback):
             "rows_per_second": rows / max(seconds, 1e-9),
             "world_size": world_size,
             "stop_reason": self.stop.facts.get("stopped") or ("budget" if done else "max_time"),
-            "evidence": self.stop.evidence and self.stop.evidence._asdict(),
+            "evidence": self.stop.facts.get("evidence"),
+        }
+
+    def _left_out(self) -> dict[str, Any]:
+        """What `data.on_corrupt=quarantine` left out: rows, and the blocks of each shard of each split."""
+        train, held_out = (each.index.meta.get(LEFT_OUT, {}) if each else {} for each in (self.folder, self.held_out))
+        return {
+            "rows_left_out": train.get("rows", 0),
+            "held_out_rows_left_out": held_out.get("rows", 0),
+            "blocks_left_out": {"train": train.get("shards", {}), "held_out": held_out.get("shards", {})},
         }
 
     def posterior(self, module: VariationalModule) -> Posterior:
@@ -113,12 +125,12 @@ class Finish(Callback):
         return Posterior(module.inference, module.theta.detach().clone(), rows, index, self.metrics)
 
     def _write(self, module: VariationalModule, metrics: dict[str, Any]) -> None:
-        with atomic_write(self.run_dir / "metrics.json") as file:
-            file.write(json.dumps(metrics, indent=1).encode())
         posterior = self.posterior(module)
         posterior.save(self.run_dir / "posterior.pt")
         sites = summarise(module.inference, module.theta, posterior.rows, seed=self.seed)
         write_summary(self.run_dir / "summary.csv", sites)
+        with atomic_write(self.run_dir / _METRICS) as file:
+            file.write(json.dumps(metrics, indent=1).encode())
         for sentence in far_from_prior(module.inference, module.theta, posterior.rows):
             self.console.print(sentence)
         parameters = module.inference.parameters
@@ -131,3 +143,11 @@ class Finish(Callback):
             + f") · {metrics['steps']:,} steps in {metrics['seconds']:.1f} s"
             f" ({metrics['rows_per_second']:,.0f} rows/s){self.shown}"
         )
+
+
+def is_finished(run_dir: Path, step: int) -> bool:
+    """Whether the answer of ``step`` steps was evaluated, and written."""
+    try:
+        return json.loads((run_dir / _METRICS).read_bytes())["steps"] == step
+    except (FileNotFoundError, ValueError, KeyError):
+        return False

@@ -11,15 +11,17 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from trainer.app.allowed import typed
 from trainer.app.config import composed
 from trainer.app.ranks import share_threads, world
 from trainer.app.train import Given, quiet_lightning, train
-from trainer.data.columns import ColumnMap
-from trainer.data.memory import MemorySource, MemoryTable
-from trainer.data.pack import pack
-from trainer.data.reader import ShardFolder
-from trainer.data.sources import open_source
-from trainer.errors import UserError
+from trainer.data.packing.columns import ColumnMap
+from trainer.data.packing.pack import pack
+from trainer.data.shards.folder import ShardFolder, is_packed
+from trainer.data.sources.memory import MemorySource, MemoryTable
+from trainer.data.sources.source import open_source
+from trainer.errors import Stopped, UserError
+from trainer.lit.signals import StopOnSignal
 from trainer.posterior.posterior import Posterior, between_seeds
 
 _AGREE = 1.05
@@ -27,7 +29,7 @@ _AGREE = 1.05
 
 def fit(
     model: Any,
-    data: MemoryTable | ShardFolder | str | Path,
+    data: MemoryTable | ShardFolder | str | Path | Sequence[str | Path],
     guide: Any = "mean_field",
     *,
     columns: ColumnMap | None = None,
@@ -46,7 +48,8 @@ def fit(
     """Fits ``guide`` to the posterior of a Pyro ``model`` given ``data``, in this process.
 
     ``data``: a pandas or polars data frame, an Arrow table, a dict of arrays [N, ...], the path of a file that
-        `svi shard` reads, or a shard folder. A table is packed into a folder of its own that is removed at the end.
+        `svi shard` reads, or a shard folder, or a list of several. A table is packed into a folder of its own that is
+        removed at the end.
     ``guide``: "mean_field", one of `pyro.infer.autoguide`'s classes, or a guide of your own.
     ``columns``, ``standardise``, ``held_out``: as for `svi shard` (not with a shard folder, which is packed).
     ``seeds``: how many fits to make, from ``seed`` on; the one of the highest ELBO is returned, with ``rhat`` between
@@ -61,6 +64,7 @@ def fit(
         raise UserError(f"seeds={seeds} must be at least 1.")
     given = {"batch_size": batch_size, "max_epochs": max_epochs, "max_steps": max_steps, "dtype": dtype}
     chosen = {**{name: value for name, value in given.items() if value is not None}, **(options or {})}
+    names = typed([f"{name}={value}" for name, value in chosen.items()])
     console = Console(quiet=not progress, highlight=False)
     with contextlib.ExitStack() as opened:
         keep = run_dir is not None
@@ -69,8 +73,8 @@ def fit(
         fits = []
         for each in range(seed, seed + seeds):
             own = folder if seeds == 1 else folder / f"seed-{each}"
-            cfg = composed("train", {**chosen, "seed": each, "data.path": str(path), "run_dir": str(own)})
-            fits.append(_fitted(cfg, own, console, Given(model, guide, keep)))
+            options = {"allow": names, **chosen, "seed": each, "data.path": path, "run_dir": str(own)}
+            fits.append(_fitted(composed("train", options), own, console, Given(model, guide, keep)))
     best = max(fits, key=lambda posterior: posterior.metrics["elbo"])
     if seeds == 1:
         return best
@@ -91,16 +95,17 @@ def _packed(
     held_out: float,
     dtype: str | None,
     opened: contextlib.ExitStack,
-) -> Path:
-    """The shard folder of ``data``: its own, or one that is removed with ``opened``."""
-    if isinstance(data, ShardFolder) or (isinstance(data, (str, Path)) and Path(data).is_dir()):
+) -> str | list[str]:
+    """The shard folder of ``data``, or several: its own, or one that is removed with ``opened``."""
+    several = isinstance(data, list | tuple) and all(isinstance(each, str | Path) for each in data)
+    if several or isinstance(data, ShardFolder) or (isinstance(data, (str, Path)) and is_packed(data)):
         if columns or standardise or held_out:
             raise UserError("columns, standardise and held_out belong to packing: this data is packed already.")
-        return data.path if isinstance(data, ShardFolder) else Path(data)
+        return [str(each) for each in data] if several else str(getattr(data, "place", data))
     path = Path(opened.enter_context(TemporaryDirectory(prefix="svi-data-"))) / "shards"
     source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
     pack(source, path, columns=columns, standardise=standardise, held_out=held_out, float_dtype=dtype or "float32")
-    return path
+    return str(path)
 
 
 def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> Posterior:
@@ -111,9 +116,12 @@ def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> P
     with _process_kept():
         threads = share_threads(1, cfg.threads)
         quiet_lightning()
-        module, finish = train(cfg, run_dir, here, threads, console, given)
-        if finish.signals.received:
-            raise KeyboardInterrupt
+        try:
+            with StopOnSignal() as signals:
+                module, finish = train(cfg, run_dir, here, threads, console, signals, given)
+                signals.check()
+        except Stopped:
+            raise KeyboardInterrupt from None
         return finish.posterior(module)
 
 

@@ -1,5 +1,6 @@
 """`svi predict`: new observations at the rows of a table, from a run folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from trainer.app import build
+from trainer.app.allowed import refuse_others
+from trainer.app.data import cache_of, places, training_split
+from trainer.app.watch import Watch
+from trainer.data.shards.folder import is_packed
 from trainer.data.table import table_writer
 from trainer.errors import UserError
 from trainer.posterior.posterior import Posterior
@@ -21,25 +26,33 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     Returns the number of rows.
     """
     del run_dir
-    posterior, out = posterior_of(Path(str(cfg.run))), Path(str(cfg.out))
+    posterior, out = posterior_of(Path(str(cfg.run)), cfg.allow), Path(str(cfg.out))
     levels = [float(level) for level in cfg.quantiles]
     if not all(0 < level < 1 for level in levels):
         raise UserError(f"quantiles={list(cfg.quantiles)} must lie between 0 and 1.")
-    rows = 0
-    with table_writer(out) as write:
-        for row_id, found in posterior.predictions(str(cfg.data.path), int(cfg.draws), levels, int(cfg.seed)):
+    several = places(cfg.data.path)
+    packed = [is_packed(place, cache_of(cfg.data)) for place in several]
+    if len(several) > 1 and not all(packed):
+        raise UserError(f"{several[packed.index(False)]} is a table: predict one table at a time, or pack them.")
+    data = training_split(cfg.data) if packed[0] else several[0]
+    rows, console, draws = 0, Console(highlight=False, soft_wrap=True), int(cfg.draws)
+    with table_writer(out) as write, Watch(console, "predicting") as watch:
+        for row_id, found in posterior.predictions(data, draws, levels, int(cfg.seed), watch.show):
             columns: dict[str, np.ndarray] = {"row_id": row_id}
             for site, each in found.items():
                 columns |= {f"{site}_mean": each.mean, f"{site}_sd": each.sd}
                 columns |= {f"{site}_q{100 * level:02g}": values for level, values in zip(levels, each.quantiles)}
             write(columns)
             rows += len(row_id)
-    Console(highlight=False, soft_wrap=True).print(f"{out}: {rows:,} rows, {int(cfg.draws)} draws each")
+    console.print(f"{out}: {rows:,} rows, {draws} draws each")
     return float(rows)
 
 
-def posterior_of(folder: Path) -> Posterior:
-    """The answer of a finished run, model and guide made from its config. Raises UserError where there is none."""
+def posterior_of(folder: Path, allow: Sequence[str] = ()) -> Posterior:
+    """The answer of a finished run, model and guide made from its config (see `refuse_others`).
+
+    Raises UserError where there is none.
+    """
     config = folder / ".hydra" / "resolved.yaml"
     if not config.is_file():
         raise UserError(f"run={folder} is no run folder of svi train.")
@@ -47,6 +60,7 @@ def posterior_of(folder: Path) -> Posterior:
         raise UserError(f"{folder} has no answer yet: finish it with svi train run_dir={folder} ckpt_path=last.")
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
+    refuse_others(OmegaConf.create({name: cfg[name] for name in ("model", "guide")}), allow, folder)
     model = build.model(cfg.model)
     return Posterior.of_factory(
         folder / POSTERIOR, model, lambda columns, plate: build.guide(cfg.guide, model, columns, plate)

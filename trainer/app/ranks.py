@@ -1,7 +1,12 @@
 """Who launched us, and how this machine is shared among the ranks."""
 
+import contextlib
+import ctypes
 import os
-from typing import NamedTuple
+import signal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,6 +14,8 @@ from omegaconf import DictConfig
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from trainer.errors import UserError
+
+Answer = TypeVar("Answer")
 
 
 class World(NamedTuple):
@@ -72,14 +79,35 @@ def share_threads(local_size: int, threads: int | None) -> int:
 
     One core is left to the thread that reads ahead: an oversubscribed OpenMP pool was measured 150 times slower.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = threads or max(1, cores // local_size - 1)
+    share = threads or max(1, usable_cores() // local_size - 1)
     torch.set_num_threads(share)
     return share
 
 
-def agree_on(text: str, world: World, backend: str) -> str:
-    """Rank 0's ``text`` on every rank of an external launch (their clocks and so their folders may differ)."""
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_share(local_size: int) -> int:
+    """The bytes of rows that a rank may hold: a quarter of its share of what this machine, or our cgroup, has."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        memory = min(memory, int(limit.read_text()))
+    return memory // 4 // local_size
+
+
+def is_restarted() -> bool:
+    """Whether torchrun, after a failure, or Slurm, after a requeue, started this job again."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def agree_on(text: str, world: World, backend: str, timeout: timedelta | None = None) -> str:
+    """Rank 0's ``text`` on every rank of an external launch (their clocks and so their folders may differ).
+
+    Begins its process group; ``timeout``: for the ranks to find each other, and of its collectives (None: torch's).
+    """
     if not world.external:
         return text
     if not dist.is_initialized():
@@ -88,7 +116,32 @@ def agree_on(text: str, world: World, backend: str) -> str:
             slurm = SLURMEnvironment(auto_requeue=False)
             env["MASTER_ADDR"], env["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
         env.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))
-        dist.init_process_group(backend)
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+        if backend == "nccl":  # objects travel by way of the current device
+            local = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")))
+            torch.cuda.set_device(local % torch.cuda.device_count())
+        wait = timeout or dist.distributed_c10d.default_pg_timeout
+        store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=wait))
+        life = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store, and its addresses of the dead
+        store = dist.PrefixStore(f"life {life}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    return of_all(text, world)[0]
+
+
+def of_all(value: Answer, world: World) -> list[Answer]:
+    """Every rank's ``value``, once `agree_on` has begun the group; our own alone where Lightning launches the others.
+
+    ``value`` is pickled, on its way to ranks of our own job.
+    """
+    if not world.external or world.size == 1:
+        return [value]
+    box: list[Any] = [None] * world.size
+    dist.all_gather_object(box, value)
+    return box
+
+
+def die_with_parent() -> None:
+    """Has Linux send this process SIGTERM when its parent ends."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        set_parent_death_signal = 1
+        prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,7 +1,8 @@
 """What a run fixes at its first launch, and what must be the same when it goes on.
 
 The plan (lanes, batch size, seed) and the number of draws belong to the run, not to the launch: they come from the
-checkpoint where there is one, so that another world size reads the same rows with the same noise.
+checkpoint where there is one, so that another world size reads the same rows with the same noise. Another batch size,
+and other lanes, hold from the checkpoint's step on.
 """
 
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from trainer.app.budget import Begun
+from trainer.app.data import cache_of
 from trainer.app.ranks import World
-from trainer.data.plan import default_lanes
-from trainer.data.reader import ShardFolder
+from trainer.data.plan import Plan, default_lanes
+from trainer.data.rest import Rest
+from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
 from trainer.lit import checkpoint
 from trainer.lit.datamodule import Ranks
 from trainer.svi.step import State
 
+_TOGETHER = 8  # shards, of each lane
+_KEPT = ("marks", "stopped", "passes", "no_newton_at", "ending", "evidence")
 Saved = tuple[State, dict[str, Any]]
 
 
@@ -35,36 +41,83 @@ def saved(ckpt_path: str | None, run_dir: Path) -> Saved | None:
 
 
 def plan_facts(cfg: DictConfig, folder: ShardFolder, world: World, old: Saved | None) -> dict[str, Any]:
-    """Lanes, batch size, seed, runs and draws of the plan: the checkpoint's, or those of a fresh run."""
+    """Lanes, batch size, seed, runs and draws of the plan: those of a fresh run, or the checkpoint's.
+
+    Where another batch size, other lanes or draws are given, or the ranks need other lanes, they hold from the
+    checkpoint's step on, and `Rest` says what its epoch has left.
+    """
     batch_size = min(int(cfg.batch_size), folder.num_rows)
     if batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size} must be at least 1.")
-    fresh: dict[str, Any] = {
-        "lanes": int(cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows)),
-        "batch_size": batch_size,
-        "seed": int(cfg.seed),
-        "run_rows": int(cfg.data.run_rows),
-        "pool_blocks": int(cfg.data.pool_blocks),
-        "draws": int(cfg.draws or world.size),
-        "index": folder.index.digest,
-    }
     if old is None:
-        facts = fresh
+        facts: dict[str, Any] = {
+            "lanes": int(cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows)),
+            "batch_size": batch_size,
+            "seed": int(cfg.seed),
+            "run_rows": int(cfg.data.run_rows),
+            "pool_blocks": int(cfg.data.pool_blocks),
+            "shards_together": _shards_together(cfg, folder),
+            "draws": int(cfg.draws or world.size),
+            "index": folder.index.digest,
+        }
     else:
         facts = dict(old[1]["plan"])
-        if facts["index"] != fresh["index"]:
-            raise UserError(
-                f"the checkpoint was trained on other data than {cfg.data.path} (index {facts['index'][:12]} is not "
-                f"{fresh['index'][:12]}): give the same shards, or start a new run_dir."
-            )
-        for key in ("batch_size", "seed"):
-            if facts[key] != fresh[key]:
-                raise UserError(
-                    f"the checkpoint was trained with {key}={facts[key]}, not {fresh[key]}: "
-                    f"give {key}={facts[key]}, or start a new run_dir."
-                )
+        _refuse_other_rows(cfg, folder, facts)
+        before, facts["draws"] = plan_of(facts, folder), int(cfg.draws or facts["draws"])
+        lanes = int(cfg.data.lanes or facts["lanes"])
+        if cfg.data.lanes is None and (lanes % world.size or (batch_size % lanes and batch_size < folder.num_rows)):
+            lanes = default_lanes(batch_size, max(world.size, facts["draws"]), folder.num_rows)
+        if (lanes, batch_size) != (facts["lanes"], facts["batch_size"]):
+            facts |= {"lanes": lanes, "batch_size": batch_size, "rest": before.rest_at(int(old[0].step)).plain()}
     _refuse_uneven(facts["lanes"], facts["draws"], world.size)
     return facts
+
+
+def plan_of(facts: dict[str, Any], folder: ShardFolder) -> Plan:
+    """The plan that ``facts`` describe."""
+    own = {name: value for name, value in facts.items() if name not in ("index", "draws", "rest")}
+    return Plan(folder.block_rows, shard_of=folder.shard_of, rest=Rest.of(facts.get("rest")), **own)
+
+
+def begun(old: Saved | None) -> Begun | None:
+    """What the saved run had taken and planned; None without one (or one of a version that did not say)."""
+    return None if old is None or "rounds" not in old[1] else Begun(int(old[0].step), old[1]["rounds"])
+
+
+def keep(old: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Takes into ``facts`` what goes on; not the means of segments that now would end elsewhere."""
+    facts |= {name: old[name] for name in _KEPT if name in old}
+    if old["plan"] != facts["plan"] or old.get("rounds", facts["rounds"]) != facts["rounds"]:
+        facts.pop("marks", None)
+
+
+def changes(old: dict[str, Any], facts: dict[str, Any]) -> str:
+    """What of the plan is other than it was, in words."""
+    was, now = old["plan"], facts["plan"]
+    words = {"batch_size": "batch_size", "lanes": "data.lanes", "draws": "draws"}
+    found = [f"{word}={now[name]} (it was {was[name]})" for name, word in words.items() if now[name] != was[name]]
+    return f" with {', '.join(found)}" if found else ""
+
+
+def _refuse_other_rows(cfg: DictConfig, folder: ShardFolder, facts: dict[str, Any]) -> None:
+    if facts["index"] != folder.index.digest:
+        raise UserError(
+            f"the checkpoint was trained on other data than {cfg.data.path} (index {facts['index'][:12]} is not "
+            f"{folder.index.digest[:12]}): give the same shards (and data.on_corrupt=), or start a new run_dir."
+        )
+    if facts["seed"] != int(cfg.seed):
+        raise UserError(
+            f"the checkpoint was trained with seed={facts['seed']}, not {cfg.seed}: "
+            f"give seed={facts['seed']}, or start a new run_dir."
+        )
+
+
+def _shards_together(cfg: DictConfig, folder: ShardFolder) -> int:
+    """Few where the cache cannot hold all shards, else 0, for all of them."""
+    if not folder.files.far:
+        return 0
+    size = sum(shard.bytes for shard in folder.index.shards)
+    return 0 if 2 * size <= cache_of(cfg.data).room else _TOGETHER
 
 
 def _refuse_uneven(lanes: int, draws: int, ranks: int) -> None:

@@ -2,11 +2,11 @@
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,22 @@ import numpy as np
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainer.app import build
-from trainer.data.columns import source_columns
-from trainer.data.index import Column
-from trainer.data.mixed import refuse_mixed
-from trainer.data.pack import pack
-from trainer.data.sources import Source, open_source
+from trainer.app.allowed import refuse_others
+from trainer.app.data import places
+from trainer.app.watch import Watch
+from trainer.data.packing.columns import source_columns
+from trainer.data.packing.pack import pack
+from trainer.data.packing.parts import Parts
+from trainer.data.shards.cache import ShardCache
+from trainer.data.shards.folder import is_packed
+from trainer.data.shards.index import Column
+from trainer.data.sources.mixed import refuse_mixed
+from trainer.data.sources.source import Source, open_source
+from trainer.data.sources.synthetic import SyntheticSource
 from trainer.data.store import atomic_write
-from trainer.data.synthetic import SyntheticSource
 from trainer.errors import UserError
-
-_LINES = 10  # in a log file: about one for each tenth of the table
 
 
 def run(cfg: DictConfig, run_dir: Path) -> float:
@@ -34,13 +37,21 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     del run_dir
     if not cfg.out:
         raise UserError("no output folder was given: add out=DIR.")
-    out, options = Path(str(cfg.out)), _options(cfg)
+    out = Path(str(cfg.out))
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with _stopping_on_signals(), _Watch(console) as watch:
-        source, truth = _source(cfg)
-        train, held_out = pack(source, out, progress=watch.show, **options)
-        if truth is not None:
-            _write_truth(out, truth)
+    if _truth_value("finish", cfg.finish):
+        if cfg.part is not None:
+            raise UserError("part= and finish=true are two steps: run every part first, then finish=true once.")
+        with _stopping_on_signals("run it again: what was made is kept"), Watch(console, "writing") as watch:
+            train, held_out = Parts(out).finish(**_resources(cfg), progress=watch.show)
+    elif cfg.part is not None:
+        return _part(cfg, Parts(out), console)
+    else:
+        with _stopping_on_signals("nothing was packed"), Watch(console, "packing") as watch:
+            source, truth = _source(cfg)
+            train, held_out = pack(source, out, progress=watch.show, **_options(cfg), **_resources(cfg))
+            if truth is not None:
+                _write_truth(out, truth)
     dropped = train.meta.get("dropped", 0)
     console.print(
         f"{cfg.out}: {train.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out"
@@ -50,13 +61,52 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     return float(train.num_rows)
 
 
-def shards_of(path: str, console: Console) -> str:
-    """``path`` if it is a shard folder, else the folder beside it into which its table is packed, once.
+def _part(cfg: DictConfig, parts: Parts, console: Console) -> float:
+    """Reads one part; where all are read already, makes its share of the shards. Returns the rows read."""
+    part, of = _part_of(str(cfg.part))
+    resources = _resources(cfg)
+    with _stopping_on_signals(f"start part={part}/{of} again: it does what is left of it"):
+        with Watch(console, f"reading part {part} of {of}") as watch:
+            source, truth = _source(cfg)
+            rows = parts.read(source, part, of, progress=watch.show, **_options(cfg), **resources)
+            if truth is not None and not (parts.packed / "truth.json").exists():
+                _write_truth(parts.packed, truth)
+        missing, made = parts.missing(), 0
+        if not missing:
+            del resources["overwrite"]
+            with Watch(console, f"writing part {part} of {of}") as watch:
+                made = parts.write(part, of, progress=watch.show, **resources)
+    console.print(
+        f"part {part} of {of}: "
+        + ("read before" if rows is None else f"{rows:,} rows read")
+        + (f" · {len(missing)} of {of} parts to come" if missing else f" · {made} shards made; now finish=true")
+    )
+    return float(rows or 0)
 
-    Raises UserError where the table has changed since.
+
+def _part_of(text: str) -> tuple[int, int]:
+    """ "3/16" as 3 and 16."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None:
+        raise UserError(f"part={text} is no part: write part=1/16 for the first of 16.")
+    return int(found[1]), int(found[2])
+
+
+def shards_of(paths: Sequence[str], console: Console, cache: ShardCache) -> str | list[str]:
+    """The shard folders of ``paths``: themselves, or the folder beside each into which its table is packed, once, with
+    the columns and codes of those before it. One, or a list of several.
+
+    Raises UserError where a table has changed since.
     """
+    found: list[str] = []
+    for path in paths:
+        found.append(_shards_of(path, found, console, cache))
+    return found[0] if len(found) == 1 else found
+
+
+def _shards_of(path: str, like: list[str], console: Console, cache: ShardCache) -> str:
     remote, here = "://" in path, Path(path)
-    if not remote and not here.is_file() and not any(here.rglob("*.parquet")):
+    if is_packed(path, cache) or not (remote or here.is_file() or any(here.rglob("*.parquet"))):
         return path  # a shard folder, or nothing: whoever opens it says so
     out = Path(f"{path.rstrip('/').rpartition('/')[2]}.shards") if remote else here.with_name(f"{here.name}.shards")
     with FileLock(f"{out}.lock"):
@@ -64,7 +114,7 @@ def shards_of(path: str, console: Console) -> str:
             source = open_source(path)
             refuse_mixed(source, source.fields, ())
             console.print(f"packing {path} into {out}, this once (svi shard chooses columns, splits and more)")
-            pack(source, out)
+            pack(source, out, like=list(like) or None)
         elif not remote and here.stat().st_mtime > out.stat().st_mtime:
             raise UserError(
                 f"{path} has changed since it was packed: remove {out} to pack it again, or train on {out}."
@@ -81,13 +131,21 @@ def _options(cfg: DictConfig) -> dict[str, Any]:
         "seed": _integer("seed", cfg.seed),
         "shard_bytes": _integer("shard_bytes", cfg.shard_bytes),
         "block_rows": _integer("block_rows", cfg.block_rows),
-        "memory_bytes": _integer("memory_bytes", cfg.memory_bytes),
         "missing": str(cfg.missing),
         "standardise": _names(cfg.standardise),
         "group_by": None if cfg.group_by is None else str(cfg.group_by),
         "split_by": None if cfg.split.by is None else str(cfg.split.by),
         "split_time": None if cfg.split.time is None else str(cfg.split.time),
         "split_after": cfg.split.after,
+        "like": None if cfg.like is None else places(cfg.like),
+    }
+
+
+def _resources(cfg: DictConfig) -> dict[str, Any]:
+    """What changes no byte of what is packed."""
+    return {
+        "memory_bytes": _integer("memory_bytes", cfg.memory_bytes),
+        "workers": None if cfg.workers is None else _integer("workers", cfg.workers),
         "overwrite": _truth_value("overwrite", cfg.overwrite),
     }
 
@@ -125,12 +183,12 @@ def _truth_value(key: str, value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _stopping_on_signals() -> Iterator[None]:
+def _stopping_on_signals(left: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM unwind the stack, which clears what is half-written, and exit with 128 + n."""
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the clearing up
-        print(f"svi shard: stopped by {signal.Signals(number).name}; nothing was packed.", file=sys.stderr)
+        print(f"svi shard: stopped by {signal.Signals(number).name}; {left}.", file=sys.stderr)
         sys.exit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -141,40 +199,8 @@ def _stopping_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Watch:
-    """What a watcher sees: a bar with rows, rows/s and time left on a terminal, a line now and then in a log file."""
-
-    def __init__(self, console: Console):
-        self.console, self.next_line, self.start = console, 0, time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} rows"),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("reading", total=None, rate="")
-
-    def __enter__(self) -> "_Watch":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def show(self, done: int, total: int | None) -> None:
-        """``done`` of ``total`` rows."""
-        rate = f"{done / max(time.monotonic() - self.start, 1e-9):,.0f} rows/s"
-        self.bar.update(self.task, description="packing", completed=done, total=total, rate=rate)
-        if not self.console.is_terminal and (done >= self.next_line or done == total):
-            self.console.print(f"packing {done:,}" + (f"/{total:,} rows" if total else " rows") + f"  {rate}")
-            self.next_line = done + max(1, (total or 0) // _LINES)
-
-
 def _named(column: Column) -> str:
-    categories = f" ({len(column.vocabulary):,} categories)" if column.vocabulary is not None else ""
+    categories = f" ({len(column.vocabulary):,} categories)" if column.vocabulary and column.kind == "dense" else ""
     return (f"{column.name}{list(column.shape)}" if column.shape else column.name) + categories
 
 
@@ -185,7 +211,8 @@ def _source(cfg: DictConfig) -> tuple[Source, dict[str, Any] | None]:
     if cfg.source:
         source = open_source(str(cfg.source))
         columns = _options(cfg)["columns"]
-        refuse_mixed(source, source_columns(columns) if columns else source.fields, _names(cfg.categories))
+        if cfg.like is None:  # else its columns say what these are
+            refuse_mixed(source, source_columns(columns) if columns else source.fields, _names(cfg.categories))
         return source, None
     raise UserError("no table was given: add source=PATH (Parquet, CSV or .npz; a glob works too) or source=synthetic.")
 
@@ -196,6 +223,7 @@ def _synthetic(cfg: DictConfig) -> tuple[SyntheticSource, dict[str, Any]]:
     rows, seed = _integer("rows", cfg.rows), _integer("seed", cfg.seed)
     if seed < 0:
         raise UserError(f"seed={seed} is out of range: give an integer from 0 to 2**63 - 1.")
+    refuse_others(cfg.model, cfg.allow)
     model = build.model(cfg.model)
     if not hasattr(model, "truth") or not hasattr(model, "rows"):
         raise UserError(

@@ -3,6 +3,7 @@ brought to the optimum by Newton steps where the curvature is known, and the cur
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +13,7 @@ from torch import Tensor
 from trainer.app.blocks import AllRows
 from trainer.lit.module import VariationalModule
 from trainer.lit.strategy import from_rank_zero
-from trainer.posterior.convergence import newton_step, step_to_go
+from trainer.posterior.convergence import Rule, newton_step, step_to_go
 from trainer.posterior.gradient import MANY, Draws
 from trainer.posterior.newton import NEAR, polished, step_by_products
 from trainer.svi.start import whitening_at
@@ -24,14 +25,14 @@ _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 
 
 class MoveAnchor(Callback):
-    """Sets the state's `Anchor` every ``every`` steps (an epoch), from a pass over all rows."""
+    """Sets the state's `Anchor` before each step at which an epoch ``begins``, from a pass over all rows."""
 
-    def __init__(self, rows: AllRows, every: int):
-        self.rows, self.every = rows, every
+    def __init__(self, rows: AllRows, begins: Callable[[int], bool]):
+        self.rows, self.begins = rows, begins
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)
-        if module.step % self.every == 0:
+        if self.begins(module.step):
             theta = module.state.theta.clone()
             gradient = self.rows.gradient(trainer, theta) / module.inference.num_obs
             anchor = Anchor(theta, gradient[: module.update.anchored].to(theta.dtype))
@@ -78,14 +79,17 @@ class EndRound:
 
         def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
             near = step_to_go(inference, theta, solve(theta, found)) <= NEAR
-            made = None if near else polished(inference, theta, solve, gradient)
+            made = None if near else polished(inference, theta, solve, gradient, _LEVELS[:2])
             return (theta, found) if made is None or not made.agreed else (from_rank_zero(made.theta), made.gradient)
 
         theta, found = moved(theta, gradient(theta))
         made = whitening_at(inference, theta.cpu(), self.sample)
         whitening = Whitening(*(from_rank_zero(each.to(module.device)) for each in made))
         theta, found = moved(theta, found)
-        return theta, whitening, step_to_go(inference, theta, solve(theta, found))
+        left = step_to_go(inference, theta, solve(theta, found))
+        if left <= Rule().gradient:  # one of many readings may be so small by luck: four times the draws tell
+            left = step_to_go(inference, theta, solve(theta, gradient(theta, _LEVELS[1])))
+        return theta, whitening, left
 
     def _by_products(self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
         inference, rows = module.inference, self.rows

@@ -4,7 +4,7 @@ Every figure comes from what all ranks hold alike, so they decide alike; what a 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -39,7 +39,8 @@ class Stop(Callback):
 
     An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well. If
     they leave the log scales of small sites as averaged, the segments judge these.
-    ``facts``: the checkpoint's, where marks and the reason to stop are kept.
+    ``facts``: the checkpoint's, where marks and the reason to stop are kept. ``doubts``: what the start said of the
+    model, which is said again where the answer did not come.
     """
 
     def __init__(
@@ -49,10 +50,16 @@ class Stop(Callback):
         steps_per_epoch: int,
         facts: dict[str, Any],
         say: Callable[[str], None],
+        doubts: Sequence[str] = (),
     ):
         self.rule, self.end_round, self.epoch, self.facts, self.say = rule, end_round, steps_per_epoch, facts, say
+        self.doubts = doubts
         self.marks: list[Mark] = facts.setdefault("marks", [])
-        self.evidence: Evidence | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, VariationalModule)
+        if self.facts.get("ending") == module.step:  # a signal came while the round ended
+            self._end(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)
@@ -61,19 +68,34 @@ class Stop(Callback):
         if module.step in ends and can_be_judged(module.inference):
             self.marks.append((int(module.state.averaged), module.state.average.cpu().clone()))
         if module.step == here.horizon:
-            average = module.theta.cpu()
-            moved, left = self.end_round(trainer, module)
-            means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
-            evidence = None
-            if moved:
-                known = module.update.whitened or knows_small_sites(module.inference)
-                small = None if known else scale_error_of_small(module.inference, means)
-                evidence = Evidence(None, small, None, left)
-            elif means is not None:
-                evidence = of_average(module.inference, means, average)._replace(gradient=left)
-            if evidence is not None:
-                self._judge(trainer, module, evidence, moved and not module.update.whitened)
-            self.marks.clear()
+            self.facts["ending"] = module.step
+            self._end(trainer, module)
+
+    def _end(self, trainer: pl.Trainer, module: VariationalModule) -> None:
+        """Ends the round, or leaves the state as it is to be ended another time."""
+        before = module.state
+        try:
+            self._judged(trainer, module)
+        except BaseException:
+            module.state = before
+            raise
+        del self.facts["ending"]
+        self.marks.clear()
+
+    def _judged(self, trainer: pl.Trainer, module: VariationalModule) -> None:
+        here, average = module.update.at(module.step - 1), module.theta.cpu()
+        ends = segment_ends(here, self.epoch, module.program.sync_every)
+        moved, left = self.end_round(trainer, module)
+        means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
+        evidence = None
+        if moved:
+            known = module.update.whitened or knows_small_sites(module.inference)
+            small = None if known else scale_error_of_small(module.inference, means)
+            evidence = Evidence(None, small, None, left)
+        elif means is not None:
+            evidence = of_average(module.inference, means, average)._replace(gradient=left)
+        if evidence is not None:
+            self._judge(trainer, module, evidence, moved and not module.update.whitened)
 
     def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence, at_noise: bool) -> None:
         """``at_noise``: what the gradient leaves to go is as little as its draws can tell."""
@@ -82,7 +104,7 @@ class Stop(Callback):
             gradient = self.end_round.rows.gradient(trainer, theta)
             step = axis_step(module.inference, theta, gradient)
             evidence = evidence._replace(gradient=step_to_go(module.inference, theta, step))
-        self.evidence, short = evidence, rule.short_of(evidence)
+        self.facts["evidence"], short = evidence._asdict(), rule.short_of(evidence)
         if not short and self.rule is not None:
             self.facts["stopped"] = "converged"
             trainer.should_stop = True
@@ -100,6 +122,8 @@ class Stop(Callback):
                 f"not converged within the budget: {_words(rule, evidence, short)}; give it more with max_epochs= "
                 "or max_steps="
             )
+            for sentence in self.doubts:
+                self.say(sentence)
 
 
 def _words(rule: Rule, evidence: Evidence, names: Any) -> str:

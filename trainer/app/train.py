@@ -1,52 +1,62 @@
 """`svi train`: a model and a shard folder in, a run folder out."""
 
 import logging
-import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 from rich.console import Console
 
-from trainer.app import build, resume
+from trainer.app import build, resume, secrets
+from trainer.app.allowed import refuse_others
 from trainer.app.blocks import AllRows
-from trainer.app.finish import Finish
+from trainer.app.budget import update_of
+from trainer.app.data import cache_of, held_out_split, places, training_split
+from trainer.app.finish import Finish, is_finished
 from trainer.app.loggers import make_loggers
-from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
+from trainer.app.quarantine import without_damage
+from trainer.app.ranks import World, agree_on, is_restarted, memory_share, on_cuda, share_threads, world
+from trainer.app.run_folder import save_words
+from trainer.app.run_lock import locked
 from trainer.app.shard import shards_of
 from trainer.app.steer import EndRound, MoveAnchor
 from trainer.app.stop import Stop
+from trainer.app.tracking import Tracked
+from trainer.data.fields import concatenate
 from trainer.data.plan import Plan
-from trainer.data.reader import ShardFolder, open_split
+from trainer.data.shards.folder import ShardFolder
 from trainer.data.store import atomic_write
-from trainer.errors import UserError
+from trainer.errors import RankLost, Stopped, UserError
 from trainer.lit.checkpoint import Checkpoints
-from trainer.lit.datamodule import ChunkData, to_tensor
+from trainer.lit.datamodule import ChunkData
+from trainer.lit.failure import explained, leave_group
 from trainer.lit.metrics import MetricsFile
 from trainer.lit.module import VariationalModule
 from trainer.lit.progress import ProgressBar
+from trainer.lit.row_log import RowLog
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import RankStrategy, sum_over_ranks
 from trainer.posterior.convergence import segment_ends
+from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.start import has_latents_alone, laplace_start
-from trainer.svi.step import Inference, StepBatch, Update
+from trainer.svi.step import Inference, StepBatch
 
 _CHECK_ROWS = 1024
-_ROUND_STEPS = 250  # of the shortest round
 _START_ROWS = 65_536
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -64,19 +74,32 @@ class Given(NamedTuple):
 def run(cfg: DictConfig, run_dir: Path) -> float:
     """Trains, writes the run folder, and returns the held-out ELBO per row (the ELBO per row without held-out rows).
 
-    Exits with 128 + the signal's number when a signal ended the run, after saving.
+    Raises `Stopped`, which exits with 128 + the signal's number, when a signal ended the run, after saving; where
+    another rank was the first to fail, RankLost.
     """
     here = world(cfg.trainer)
     threads = share_threads(here.local_size, cfg.threads)
-    run_dir = Path(agree_on(str(run_dir.absolute()), here, "nccl" if on_cuda(cfg.trainer) else "gloo"))
+    if is_restarted():
+        cfg.ckpt_path = cfg.ckpt_path or "last"
+    backend, timeout = "nccl" if on_cuda(cfg.trainer) else "gloo", timedelta(seconds=float(cfg.trainer.timeout))
     quiet_lightning()
     before = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
     try:
-        console = Console(quiet=here.rank != 0, highlight=False, soft_wrap=True)
-        _, finish = train(cfg, run_dir, here, threads, console)
-        if finish.signals.received:
-            sys.exit(128 + finish.signals.received)
-        return finish.headline
+        with StopOnSignal() as signals:
+            try:
+                run_dir = Path(agree_on(str(run_dir.absolute()), here, backend, timeout))
+                console = Console(quiet=here.rank != 0, highlight=False, soft_wrap=True)
+                _, finish = train(cfg, run_dir, here, threads, console, signals)
+                signals.check()
+                return finish.headline
+            except BaseException as error:
+                told = explained(error)
+                if isinstance(told, (Stopped, RankLost)):
+                    signals.ignore()
+                leave_group(together=False)
+                if isinstance(told, Stopped) and (here.rank == 0 or not told.agreed):
+                    print(told, flush=True)
+                raise told from (None if told is error else error)
     finally:
         for name, value in before.items():  # a later run of this process (a sweep) launches its own ranks
             if value is None:
@@ -86,20 +109,52 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
 
 
 def train(
-    cfg: DictConfig, run_dir: Path, here: World, threads: int, console: Console, given: Given | None = None
+    cfg: DictConfig,
+    run_dir: Path,
+    here: World,
+    threads: int,
+    console: Console,
+    signals: StopOnSignal,
+    given: Given | None = None,
 ) -> tuple[VariationalModule, Finish]:
     """Trains and writes the run folder; ``given``: model and guide as objects, in place of the config's."""
-    cfg.data.path = shards_of(str(cfg.data.path), console)
-    folder, held_out = open_training(str(cfg.data.path)), open_split(Path(str(cfg.data.path)), "held_out")
-    cfg.dtype = cfg.dtype or ("float64" if folder.num_rows <= _START_ROWS else "float32")
-    torch.set_default_dtype(_dtype(cfg.dtype))
+    with locked(run_dir) if here.rank == 0 else nullcontext():
+        if here.rank == 0 and given is None:
+            save_words(cfg, run_dir)
+        refuse_others(cfg, cfg.allow)
+        if cfg.data.on_corrupt not in ("error", "quarantine"):
+            raise UserError(f"data.on_corrupt={cfg.data.on_corrupt} is unknown: write error or quarantine.")
+        cfg.data.path = shards_of(places(cfg.data.path), console, cache_of(cfg.data))
+        folder, held_out = training_split(cfg.data), held_out_split(cfg.data)
+        if cfg.data.on_corrupt == "quarantine":
+            folder = without_damage(folder, run_dir, here, console)
+            held_out = held_out and without_damage(held_out, run_dir, here, console)
+        cfg.dtype = cfg.dtype or ("float64" if folder.num_rows <= _START_ROWS else "float32")
+        torch.set_default_dtype(_dtype(cfg.dtype))
+        return _train(cfg, run_dir, here, threads, console, signals, given, folder, held_out)
+
+
+def _train(
+    cfg: DictConfig,
+    run_dir: Path,
+    here: World,
+    threads: int,
+    console: Console,
+    signals: StopOnSignal,
+    given: Given | None,
+    folder: ShardFolder,
+    held_out: ShardFolder | None,
+) -> tuple[VariationalModule, Finish]:
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
-    plan = Plan(folder.index.block_rows, **{k: v for k, v in plan_facts.items() if k not in ("index", "draws")})
+    plan = resume.plan_of(plan_facts, folder)
     inference, theta = infer(cfg, folder, given)
     sample, began = _sample(folder, inference), time.monotonic()
-    start = laplace_start(inference, theta, sample, console.print) if cfg.start == "laplace" else None
-    update = _update(cfg, plan, start is not None, _anchored(cfg, inference))
+    doubts: list[str] = []
+    start = laplace_start(inference, theta, sample, doubts.append) if cfg.start == "laplace" else None
+    for sentence in doubts:
+        console.print(sentence)
+    update = update_of(cfg, plan, start is not None, _anchored(cfg, inference), resume.begun(saved))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=replace(inference.objective, pairs=2))
     fresh = state = update.init(theta) if start is None else update.init(*start)
@@ -109,6 +164,7 @@ def train(
         "sites": list(inference.sites),
         "optimizer": OmegaConf.to_container(cfg.optimizer, resolve=True),
         "horizon": update.horizon,
+        "rounds": [each.horizon for each in update.rounds],
         "version": version("svi-trainer"),
         "world_size": here.size,
     }
@@ -116,12 +172,13 @@ def train(
     if saved is not None:
         resume.check_same(saved[1], facts, saved[0], fresh)
         state, seconds = saved[0], float(saved[1]["seconds"])
-        facts |= {name: saved[1][name] for name in ("marks", "stopped", "passes") if name in saved[1]}
-        console.print(f"continuing from step {int(state.step):,}")
+        resume.keep(saved[1], facts)
+        console.print(f"continuing from step {int(state.step):,}{resume.changes(saved[1], facts)}")
     console.print(
         f"{folder.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out · "
         f"{inference.parameters.size:,} parameters · {update.horizon:,} steps of {plan.batch_size:,} rows "
-        f"({update.horizon / plan.steps_per_epoch:.3g} epochs) · {here.size} rank(s) x {threads} thread(s)"
+        f"({plan.epochs_at(max(update.horizon, plan.rest.step)):.3g} epochs) · {here.size} rank(s) x "
+        f"{threads} thread(s)"
     )
     if here.rank == 0:
         _save_config(cfg, run_dir)
@@ -130,52 +187,56 @@ def train(
         inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks
     )
     module = VariationalModule(inference, update, program, state, seconds, console.print)
-    epoch = plan.steps_per_epoch if update.anchored else 0
-    local_latents = bool(inference.guide.noise_size[1])
+    with_row_id = bool(inference.guide.noise_size[1] or cfg.data.log_rows)
     every = int(cfg.checkpoint.every_n_steps or 0)
     for name, count in (("checkpoint.every_n_steps", every), ("slots", int(cfg.slots or 0))):
         if count % program.sync_every:
             raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
-    data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), local_latents,
-                     cfg.slots and int(cfg.slots), tuple(n for n in (every, epoch) if n),
+    report = _report(cfg, held_out or folder, update.horizon, program.sync_every, facts, signals)
+    data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), with_row_id,
+                     cfg.slots and int(cfg.slots), _cuts(plan, every, update.anchored),
                      tuple(end for each in update.rounds for end in (each.horizon, *segment_ends(
-                         each, plan.steps_per_epoch, program.sync_every))))  # fmt: skip
+                         each, plan.steps_per_epoch, program.sync_every)))
+                     + tuple(end for each in report for end in each.ends),
+                     int(cfg.data.memory or memory_share(here.local_size)))  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
-    signals = StopOnSignal()
     bar = ProgressBar(console, update.horizon)
-    rows = AllRows(folder, int(cfg.seed), facts, bar.on_pass)
+    rows = AllRows(folder, int(cfg.seed), facts, bar.on_pass, signals.check)
     rule = build.make(cfg.stop) if cfg.get("stop") else None
-    afford = None if cfg.newton_after is None else math.ceil(float(cfg.newton_after) * plan.steps_per_epoch)
+    afford = None if cfg.newton_after is None else plan.step_after(float(cfg.newton_after))
     by_products = afford if has_latents_alone(inference) else None
-    stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print)
+    stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print, doubts)
     shown = f" · {run_dir}" if given is None or given.keep else ""
-    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, stop, shown)
+    figures = MetricsFile(run_dir / "metrics.csv", console.print)
+    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, figures, stop, shown)
     callbacks = [
         signals,
-        *([MoveAnchor(rows, epoch)] if epoch else []),
+        *([MoveAnchor(rows, plan.begins)] if update.anchored else []),
+        *([RowLog(Path(str(cfg.data.log_rows)))] if cfg.data.log_rows else []),
         bar,
-        MetricsFile(run_dir / "metrics.csv"),
+        figures,
         stop,
-        Checkpoints(run_dir / "checkpoints", facts, every, int(cfg.checkpoint.keep_last)),
+        *report,
+        Checkpoints(run_dir / "checkpoints", facts, data.first, every, cfg.checkpoint.every_minutes,
+                    int(cfg.checkpoint.keep_last), console.print),
         finish,
-    ]
-    if facts.get("stopped") and rule is not None:
-        console.print(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
-    elif data.first < data.last:
+        Tracked(run_dir, folder, figures, bool(cfg.checkpoint.track)),
+    ]  # fmt: skip
+    if (facts.get("stopped") and rule is not None) or data.first >= data.last:
+        data.last = data.first  # what was cut short at the end, if anything, is all there is to do
+    if data.first < data.last or not is_finished(run_dir, data.first):
         _trainer(cfg, run_dir, here, callbacks).fit(module, data)
+    elif facts.get("stopped"):
+        console.print(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
     else:
         console.print(f"step {data.first:,} is the end already: raise max_steps= or max_epochs= to go on.")
-    if signals.received:
-        console.print(f"stopped by signal {signals.received} at step {module.step:,}; continue with ckpt_path=last")
     return module, finish
 
 
-def open_training(path: str) -> ShardFolder:
-    """The training split of a shard folder. Raises UserError where there is none."""
-    folder = open_split(Path(path), "train")
-    if folder is None:
-        raise UserError(f"data.path={path} is no shard folder: pack one with svi shard source=TABLE out={path}")
-    return folder
+def _cuts(plan: Plan, every: int, anchored: int) -> tuple[tuple[int, int], ...]:
+    """Where chunks end: at multiples of ``every`` (checkpoints), and where an epoch begins if there is an anchor."""
+    epochs = (plan.steps_per_epoch, plan.first_whole)
+    return (*([(every, 0)] if every else []), *([epochs] if anchored else []))
 
 
 def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> tuple[Inference, torch.Tensor]:
@@ -188,10 +249,10 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
     pairs = cfg.objective.pairs or 1
     objective = build.make(cfg.objective, partial=True)(pairs=pairs)
     dtype = torch.get_default_dtype()
-    rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS].copy(), dtype) for n in (*columns, "row_id")}
+    rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS], dtype) for n in (*columns, "row_id")}
     count = len(rows["row_id"])
-    if WEIGHT in rows and not (rows[WEIGHT] >= 0).all():
-        raise UserError('column "weight" holds a negative number: a row stands for 0 observations or more.')
+    if WEIGHT in rows and not (isinstance(rows[WEIGHT], torch.Tensor) and (rows[WEIGHT] >= 0).all()):
+        raise UserError('column "weight" holds a negative number, or several: a row stands for 0 observations or more.')
     batch = Batch(
         {name: rows[name] for name in columns},
         torch.tensor(count),
@@ -218,39 +279,10 @@ def _sample(folder: ShardFolder, inference: Inference) -> StepBatch:
             break
         blocks, count = blocks + 1, count + rows
     columns = {
-        name: to_tensor(np.concatenate([folder.read_block(b, name) for b in range(blocks)]), dtype)[None]
+        name: to_tensor(concatenate([folder.read_block(b, name) for b in range(blocks)]), dtype)[None]
         for name in inference.model.arguments
     }
     return StepBatch(columns, torch.tensor([count]), torch.tensor(count), None)
-
-
-def _update(cfg: DictConfig, plan: Plan, whitened: bool, anchored: int) -> Update:
-    """Optimiser, schedule and rounds, each of twice the steps of the one before; a round is at least an epoch."""
-    epoch = plan.steps_per_epoch
-    limits = [int(n) for n in (cfg.max_steps, cfg.max_epochs and math.ceil(float(cfg.max_epochs) * epoch)) if n]
-    horizon = min(limits) if limits else max(int(cfg.budget.steps), math.ceil(cfg.budget.epochs * epoch))
-    share = float(cfg.averaging)
-    if not 0 <= share < 1:
-        raise UserError(f"averaging={share} must lie in [0, 1): the last share of a round whose iterates are averaged.")
-    count = int(cfg.rounds)
-    if count < 1:
-        raise UserError(f"rounds={count} must be at least 1.")
-    while count > 1 and horizon < (2**count - 1) * max(_ROUND_STEPS, epoch):
-        count -= 1
-    every = int(cfg.program.get("sync_every", 1))
-    rates = cfg.rates.whitened if whitened else cfg.rates.plain
-    for name in [name for name, value in cfg.optimizer.items() if value is None and name in rates]:
-        cfg.optimizer[name] = rates[name]
-    optimizer, schedule, update, start = build.make(cfg.optimizer), build.make(cfg.schedule), None, 0
-    for number in range(1, count + 1):
-        end = horizon if number == count else horizon * (2**number - 1) // (2**count - 1) // every * every
-        length = int((end - start) * share)
-        if length >= epoch:
-            length = length // epoch * epoch
-        update = Update(optimizer, schedule, end, end - length, start, update, whitened, anchored)
-        start = end
-    assert update is not None
-    return update
 
 
 def _anchored(cfg: DictConfig, inference: Inference) -> int:
@@ -271,12 +303,15 @@ def _anchored(cfg: DictConfig, inference: Inference) -> int:
 def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A Lightning trainer that runs our chunks once through; checkpoints, progress and stopping are our callbacks."""
     options: dict[str, Any] = dict(OmegaConf.to_container(cfg.trainer, resolve=True))  # type: ignore[arg-type]
+    timeout = timedelta(seconds=float(options.pop("timeout")))
     options.update(devices=here.local_size, num_nodes=here.size // here.local_size)
     plugins: list[Any] = []
     if here.size > 1:
         child = [sys.executable, "-m", "trainer", "child", str(run_dir)]
-        options["strategy"] = RankStrategy(child)
-        if here.external and "TORCHELASTIC_RUN_ID" not in os.environ:
+        options["strategy"] = RankStrategy(child, timeout=timeout)
+        if not here.external:  # also within a job of one task, which Lightning takes for all ranks
+            plugins.append(LightningEnvironment())
+        elif "TORCHELASTIC_RUN_ID" not in os.environ:
             plugins.append(SLURMEnvironment(auto_requeue=False))
     return pl.Trainer(
         **options,
@@ -304,9 +339,21 @@ def quiet_lightning() -> None:
 def _save_config(cfg: DictConfig, run_dir: Path) -> None:
     """The resolved config, from which the other ranks start and by which a run folder explains itself."""
     (run_dir / ".hydra").mkdir(parents=True, exist_ok=True)
-    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    secrets.hand_on(cfg)
+    resolved = OmegaConf.create(secrets.redacted(OmegaConf.to_container(cfg, resolve=True)))
     with atomic_write(run_dir / ".hydra" / "resolved.yaml") as file:
         file.write(OmegaConf.to_yaml(resolved).encode())
+
+
+def _report(
+    cfg: DictConfig, folder: ShardFolder, horizon: int, unit: int, facts: dict[str, Any], signals: StopOnSignal
+) -> list[Any]:
+    """Of a trial of a study, what reports to it."""
+    if cfg.trial is None:
+        return []
+    from trainer.app.trial import Report  # Optuna, which only sweeps need
+
+    return [Report(cfg.trial, folder, int(cfg.seed), horizon, unit, facts, signals.check)]
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -6,33 +6,31 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
-from trainer.data.index import INDEX_NAME
-from trainer.data.verify import verify
-from trainer.errors import UserError
+from trainer.app.data import cache_of, places
+from trainer.app.watch import Watch
+from trainer.data.shards.folder import open_split, split_files
+from trainer.data.shards.verify import verify
 
 
 def run(cfg: DictConfig, run_dir: Path) -> float:
-    """Checks both splits and returns the rows that were checked; exits with 1 after naming every damaged shard."""
+    """Checks both splits and returns the rows that were checked; exits with 1 after naming every damaged shard.
+
+    Raises UserError for several folders that are intact but do not go together.
+    """
     console, rows, damaged = Console(highlight=False, soft_wrap=True), 0, 0
-    for folder in _splits(Path(str(cfg.data.path))):
-        report = verify(folder)
+    several = places(cfg.data.path)
+    for files in (each for place in several for each in split_files(place, cache_of(cfg.data))):
+        with Watch(console, "checking") as watch:
+            report = verify(files, watch.show)
         for sentence in report.damaged:
             print(f"svi verify: {sentence}", file=sys.stderr)
         console.print(
-            f"{folder}: {report.shards} shards, {report.blocks:,} blocks, {report.rows:,} rows are intact"
+            f"{files.place}: {report.shards} shards, {report.blocks:,} blocks, {report.rows:,} rows are intact"
             + (f"; {len(report.damaged)} damaged" if report.damaged else "")
         )
         rows, damaged = rows + report.rows, damaged + len(report.damaged)
     if damaged:
         sys.exit(1)
+    if len(several) > 1:
+        open_split(several, "train", cache_of(cfg.data), check=False)
     return float(rows)
-
-
-def _splits(path: Path) -> list[Path]:
-    """The split folders of ``path``, or itself. Raises UserError where there is no index at all."""
-    splits = [path / split for split in ("train", "held_out") if (path / split).is_dir()]
-    if (path / INDEX_NAME).is_file():
-        return [path]
-    if not any((split / INDEX_NAME).is_file() for split in splits):
-        raise UserError(f"data.path={path} is no shard folder: it holds no {INDEX_NAME}.")
-    return splits

@@ -2,24 +2,128 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from trainer.errors import UserError
 
-Raw: TypeAlias = pa.Array | np.ndarray
+
+class _Varying:
+    """Rows of varying numbers of entries: row i has ``offsets[i]`` to ``offsets[i + 1]``, and offsets[0] is 0."""
+
+    offsets: np.ndarray
+
+    @property
+    def entries(self) -> dict[str, np.ndarray]:
+        """The arrays of entries, by name."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self: "V", rows: slice | np.ndarray) -> "V":
+        """The rows of a slice of step 1 (which shares memory), or those of a mask or at places, in their order."""
+        if isinstance(rows, slice):
+            first, stop, _ = rows.indices(len(self))
+            bounds = self.offsets[first : max(first, stop) + 1]
+            here: Any = slice(bounds[0], bounds[-1])
+            offsets = bounds - bounds[0]
+        else:
+            rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+            lengths = np.diff(self.offsets)[rows]
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            here = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
+        return replace(self, offsets=offsets, **{name: each[here] for name, each in self.entries.items()})  # type: ignore
+
+
+V = TypeVar("V", bound=_Varying)
+
+
+@dataclass(frozen=True, eq=False)
+class CsrRows(_Varying):
+    """B rows of ``width`` numbers that are mostly zero: entry e is ``values[e]`` at ``indices[e]``."""
+
+    offsets: np.ndarray
+    """int64 [B + 1]."""
+    indices: np.ndarray
+    """Integers [nnz], from 0 to ``width`` - 1."""
+    values: np.ndarray
+    """[nnz]; those at one index of a row add up."""
+    width: int
+
+    @property
+    def entries(self) -> dict[str, np.ndarray]:
+        return {"indices": self.indices, "values": self.values}
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedRows(_Varying):
+    """B rows of varying length."""
+
+    offsets: np.ndarray
+    """int64 [B + 1]."""
+    values: np.ndarray
+    """[entries, ...]."""
+
+    @property
+    def entries(self) -> dict[str, np.ndarray]:
+        return {"values": self.values}
+
+
+VaryingRows: TypeAlias = CsrRows | RaggedRows
+Rows: TypeAlias = np.ndarray | CsrRows | RaggedRows
+Raw: TypeAlias = pa.Array | Rows
+
+
+def concatenate(parts: Sequence[Any]) -> Any:
+    """Arrays or varying rows of one column, one after another."""
+    first = parts[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    offsets = np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts))])
+    joined = {name: np.concatenate([part.entries[name] for part in parts]) for name in first.entries}
+    return replace(first, offsets=offsets, **joined)
+
+
 NUMERIC = ("float", "int", "bool")
+VARYING = ("csr", "ragged")
 _NUMPY_KINDS = {"f": "float", "i": "int", "u": "int", "b": "bool", "U": "text", "S": "text"}
 
 
 class Field(NamedTuple):
-    """What a source column holds: "float", "int", "bool", "text" or, when it is none of them, its type in words."""
+    """What a source column holds: "float", "int", "bool", "text", "csr" or "ragged" (rows come as `CsrRows` and
+    `RaggedRows`) or, when it is none of them, its type in words."""
 
     kind: str
-    shape: tuple[int, ...] = ()  # of one row
+    shape: tuple[int, ...] = ()  # of one row; csr: (width,); ragged: of one entry
+    dtype: str = ""  # csr and ragged: of the values
+    entries: int = 0  # csr and ragged: of all rows, or 0 where that is not known
+    names: tuple[str, ...] = ()  # csr: of the columns, where they have some
+
+
+class Piece(NamedTuple):
+    """A part of a file that can be read by itself: ``rows`` rows, from ``at`` to ``stop`` (rows, bytes or groups)."""
+
+    rows: int
+    at: int
+    stop: int
+
+
+def pieces_of(counts: Iterable[int], least: int = 1 << 18) -> list[Piece]:
+    """Neighbours of ``counts`` rows joined to pieces of ``least`` rows or more, numbered as they come."""
+    made: list[Piece] = []
+    rows = at = stop = 0
+    for count in counts:
+        rows, stop = rows + count, stop + 1
+        if rows >= least:
+            made.append(Piece(rows, at, stop))
+            rows, at = 0, stop
+    return [*made, Piece(rows, at, stop)] if rows else made
 
 
 def choose(wanted: Iterable[str] | None, available: Sequence[str], where: object) -> list[str]:
@@ -36,12 +140,16 @@ def choose(wanted: Iterable[str] | None, available: Sequence[str], where: object
     return chosen
 
 
-def merge(known: Field | None, found: Field, name: str, file: Path) -> Field:
+def merge(known: Field | None, found: Field, name: str, file: Path | str) -> Field:
     """The field that holds both: integers and floats are floats; anything else must agree."""
     if known is None or known.kind == "null" or known == found:
         return found
     if found.kind == "null":
         return known
+    if found.kind in VARYING and found._replace(entries=0, dtype="") == known._replace(entries=0, dtype=""):
+        return found._replace(
+            entries=known.entries + found.entries, dtype=np.promote_types(known.dtype, found.dtype).name
+        )
     if known.shape == found.shape and {known.kind, found.kind} == {"int", "float"}:
         return known._replace(kind="float")
     raise UserError(f"column '{name}' of '{file}' is {_words(found)}, and {_words(known)} before it: make them one.")

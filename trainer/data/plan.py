@@ -4,7 +4,10 @@ An epoch permutes the blocks, cuts the stream of their rows into L canonical lan
 pools of a few blocks per lane permutes runs of contiguous rows. The world size only picks which lanes a rank reads, so
 the global batch of a step is the same set of rows for every number of ranks, and a resumed run seeks, never replays.
 
-Shapes: L lanes, T steps of an epoch. Steps are global: step s is step s % T of epoch s // T.
+A run may go on with another batch size, or other lanes, at any step: what its epoch has left (`Rest`) is a stream,
+the rests of the lanes one after the other, which is cut into the new lanes and into steps as an epoch is.
+
+Shapes: L lanes, T steps of an epoch. Steps are global: without a rest, step s is step s % T of epoch s // T.
 """
 
 import math
@@ -15,9 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trainer.data.rest import Part, Rest, dealt, left_of
 from trainer.errors import UserError
 
-_BLOCKS, _RUNS = 0, 1  # the streams of the generator
+_BLOCKS, _RUNS, _SHARDS = 0, 1, 2  # the streams of the generator
 _PAGE = 16  # pools of a lane that are planned at once, to spare NumPy's calls
 
 
@@ -29,15 +33,39 @@ class Pieces(NamedTuple):
     rows: np.ndarray
 
 
+class _Stage(NamedTuple):
+    """Steps that are cut alike: an epoch, or what the plan takes over.
+
+    ``first`` step and number of ``steps``; of each lane its ``parts`` and its ``rows`` [L]; ``stop``: the epoch after.
+    """
+
+    first: int
+    steps: int
+    parts: list[tuple[Part, ...]]
+    rows: np.ndarray
+    stop: int
+
+
 class Plan:
     """Batches of an epoch differ by at most one row per lane; every row comes once an epoch.
 
     ``run_rows``: contiguous rows that stay together (1: single rows); ``pool_blocks``: pieces of blocks whose runs are
-    permuted together.
+    permuted together. ``shard_of``: int64 [blocks], and so many ``shards_together``: the shards are permuted, and their
+    blocks among those of their group alone (0: among all), so that few shards are needed at a time. ``rest``: where the
+    plan takes over from another; it has no steps before.
     """
 
     def __init__(
-        self, block_rows: np.ndarray, seed: int, lanes: int, batch_size: int, run_rows: int = 256, pool_blocks: int = 4
+        self,
+        block_rows: np.ndarray,
+        seed: int,
+        lanes: int,
+        batch_size: int,
+        run_rows: int = 256,
+        pool_blocks: int = 4,
+        shard_of: np.ndarray | None = None,
+        shards_together: int = 0,
+        rest: Rest | None = None,
     ):
         for name, value in (
             ("batch_size", batch_size),
@@ -52,6 +80,7 @@ class Plan:
         self.seed, self.lanes = seed, lanes
         self.batch_size = min(batch_size, self.num_rows)
         self.run_rows, self.pool_blocks = run_rows, pool_blocks
+        self.shard_of, self.shards_together = shard_of, shards_together
         if self.num_rows < 1:
             raise UserError("there are no rows to train on.")
         if self.batch_size % lanes and self.batch_size < self.num_rows:
@@ -60,19 +89,31 @@ class Plan:
                 f"batch_size({batch_size}) % lanes({lanes}) != 0: "
                 f"use batch_size={near + lanes}{f' or {near}' if near else ''}, or another data.lanes=."
             )
-        self.lane_ends = np.arange(lanes + 1) * self.num_rows // lanes
         self.steps_per_epoch = -(-self.num_rows // self.batch_size)
-        longest = int(np.diff(self.lane_ends).max())
-        self.capacity = -(-longest // self.steps_per_epoch)
+        self.rest = rest or Rest(0, 0, ())
+        self._taken_over = self._take_over()
+        self.first_whole = self._taken_over.first + self._taken_over.steps
+        """The global step at which an epoch begins that is this plan's alone; so does one every `steps_per_epoch`."""
+        stages = [self._taken_over] * bool(self._taken_over.steps) + [self._stage(self.first_whole)]
+        self.capacity = max(-(-int(each.rows.max()) // each.steps) for each in stages)
         """The most rows that a lane has in any step."""
-        self._epoch = lru_cache(maxsize=2)(self._epoch_order)
-        self._lane = lru_cache(maxsize=2 * lanes)(self._segments)
+        self.fewest = min(int(each.rows.min()) // each.steps for each in stages)
+        """The fewest."""
+        self.most_parts = max(len(parts) for each in stages for parts in each.parts)
+        """The most places of an epoch's order from which a step of a lane comes."""
+        self._order = lru_cache(maxsize=3)(self._epoch_order)
+        self._lane = lru_cache(maxsize=2 * max([lanes, *(part.lanes for part in self.rest.parts)]))(self._segments)
         self._page = lru_cache(maxsize=2 * lanes)(self._page_runs)
 
     def rows_at(self, step: int | np.ndarray) -> np.ndarray:
         """int64 [..., L]: rows of each lane at global steps [...]."""
-        t, lane_rows = np.asarray(step)[..., None] % self.steps_per_epoch, np.diff(self.lane_ends)
-        return (t + 1) * lane_rows // self.steps_per_epoch - t * lane_rows // self.steps_per_epoch
+        t, over = np.asarray(step)[..., None] - self.first_whole, self._taken_over
+        steps, rows = np.asarray(self.steps_per_epoch), np.diff(self._lane_ends(self.lanes))
+        if over.steps:
+            late = t >= 0
+            steps, rows = np.where(late, steps, over.steps), np.where(late, rows, over.rows)
+        t = t % steps
+        return (t + 1) * rows // steps - t * rows // steps
 
     def pieces(self, step: int, lane: int) -> Pieces:
         """The runs of ``lane`` at a global step, in order."""
@@ -81,41 +122,114 @@ class Plan:
     def pieces_of(self, first: int, steps: int, lane: int) -> tuple[np.ndarray, Pieces]:
         """The runs of ``lane`` at ``steps`` global steps from ``first``, in order, and the global step of each,
         int64 [runs]."""
-        parts = []
-        for epoch in range(first // self.steps_per_epoch, -(-(first + steps) // self.steps_per_epoch)):
-            begin = epoch * self.steps_per_epoch
-            low, high = max(first - begin, 0), min(first + steps - begin, self.steps_per_epoch)
-            _, rows, page_ends = self._lane(epoch, lane)
-            start, stop = low * rows // self.steps_per_epoch, high * rows // self.steps_per_epoch
-            for page in range(bisect_right(page_ends, start) - 1, bisect_left(page_ends, stop)):
-                runs = self._page(epoch, lane, page)
-                i, j = runs[0].searchsorted((begin + low, begin + high))
-                parts.append(runs[:, i:j])
-        step, *columns = parts[0] if len(parts) == 1 else np.concatenate([_NONE, *parts], axis=1)
+        found, at = [], first
+        while at < first + steps:
+            stage = self._stage(at)
+            high = min(first + steps, stage.first + stage.steps)
+            rows, before = int(stage.rows[lane]), 0
+            start, stop = ((step - stage.first) * rows // stage.steps for step in (at, high))
+            for number, part in enumerate(stage.parts[lane]):
+                begin, end = part.first + max(start - before, 0), part.first + min(stop - before, part.rows)
+                before += part.rows
+                if begin >= end:
+                    continue
+                page_ends = self._lane(part.epoch, part.lanes, part.lane)[1]
+                for page in range(bisect_right(page_ends, begin) - 1, bisect_left(page_ends, end)):
+                    runs = self._page(stage.first, lane, number, page)
+                    i, j = runs[0].searchsorted((at, high))
+                    found.append(runs[:, i:j])
+            at = high
+        step, *columns = found[0] if len(found) == 1 else np.concatenate([_NONE, *found], axis=1)
         return step, Pieces(*columns)
+
+    def rest_at(self, step: int) -> Rest:
+        """What is left at a global step, for a plan that takes over there."""
+        stage = self._stage(step)
+        if step == stage.first and stage.first >= self.first_whole:
+            return Rest(step, stage.stop - 1, ())
+        taken = ((step - stage.first) * stage.rows // stage.steps).tolist()
+        left = [part for parts, n in zip(stage.parts, taken) for part in left_of(parts, n)]
+        return Rest(step, stage.stop, tuple(left))
+
+    def begins(self, step: int) -> bool:
+        """Whether an epoch begins at a global step, or the plan takes over there."""
+        return (
+            step == self.rest.step or (step - self.first_whole) % self.steps_per_epoch == 0 <= step - self.first_whole
+        )
+
+    def epochs_at(self, step: int) -> float:
+        """How many epochs, and parts of one, the steps before a global step are."""
+        stage = self._stage(step)
+        left = stage.rows - (step - stage.first) * stage.rows // stage.steps
+        return stage.stop - int(left.sum()) / self.num_rows
+
+    def step_after(self, epochs: float) -> int:
+        """The first global step by which so many epochs were taken, or that at which this plan takes over."""
+        over, late = self._taken_over, epochs - self._taken_over.stop
+        if late >= 0 or not over.steps:
+            return self.first_whole + math.ceil(max(0, late) * self.steps_per_epoch)
+        return over.first + math.ceil(over.steps * max(0, 1 + late * self.num_rows / int(over.rows.sum())))
+
+    def _take_over(self) -> _Stage:
+        """What is left of the plan before. Less than an epoch is cut together with the next one: no batch is small."""
+        step, epoch, parts = self.rest
+        if 0 < self.rest.rows < self.num_rows:
+            parts, epoch = parts + tuple(part for (part,) in self._whole(epoch)), epoch + 1
+        dealt_out = dealt(parts, self.lanes)
+        rows = np.array([sum(part.rows for part in each) for each in dealt_out])
+        steps = -(-int(rows.max()) // -(-self.batch_size // self.lanes))
+        return _Stage(step, steps, dealt_out, rows, epoch)
+
+    def _stage(self, step: int) -> _Stage:
+        """That to which a global step belongs."""
+        over, steps = self._taken_over, self.steps_per_epoch
+        assert step >= over.first, f"step {step} lies before step {over.first}, at which the plan takes over"
+        if step < over.first + over.steps:
+            return over
+        n = (step - over.first - over.steps) // steps
+        return _Stage(over.first + over.steps + n * steps, steps, self._whole(over.stop + n),
+                      np.diff(self._lane_ends(self.lanes)), over.stop + n + 1)  # fmt: skip
+
+    def _whole(self, epoch: int) -> list[tuple[Part, ...]]:
+        """The part that each lane is of an epoch."""
+        rows = np.diff(self._lane_ends(self.lanes)).tolist()
+        return [(Part(epoch, self.lanes, lane, 0, n),) for lane, n in enumerate(rows)]
+
+    def _lane_ends(self, lanes: int) -> np.ndarray:
+        """int64 [lanes + 1]: where each of so many lanes begins in an epoch's stream of rows."""
+        return np.arange(lanes + 1) * self.num_rows // lanes
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in the epoch's order, and where each begins in the stream of rows (one more for the end)."""
         order = _permutation(len(self.block_rows), self.seed, epoch, _BLOCKS, 0, 0)
+        if self.shards_together and self.shard_of is not None:
+            place = np.argsort(_permutation(int(self.shard_of[-1]) + 1, self.seed, epoch, _SHARDS, 0, 0))
+            group = place[self.shard_of] // self.shards_together
+            order = order[np.argsort(group[order], kind="stable")]
         return order, np.concatenate([[0], np.cumsum(self.block_rows[order])])
 
-    def _segments(self, epoch: int, lane: int) -> tuple[Pieces, int, list[int]]:
-        """The parts of blocks that make a lane, in order, its rows, and where each page begins (one more for the end).
+    def _segments(self, epoch: int, lanes: int, lane: int) -> tuple[Pieces, list[int]]:
+        """The parts of blocks that make a lane of so many, in order, and where each page begins (one more for the end).
 
         A block at an edge is shared by two lanes.
         """
-        order, starts = self._epoch(epoch)
-        low, high = self.lane_ends[lane], self.lane_ends[lane + 1]
+        order, starts = self._order(epoch)
+        low, high = self._lane_ends(lanes)[lane : lane + 2]
         i = np.arange(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left"))
         first = np.maximum(low - starts[i], 0)
         rows = np.minimum(high, starts[i + 1]) - starts[i] - first
         pages = np.add.reduceat(rows, np.arange(0, len(rows), _PAGE * self.pool_blocks))
-        return Pieces(order[i], first, rows), int(high - low), [0, *np.cumsum(pages).tolist()]
+        return Pieces(order[i], first, rows), [0, *np.cumsum(pages).tolist()]
 
-    def _page_runs(self, epoch: int, lane: int, page: int) -> np.ndarray:
-        """The runs of a page of pools, permuted within each pool, cut where steps end, int64 [4, runs]: global step,
-        block, first row in it, number of rows."""
-        segments, lane_rows, page_ends = self._lane(epoch, lane)
+    def _page_runs(self, first_step: int, lane: int, number: int, page: int) -> np.ndarray:
+        """The runs of a page of pools in part ``number`` of a lane, in the stage that begins at ``first_step``,
+        permuted within each pool, cut where steps end, int64 [4, runs]: global step, block, first row in it, number of
+        rows."""
+        stage = self._stage(first_step)
+        parts, lane_rows = stage.parts[lane], int(stage.rows[lane])
+        part = parts[number]
+        before = sum(each.rows for each in parts[:number]) - part.first  # from here to the lane's stream
+        segments, page_ends = self._lane(part.epoch, part.lanes, part.lane)
         size = _PAGE * self.pool_blocks
         block, first, rows = (column[page * size : (page + 1) * size] for column in segments)
         counts = -(-rows // self.run_rows)
@@ -124,23 +238,28 @@ class Plan:
         offset = (np.arange(ends[-1]) - (ends - counts)[segment]) * self.run_rows
         of_pools = np.add.reduceat(counts, np.arange(0, len(rows), self.pool_blocks)).tolist()
         pools = zip(accumulate([0, *of_pools]), of_pools, range(page * _PAGE, (page + 1) * _PAGE))
-        order = np.concatenate([b + _permutation(n, self.seed, epoch, _RUNS, lane, pool) for b, n, pool in pools])
+        order = np.concatenate(
+            [b + _permutation(n, self.seed, part.epoch, _RUNS, part.lane, pool) for b, n, pool in pools]
+        )
         segment, offset = segment[order], offset[order]
         rows = np.minimum(self.run_rows, rows[segment] - offset)
-        starts, end = page_ends[page] + rows.cumsum() - rows, page_ends[page + 1]
-        low, high = self._step_of(np.array([starts[0], end - 1]), lane_rows).tolist()
-        steps = np.arange(low + 1, high + 1) * lane_rows // self.steps_per_epoch
-        cuts = np.sort(np.concatenate([starts, steps, [end]]), kind="stable")  # two sorted parts: a merge
+        starts = page_ends[page] + rows.cumsum() - rows
+        begin, end = max(page_ends[page], part.first), min(page_ends[page + 1], part.stop)
+        low, high = self._step_of(np.array([begin, end - 1]) + before, stage.steps, lane_rows).tolist()
+        steps = np.arange(low + 1, high + 1) * lane_rows // stage.steps - before
+        inner = starts[starts.searchsorted(begin, "right") : starts.searchsorted(end)]
+        cuts = np.sort(np.concatenate([[begin], inner, steps, [end]]), kind="stable")  # two sorted parts: a merge
         lengths = cuts[1:] - cuts[:-1]
         cuts, lengths = cuts[:-1][lengths > 0], lengths[lengths > 0]
         i = starts.searchsorted(cuts, "right") - 1
         segment = segment[i]
-        step = epoch * self.steps_per_epoch + self._step_of(cuts, lane_rows)
+        step = stage.first + self._step_of(cuts + before, stage.steps, lane_rows)
         return np.stack([step, block[segment], first[segment] + offset[i] + cuts - starts[i], lengths])
 
-    def _step_of(self, place: np.ndarray, lane_rows: int) -> np.ndarray:
-        """The step of an epoch to which the rows at ``place`` of a lane's stream belong."""
-        return ((place + 1) * self.steps_per_epoch - 1) // lane_rows
+    @staticmethod
+    def _step_of(place: np.ndarray, steps: int, lane_rows: int) -> np.ndarray:
+        """The step of so many to which the rows at ``place`` of a lane's stream belong."""
+        return ((place + 1) * steps - 1) // lane_rows
 
 
 _NONE = np.empty((4, 0), dtype=np.int64)

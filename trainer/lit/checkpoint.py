@@ -6,9 +6,12 @@ manifest, or whose bytes do not match it, was never finished and is passed over 
 """
 
 import hashlib
+import io
 import json
+import math
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 from pytorch_lightning import Callback
 
 from trainer.data.store import atomic_write
-from trainer.errors import UserError
+from trainer.errors import RankLost, Stopped, UserError
 from trainer.lit.module import VariationalModule, flat_state, state_from_flat
 from trainer.svi.step import State
 
@@ -27,11 +30,15 @@ FORMAT = 1
 def save(path: Path, state: State, facts: dict[str, Any]) -> None:
     """Writes ``state`` and ``facts`` (plain values) to ``path`` and its manifest beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = [tensor.detach().cpu().clone() for tensor in flat_state(state)]
+    tensors, memory = [tensor.detach().cpu().clone() for tensor in flat_state(state)], io.BytesIO()
+    torch.save({"format": FORMAT, "state": tensors, "facts": facts}, memory)
+    content = memory.getbuffer()
+    manifest_of(path).unlink(missing_ok=True)
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, "state": tensors, "facts": facts}, file)
-    manifest = {"sha256": _sha256(path), "bytes": path.stat().st_size, "step": int(state.step), "time": time.time()}
-    with atomic_write(_manifest(path)) as file:
+        file.write(content)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = {"sha256": digest, "bytes": len(content), "step": int(state.step), "time": time.time()}
+    with atomic_write(manifest_of(path)) as file:
         file.write(json.dumps(manifest, indent=1).encode())
 
 
@@ -72,7 +79,7 @@ def newest(folder: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with the bytes of a checkpoint, or None."""
     try:
-        manifest = json.loads(_manifest(path).read_bytes())
+        manifest = json.loads(manifest_of(path).read_bytes())
     except FileNotFoundError:
         return "has no manifest (it was not finished)"
     except ValueError:
@@ -86,7 +93,8 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _manifest(path: Path) -> Path:
+def manifest_of(path: Path) -> Path:
+    """The file beside a checkpoint that says that it is whole."""
     return path.with_name(path.name + ".json")
 
 
@@ -96,29 +104,73 @@ def _sha256(path: Path) -> str:
 
 
 class Checkpoints(Callback):
-    """Saves every ``every_n_steps`` steps and at the end of training, however it ended; keeps the newest ``keep``."""
+    """Saves every ``every_n_steps`` steps, every ``every_minutes`` and at the end of training, however it ended.
 
-    def __init__(self, folder: Path, facts: dict[str, Any], every_n_steps: int | None = None, keep: int = 2):
-        self.folder, self.facts, self.every, self.keep = folder, facts, every_n_steps, keep
-        self.saved = -1
+    Keeps the newest ``keep``. A state is saved once all ranks were found to hold the same; between such points rank 0
+    saves by its own clock. ``saved``: the step that needs no saving; ``say``: tells the user a sentence.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        saved: int,
+        every_n_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep: int = 2,
+        say: Callable[[str], None] = print,
+    ):
+        if keep < 1:
+            raise UserError(f"checkpoint.keep_last={keep} must be at least 1.")
+        self.folder, self.facts, self.keep, self.say = folder, facts, keep, say
+        self.saved = (saved, facts.get("ending"))  # a step may be saved before and after its round ends
+        self.every = every_n_steps
+        self.seconds = 60 * every_minutes if every_minutes else math.inf
+        self.when = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.when = time.monotonic()
+        if trainer.is_global_zero:
+            for left in self.folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)
         if self.every and module.step % self.every == 0:
-            self.save(trainer, module)
+            self._save(trainer, module)
+        elif time.monotonic() - self.when >= self.seconds:
+            self._write(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
-        self.save(trainer, module)
+        self._save(trainer, module, last=True)
 
-    def save(self, trainer: pl.Trainer, module: VariationalModule) -> None:
-        """Rank 0 writes, the others wait for it."""
-        if module.step == self.saved:
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """What ended the run says nothing against the state of the last chunk, if it was a signal or another rank."""
+        assert isinstance(module, VariationalModule)
+        if isinstance(exception, Stopped) or (isinstance(exception, RankLost) and exception.faultless):
+            self._write(trainer, module)
+
+    def _save(self, trainer: pl.Trainer, module: VariationalModule, last: bool = False) -> None:
+        module.compare_ranks()
+        self._write(trainer, module, last)
+
+    def _write(self, trainer: pl.Trainer, module: VariationalModule, last: bool = False) -> None:
+        """Rank 0 writes; a full disk is told, and does not end the training."""
+        self.when = time.monotonic()
+        here = (module.step, self.facts.get("ending"))
+        if here == self.saved or not trainer.is_global_zero:
             return
-        if trainer.is_global_zero:
-            save(self.folder / f"step_{module.step:09d}.ckpt", module.state, {**self.facts, "seconds": module.seconds})
-            for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:
-                _manifest(old).unlink(missing_ok=True)
-                old.unlink(missing_ok=True)
-        self.saved = module.step
-        trainer.strategy.barrier()
+        path = self.folder / f"step_{module.step:09d}.ckpt"
+        try:
+            save(path, module.state, {**self.facts, "seconds": module.seconds})
+        except OSError as error:
+            text = f"checkpoint {path} could not be written ({error.strerror}): free some space"
+            if last:
+                raise UserError(f"{text}, then continue with ckpt_path=last.") from error
+            self.say(f"{text}. Training goes on, and tries again at the next checkpoint.")
+            return
+        self.saved = here
+        for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:
+            manifest_of(old).unlink(missing_ok=True)
+            old.unlink(missing_ok=True)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
 from trainer.data.plan import Plan
-from trainer.data.reader import ChunkArrays, Reader, ShardFolder
+from trainer.data.shards.folder import ShardFolder
+from trainer.data.shards.reader import ChunkArrays, Reader
 from trainer.errors import UserError
 from trainer.lit.transfer import sent_ahead
+from trainer.posterior.tensors import shared
 from trainer.svi.programs import Chunk
 
 
@@ -44,8 +45,8 @@ class Ranks:
 class ChunkData(pl.LightningDataModule):
     """Streams the training chunks of this rank from step ``first`` to ``last``.
 
-    ``slots``: steps of a chunk, set before the first is asked for. A chunk also ends at each multiple of any of
-    ``every`` (checkpoints, epochs) and at each of ``ends`` (of rounds).
+    ``slots``: steps of a chunk, set before the first is asked for. A chunk also ends where `spans` says.
+    ``memory``: bytes of rows that are held at a time, at the most.
     """
 
     def __init__(
@@ -57,25 +58,46 @@ class ChunkData(pl.LightningDataModule):
         dtype: torch.dtype,
         with_row_id: bool,
         slots: int | None,
-        every: tuple[int, ...] = (),
+        every: tuple[tuple[int, int], ...] = (),
         ends: tuple[int, ...] = (),
+        memory: int = 2**30,
     ):
         super().__init__()
         self.folder, self.plan, self.ranks = folder, plan, ranks
         self.columns, self.dtype, self.with_row_id = columns, dtype, with_row_id
         self.slots, self.every, self.ends = slots, every, ends
+        self.memory = memory
         self.first, self.last = 0, 0
 
     def train_dataloader(self) -> "ChunkData":
         return self
 
     def trial_chunk(self, steps: int) -> Chunk:
-        """The first ``steps`` steps, to get ready on."""
+        """The first ``steps`` steps, or fewer where there is no room for them, to get ready on."""
         reader = self._reader()
         try:
-            return self._chunk(reader.chunk(self.first, steps))
+            (arrays,) = reader.chunks([(self.first, min(steps, reader.most_steps(self.memory)))])
+            return self._chunk(arrays)
         finally:
             reader.close()
+
+    def most_slots(self, unit: int) -> int:
+        """The steps of a chunk for which there is room, a multiple of ``unit``. Raises UserError where none are."""
+        reader = self._reader()
+        try:
+            return reader.most_steps(self.memory, unit)
+        finally:
+            reader.close()
+
+    def row_ids(self, step: int) -> np.ndarray:
+        """int64 [A, B]: the ids of this rank's rows of a step."""
+        reader = Reader(self.folder, self.plan, (), self.ranks.lanes_by_group, with_row_id=True)
+        try:
+            found = reader.chunk(step, 1).row_id
+        finally:
+            reader.close()
+        assert found is not None
+        return found[0]
 
     def __iter__(self) -> Iterator[Chunk | UserError]:
         """Chunks; at last the error, if one ends them, for the ranks to agree on."""
@@ -99,7 +121,7 @@ class ChunkData(pl.LightningDataModule):
 
     def _chunk(self, arrays: ChunkArrays) -> Chunk:
         return Chunk(
-            {name: torch.from_numpy(array) for name, array in arrays.columns.items()},
+            {name: shared(rows) for name, rows in arrays.columns.items()},
             torch.from_numpy(arrays.valid),
             torch.from_numpy(arrays.batch_rows),
             None if arrays.row_id is None else torch.from_numpy(arrays.row_id),
@@ -107,18 +129,12 @@ class ChunkData(pl.LightningDataModule):
 
 
 def spans(
-    first: int, last: int, slots: int, every: tuple[int, ...] = (), ends: tuple[int, ...] = ()
+    first: int, last: int, slots: int, every: tuple[tuple[int, int], ...] = (), ends: tuple[int, ...] = ()
 ) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps) of each chunk: at most ``slots``, none across a multiple of any of ``every`` or
-    across any of ``ends``."""
+    """(first step, number of steps) of each chunk: at most ``slots``, none across any of ``ends`` (of rounds) or, for
+    each (n, place) in ``every`` (checkpoints, epochs), across a step that is a multiple of n from ``place``."""
     while first < last:
-        stops = [first + slots, last, *((first // n + 1) * n for n in every), *(end for end in ends if end > first)]
-        steps = min(stops) - first
+        cuts = (first + n - (first - place) % n for n, place in every)
+        steps = min(first + slots, last, *cuts, *(end for end in ends if end > first)) - first
         yield first, steps
         first += steps
-
-
-def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Floats as ``dtype``, everything else as int64."""
-    tensor = torch.from_numpy(array)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor.to(torch.int64)

@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.lit.datamodule import ChunkData
-from trainer.lit.strategy import from_rank_zero, max_over_ranks, raise_together, same_on_all_ranks
+from trainer.lit.strategy import from_rank_zero, gathered, max_over_ranks, raise_together, same_on_all_ranks
 from trainer.svi.checks import finite_or_raise
+from trainer.svi.culprits import culprits
 from trainer.svi.programs import Chunk, ChunkResult, Program
 from trainer.svi.step import Inference, State, Update
 from trainer.svi.tracing import Untraceable
@@ -73,13 +75,13 @@ class VariationalModule(pl.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ChunkData)
         try:
+            most = data.most_slots(self.program.sync_every)
             error, chunk = None, self.transfer_batch_to_device(data.trial_chunk(_TRIAL_SLOTS), device, 0)
         except UserError as found:
             error = found
         raise_together(error, device)
         self._prepare(chunk)
-        if data.slots is None:
-            data.slots = self._slots(chunk)
+        data.slots = min(most, self._slots(chunk) if data.slots is None else data.slots)
 
     def _prepare(self, chunk: Chunk) -> None:
         """Compiles the program, or falls back on the eager one, on all ranks alike."""
@@ -112,17 +114,15 @@ class VariationalModule(pl.LightningModule):
         assert isinstance(chunk, Chunk)
         steps = len(chunk.batch_rows)
         result = self.program.run(self.state, chunk, steps)
+        self._refuse_not_finite(result, chunk)
         self.state = result.state
         self._record(result, chunk)
         self._chunks += 1
         if self._chunks % _COMPARE_EVERY == 0:
-            self._compare_ranks()
+            self.compare_ranks()
         self._advance_lightning(steps)
 
-    def on_train_end(self) -> None:
-        self._compare_ranks()
-
-    def _compare_ranks(self) -> None:
+    def compare_ranks(self) -> None:
         """Raises UserError on all ranks where their states, made by the same updates, are not the same to the bit."""
         if not same_on_all_ranks(flat_state(self.state)):
             raise UserError(
@@ -153,13 +153,21 @@ class VariationalModule(pl.LightningModule):
             **{f"term/{site}": value for site, value in zip(self.inference.sites, means)},
         }
         self._previous = now
-        first = self.step - len(result.terms)
-        finite = torch.isfinite(result.terms)
+
+    def _refuse_not_finite(self, result: ChunkResult, chunk: Chunk) -> None:
+        """Raises FloatingPointError on all ranks alike, with the rows that are the cause, where they can be told."""
+        finite = torch.isfinite(result.terms).all(1)
+        if finite.all() and torch.isfinite(result.state.theta).all():
+            return
+        slot, places = culprits(self.program.eager, self.state, chunk.part(0, len(result.terms)))
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        ids = data.row_ids(self.step + slot) if places else np.empty(0)
+        rows = sorted(row for some in gathered([int(ids[place]) for place in places]) for row in some)
         if not finite.all():
-            bad = int((~finite.all(1)).nonzero()[0])
-            finite_or_raise(dict(zip(self.inference.sites, result.terms[bad].tolist())), first + bad)
-        values = self.inference.parameters.unflatten(self.state.theta)
-        finite_or_raise(dict(values), self.step)
+            bad = int((~finite).nonzero()[0])
+            finite_or_raise(dict(zip(self.inference.sites, result.terms[bad].tolist())), self.step + bad, rows)
+        values = self.inference.parameters.unflatten(result.state.theta)
+        finite_or_raise(dict(values), int(result.state.step), rows)
 
     def _rate(self, step: int) -> float:
         """The scheduled learning rate of a step."""

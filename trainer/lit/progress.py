@@ -1,5 +1,6 @@
-"""What a watcher sees while it trains: a Rich bar on a terminal, a line now and then in a log file."""
+"""What a watcher sees while it trains: a Rich bar on a terminal or in a notebook, a line now and then in a log file."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +24,7 @@ class ProgressBar(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
-        if not (trainer.is_global_zero and self.console.is_terminal):
+        if not (trainer.is_global_zero and _can_show(self.console)):
             return
         self.bar = Progress(
             TextColumn("training"),
@@ -65,3 +66,8 @@ class ProgressBar(Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _can_show(console: Console) -> bool:
+    """Whether a bar can be drawn over: in a notebook by ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)

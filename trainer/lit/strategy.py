@@ -5,10 +5,15 @@ a verb in it and runs the whole sweep in the child under `-m`.
 """
 
 import os
+import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -18,8 +23,11 @@ from pytorch_lightning.strategies.launchers.subprocess_script import _Subprocess
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from trainer.errors import UserError
+from trainer.errors import Stopped, UserError
+from trainer.lit.failure import explained, leave_group
 
+_NOTICE = 5.0  # seconds for a rank to notice by itself that another has failed
+_LEAVE = 10.0  # seconds for ranks to leave by themselves
 _SMALL = 2**20  # bytes, up to which a vector's latency counts more than its size
 
 
@@ -40,16 +48,35 @@ class RankStrategy(DDPStrategy):
         pass
 
     def on_exception(self, exception: BaseException) -> None:
-        self.failed = True
+        self.failed = not (isinstance(exception, Stopped) and exception.agreed)
         super().on_exception(exception)
 
     def teardown(self) -> None:
         super().teardown()
         leave_group(together=not self.failed)
+        assert isinstance(self._launcher, _Launcher)
+        self._launcher.end_children()
 
 
 class _Launcher(_SubprocessScriptLauncher):
+    """Makes the other ranks of this machine, and leaves none behind."""
+
     command: list[str]
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        self.leaves = threading.Event()
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=self._watch, daemon=True).start()
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            self.leaves.set()
+            told = explained(error)
+            if told is error:
+                raise
+            raise told from error
 
     def _call_children_scripts(self) -> None:
         self._check_can_spawn_children()
@@ -61,13 +88,31 @@ class _Launcher(_SubprocessScriptLauncher):
         for local_rank in range(1, self.num_processes):
             self.procs.append(subprocess.Popen(self.command, env={**os.environ, "LOCAL_RANK": str(local_rank)}))
 
+    def _watch(self) -> None:
+        """Ends this process when a child has failed and it does not notice, waiting for it in C++."""
+        while not any(child.poll() for child in self.procs):
+            if self.leaves.wait(0.2):
+                return
+        if self.leaves.wait(_NOTICE):
+            return
+        rank, code = next((rank, child.returncode) for rank, child in enumerate(self.procs, 1) if child.returncode)
+        if code < 0:  # else it has told of it
+            name = signal.Signals(-code).name
+            print(f"rank {rank} was ended by {name}; continue with ckpt_path=last.", file=sys.stderr, flush=True)
+        self.end_children(0)
+        os._exit(code if code > 0 else 1 if code == -signal.SIGKILL else 128 - code)
 
-def leave_group(together: bool) -> None:
-    """Ends the process group, where there is one; ``together``: once every rank is here."""
-    if dist.is_available() and dist.is_initialized():
-        if together:
-            dist.barrier()
-        dist.destroy_process_group()
+    def end_children(self, patience: float = _LEAVE) -> None:
+        """Waits for the children to end, up to ``patience`` seconds, then ends them."""
+        if hasattr(self, "leaves"):
+            self.leaves.set()
+        until = time.monotonic() + patience
+        for child in self.procs:
+            try:
+                child.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -124,6 +169,15 @@ def same_on_all_ranks(tensors: Sequence[Tensor]) -> bool:
     extremes = torch.tensor([here, -here], device=tensors[0].device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     return int(extremes[0]) == -int(extremes[1])
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's ``value``, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def raise_together(error: UserError | None, device: torch.device) -> None:

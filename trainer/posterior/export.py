@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.index import Index
+from trainer.data.shards.index import Index
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
 from trainer.posterior.posterior import Posterior

@@ -4,7 +4,7 @@ Shapes: N rows, R draws, Q quantiles.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,20 +14,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from trainer.data.apply import available, rows_like
-from trainer.data.index import ROW_ID, Column, Index
-from trainer.data.memory import MemorySource
-from trainer.data.reader import ShardFolder, open_split
-from trainer.data.sources import Source, open_source
+from trainer.data.packing.apply import available, rows_like
+from trainer.data.shards.folder import ShardFolder, is_packed, open_split
+from trainer.data.shards.index import ROW_ID, Column, Index
+from trainer.data.sources.memory import MemorySource
+from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
 from trainer.posterior.draws import draw, dtype_of, latents_of, observations
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
+from trainer.posterior.tensors import to_tensor
 from trainer.svi.latents import Site
 from trainer.svi.materialise import GuideFactory, guide_factory, materialise
 from trainer.svi.objective import Objective
 from trainer.svi.plates import Batch, arguments
+from trainer.svi.rows import of_plain, plain
 from trainer.svi.step import Inference
 
 FORMAT = 1
@@ -46,9 +48,9 @@ class Prediction(NamedTuple):
     """[Q, N, ...]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
-    """q(z) at its fitted parameters. Printing it shows the table of its latents."""
+    """q(z) at its fitted parameters. Printed, or last in a notebook's cell, it shows the table of its latents."""
 
     inference: Inference
     theta: Tensor
@@ -94,12 +96,25 @@ class Posterior:
         }
 
     def predictions(
-        self, data: Any, num_draws: int = 200, quantiles: Sequence[float] = _LEVELS, seed: int = 0
+        self,
+        data: Any,
+        num_draws: int = 200,
+        quantiles: Sequence[float] = _LEVELS,
+        seed: int = 0,
+        progress: Callable[[int, int | None], None] | None = None,
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
-        """`predict` a few thousand rows at a time, with their row numbers [N]: memory does not grow with N."""
-        for batch in self._batches(data):
+        """`predict` a few thousand rows at a time, with their row numbers [N]: memory does not grow with N.
+
+        ``progress(rows_done, rows_total)`` is called after each.
+        """
+        total, tables = self._columns(data)
+        done = 0
+        for batch in self._batches(tables):
             assert batch.row_id is not None
             yield batch.row_id.numpy(), self._predict(batch, num_draws, quantiles, seed)
+            done += len(batch.row_id)
+            if progress is not None:
+                progress(done, total)
 
     def _predict(self, batch: Batch, num_draws: int, quantiles: Sequence[float], seed: int) -> dict[str, Prediction]:
         """Means and variances are averaged over the draws where the distribution has them, else taken of samples."""
@@ -119,27 +134,23 @@ class Posterior:
             found[name] = Prediction(means.mean(0).numpy(), sd.numpy(), at.numpy())
         return found
 
-    def _batches(self, data: Any) -> Iterator[Batch]:
-        """The rows of ``data`` in order, as the model takes them."""
+    def _batches(self, tables: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
+        """The rows of ``tables`` in order, as the model takes them."""
         dtype = self.theta.dtype
-        for columns in self._columns(data):
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
+        for columns in tables:
+            tensors = {name: to_tensor(values, dtype) for name, values in columns.items()}
             row_id = tensors.pop(ROW_ID)
-            floats = {n: t.to(dtype) if t.is_floating_point() else t.long() for n, t in tensors.items()}
-            yield Batch(floats, torch.tensor(len(row_id)), torch.ones((), dtype=torch.float64), row_id)
+            yield Batch(tensors, torch.tensor(len(row_id)), torch.ones((), dtype=torch.float64), row_id)
 
-    def _columns(self, data: Any) -> Iterator[dict[str, np.ndarray]]:
+    def _columns(self, data: Any) -> tuple[int, Iterator[dict[str, np.ndarray]]]:
+        """How many rows there are, and the rows, in tables of a few thousand."""
         folder = _shard_folder(data)
         if folder is not None:
-            names = [*arguments(self.inference.model.fn, [c.name for c in folder.index.columns]), ROW_ID]
-            for block, count in enumerate(folder.block_rows.tolist()):
-                columns = {name: folder.read_block(block, name) for name in names}
-                for first in range(0, count, _ROWS):
-                    yield {name: column[first : first + _ROWS] for name, column in columns.items()}
-            return
+            names = arguments(self.inference.model.fn, [column.name for column in folder.index.columns])
+            return folder.num_rows, _packed(folder, [*names, ROW_ID])
         source: Source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
         taken = arguments(self.inference.model.fn, available(self.index, source))
-        yield from rows_like(self.index, source, taken, _ROWS)
+        return source.num_rows, rows_like(self.index, source, taken, _ROWS)
 
     def save(self, path: str | Path) -> None:
         """Writes one file, whole or not at all: the parameters, the few rows, the columns' description, the metrics."""
@@ -157,7 +168,7 @@ class Posterior:
         content = {
             "format": FORMAT,
             "theta": self.theta.detach().cpu().clone(),
-            "rows": {name: column.cpu().clone() for name, column in self.rows.columns.items()},
+            "rows": {name: plain(column.cpu().clone()) for name, column in self.rows.columns.items()},
             "row_id": None if self.rows.row_id is None else self.rows.row_id.cpu().clone(),
             "facts": json.dumps(facts),
         }
@@ -187,9 +198,10 @@ class Posterior:
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']} where this version reads {FORMAT}.")
         columns = tuple(Column(**{**each, "shape": tuple(each["shape"])}) for each in facts["columns"])
-        count = len(next(iter(content["rows"].values())))
+        known = {name: of_plain(each) for name, each in content["rows"].items()}
+        count = len(next(iter(known.values())))
         scale = torch.tensor(facts["num_obs"] / count, dtype=torch.float64)
-        rows = Batch(content["rows"], torch.tensor(count), scale, content["row_id"])
+        rows = Batch(known, torch.tensor(count), scale, content["row_id"])
         with dtype_of(content["theta"]):
             inference, _ = materialise(
                 model,
@@ -208,8 +220,8 @@ class Posterior:
             )
         return cls(inference, content["theta"], rows, Index(columns, (), 0, "train", facts["meta"]), facts["metrics"])
 
-    def __str__(self) -> str:
-        console = Console(width=100, highlight=False)
+    def __repr__(self) -> str:
+        console = Console(width=100, color_system=None, force_jupyter=False)
         with console.capture() as captured:
             console.print(closing_table(self.summary()))
         return captured.get()
@@ -238,10 +250,17 @@ def _moments(site: Site) -> tuple[Tensor, Tensor]:
     return mean.double().expand(shape), variance.double().expand(shape)
 
 
+def _packed(folder: ShardFolder, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    for block, count in enumerate(folder.block_rows.tolist()):
+        columns = {name: folder.read_block(block, name) for name in names}
+        for first in range(0, count, _ROWS):
+            yield {name: column[first : first + _ROWS] for name, column in columns.items()}
+
+
 def _shard_folder(data: Any) -> ShardFolder | None:
     """``data`` as packed rows, or None where it is a table."""
     if isinstance(data, ShardFolder):
         return data
-    if isinstance(data, (str, Path)) and Path(data).is_dir():
-        return open_split(Path(data), "train")
+    if isinstance(data, (str, Path)) and is_packed(data):
+        return open_split(data, "train")
     return None

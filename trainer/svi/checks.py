@@ -4,7 +4,7 @@ Every check raises `UserError` with the site's name and what to write instead.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -114,10 +114,12 @@ def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batc
         )
 
 
-def finite_or_raise(values: dict[str, Any], step: int) -> None:
-    """Raises FloatingPointError naming the sites whose ``values`` (floats) are not finite, and the step."""
+def finite_or_raise(values: dict[str, Any], step: int, rows: Sequence[int] = ()) -> None:
+    """Raises FloatingPointError naming the sites whose ``values`` (floats) are not finite, the step, and the ids of the
+    ``rows`` behind it.
+    """
     bad = [name for name, value in values.items() if not torch.isfinite(torch.as_tensor(value)).all()]
     if bad:
-        raise FloatingPointError(
-            f"not finite at step {step}: {', '.join(bad)}; lower optimizer.lr, or look for extreme values in the data."
-        )
+        names, ids = ", ".join(bad), ", ".join(map(str, rows))
+        remedy = f"look at row {ids} (row_id)" if rows else "look for extreme values in the data"
+        raise FloatingPointError(f"not finite at step {step}: {names}; lower optimizer.lr, or {remedy}.")

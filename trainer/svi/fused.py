@@ -24,6 +24,7 @@ from trainer.svi.native import compiled
 from trainer.svi.noise import chunk_noise
 from trainer.svi.programs import Chunk, ChunkResult, Eager, alone, draw_numbers
 from trainer.svi.replay import Replay, Section
+from trainer.svi.rows import Column, cat, maker, parts, rolled
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
 from trainer.svi.tracing import Traced, Untraceable, trace
 from trainer.svi.variance import Whitening
@@ -154,7 +155,8 @@ class Fused:
         )
 
     def _layout(self, chunk: Chunk) -> "_Layout":
-        return _Layout(self.inference.guide.noise_size, tuple(chunk.columns), chunk.row_id is not None)
+        makers = tuple((name, *maker(column)) for name, column in chunk.columns.items())
+        return _Layout(self.inference.guide.noise_size, makers, chunk.row_id is not None)
 
     def _compare(self, start: State, slot: Chunk) -> None:
         """One step of both programs, by the optimiser's vectors: in theta Adam makes steps of lr of mere rounding.
@@ -228,13 +230,19 @@ class _Layout:
     """The order of a slot's tensors: [elements], [rows], valid, batch_rows, [row_id], columns."""
 
     noise_size: tuple[int, int]
-    columns: tuple[str, ...]
+    columns: tuple[tuple[str, int, Callable[..., Column]], ...]
+    """Of each its name, how many tensors it has, and what makes it of them."""
     with_row_id: bool
 
     def data(self, chunk: Chunk) -> tuple[Tensor, ...]:
         """All of a chunk that comes from outside, each [K, ...]."""
         row_id = () if chunk.row_id is None else (chunk.row_id,)
-        return chunk.valid, chunk.batch_rows, *row_id, *(chunk.columns[name] for name in self.columns)
+        return (
+            chunk.valid,
+            chunk.batch_rows,
+            *row_id,
+            *(part for name, *_ in self.columns for part in parts(chunk.columns[name])),
+        )
 
     def noise(
         self, seed: Tensor, draws: Tensor, first: Tensor, data: Sequence[Tensor], dtype: torch.dtype
@@ -258,7 +266,10 @@ class _Layout:
             elements = theta.new_zeros(groups, 1 if rows is None else rows.shape[1], 0)
         pairs = elements.shape[1]
         noise = StepNoise(elements, rows, ((0,) * pairs,) * groups)
-        return noise, StepBatch(dict(zip(self.columns, left, strict=True)), valid, batch_rows, row_id)
+        columns = {}
+        for name, count, make in self.columns:
+            columns[name], left = make(*left[:count]), left[count:]
+        return noise, StepBatch(columns, valid, batch_rows, row_id)
 
 
 def _carry(state: State) -> tuple[Tensor, ...]:
@@ -272,6 +283,6 @@ def _state(carry: Sequence[Tensor]) -> State:
 
 def _with_a_second_slot(chunk: Chunk) -> Chunk:
     """A chunk of one slot with another after it, of the same rows in another order."""
-    columns = {name: torch.cat([each, each.roll(1, dims=2)]) for name, each in chunk.columns.items()}
+    columns = {name: cat([each, rolled(each)]) for name, each in chunk.columns.items()}
     row_id = None if chunk.row_id is None else torch.cat([chunk.row_id, chunk.row_id.roll(1, dims=2)])
     return Chunk(columns, chunk.valid.repeat(2, 1), chunk.batch_rows.repeat(2), row_id)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.errors import UserError
 from trainer.svi.plates import Batch
+from trainer.svi.rows import cat
 
 _aten = torch.ops.aten
 
@@ -127,8 +128,8 @@ class _Measuring(TorchDispatchMode):
 def _with_a_row_more(batch: Batch) -> Batch:
     """The last row twice."""
 
-    def longer(column: Tensor) -> Tensor:
-        return torch.cat([column, column[-1:]])
+    def longer(column: Any) -> Any:
+        return cat([column, column[-1:]])
 
     row_id = None if batch.row_id is None else longer(batch.row_id)
     return Batch({name: longer(column) for name, column in batch.columns.items()}, batch.valid, batch.scale, row_id)

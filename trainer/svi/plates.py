@@ -18,6 +18,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.svi.rows import Column
 
 WEIGHT = "weight"
 
@@ -25,7 +26,7 @@ WEIGHT = "weight"
 class Batch(NamedTuple):
     """One draw's rows at one step. Padded rows repeat a real row, so nothing they compute is infinite."""
 
-    columns: dict[str, Tensor]
+    columns: dict[str, Column]
     """Each [B, ...]."""
     valid: Tensor
     """int64 []: how many rows, from the first, count."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from trainer.svi.noise import chunk_noise, mixed_seed
+from trainer.svi.rows import Column, each_tensor
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
 
 
 class Chunk(NamedTuple):
     """K consecutive steps' rows, as tensors on the device."""
 
-    columns: dict[str, Tensor]
+    columns: dict[str, Column]
     """Each [K, A, B, ...]."""
     valid: Tensor
     """int64 [K, A]."""
@@ -37,7 +38,7 @@ class Chunk(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "Chunk":
         """Every tensor changed."""
         row_id = None if self.row_id is None else change(self.row_id)
-        columns = {name: change(column) for name, column in self.columns.items()}
+        columns = {name: each_tensor(column, change) for name, column in self.columns.items()}
         return Chunk(columns, change(self.valid), change(self.batch_rows), row_id)
 
 

@@ -20,6 +20,7 @@ from trainer.svi.objective import Kind, Objective, elbo_terms
 from trainer.svi.optim import Optimizer, Slots
 from trainer.svi.parameters import Parameters
 from trainer.svi.plates import Batch, PlatedModel
+from trainer.svi.rows import Column
 from trainer.svi.schedules import Schedule
 from trainer.svi.variance import Anchor, Whitening
 
@@ -49,7 +50,7 @@ class StepNoise(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    columns: dict[str, Tensor]
+    columns: dict[str, Column]
     """Each [A, B, ...]."""
     valid: Tensor
     """int64 [A]."""

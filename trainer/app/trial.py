@@ -1,0 +1,88 @@
+"""A run that is a trial of a study tells it how far it has come, and ends early where the study's pruner says so."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import optuna
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback
+
+from trainer.app import build
+from trainer.app.allowed import refuse_others
+from trainer.app.blocks import blocks, together
+from trainer.app.study import open_storage
+from trainer.data.shards.folder import ShardFolder
+from trainer.errors import UserError
+from trainer.lit.module import VariationalModule
+from trainer.lit.strategy import max_over_ranks
+from trainer.posterior.elbo import rough_elbo_per_row
+
+PARTS = 15  # of the budget, each with a report at its end: rounds end after 1, 3 and 7 of them
+_ROWS = 16_384  # at least, that a report looks at: the same ones in all trials, whose noise is then common to them
+
+
+class Report(Callback):
+    """Reports the ELBO per row of ``folder`` (the held-out rows, where there are any) at each step of `ends`.
+
+    ``node``: the config's `trial`; ``unit``: what the steps of `ends` are multiples of; ``facts``: the checkpoint's,
+    where the reason to stop is kept; ``check`` is called at each block.
+    """
+
+    def __init__(
+        self,
+        node: DictConfig,
+        folder: ShardFolder,
+        seed: int,
+        horizon: int,
+        unit: int,
+        facts: dict[str, Any],
+        check: Callable[[], None],
+    ):
+        self.node, self.folder, self.seed, self.facts, self.check = node, folder, seed, facts, check
+        self.ends = [part * horizon // PARTS // unit * unit for part in range(1, PARTS)]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        assert isinstance(module, VariationalModule)
+        if module.step not in self.ends or trainer.should_stop:
+            return
+        here, total = together(blocks(self.folder, trainer, self.check, few_blocks(self.folder)))
+        value = rough_elbo_per_row(module.inference, module.theta, here, self.seed, total)
+        end = trainer.is_global_zero and self._is_pruned(self.ends.index(module.step) + 1, value)
+        if max_over_ranks(int(end), module.device):
+            self.facts["stopped"] = "pruned"
+            trainer.should_stop = True
+
+    def _is_pruned(self, part: int, value: float) -> bool:
+        found = self._study._storage.get_trial(self._trial._trial_id)
+        if found.state.is_finished():
+            raise UserError(
+                f"trial {found.number} of study {self.node.study} was given up by its sweep: nothing awaits it."
+            )
+        if part not in found.intermediate_values:  # else: resumed
+            self._trial.report(value, part)
+        if not self._trial.should_prune():
+            return False
+        self._trial.set_user_attr("pruned", part)
+        return True
+
+    @cached_property
+    def _trial(self) -> optuna.Trial:
+        number = int(self.node.number)
+        return optuna.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+
+    @cached_property
+    def _study(self) -> optuna.Study:
+        """Opened once, not at every report."""
+        study = optuna.load_study(storage=open_storage(str(self.node.storage)), study_name=str(self.node.study))
+        pruner = OmegaConf.create(study.user_attrs["pruner"])
+        refuse_others(pruner, ["optuna.pruners"])
+        study.pruner = build.make(pruner)
+        return study
+
+
+def few_blocks(folder: ShardFolder) -> int:
+    """How many blocks a report looks at."""
+    rows = folder.block_rows.cumsum()
+    return min(len(rows), int((rows < _ROWS).sum()) + 1)

@@ -1,0 +1,281 @@
+"""A split's shards, opened: every member is compared with the index before a row of it is used.
+
+A block is read and hashed once per process. Nothing is parsed and nothing unpickled: a member's two headers are known
+to the byte. Sizes are compared when a folder is opened; a shard that is truncated while a run uses it ends the run with
+SIGBUS.
+"""
+
+import hashlib
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from trainer.data.plan import Plan
+from trainer.data.shards.cache import RemoteFiles, ShardCache
+from trainer.data.shards.files import Files, LocalFiles, OpenFile, files_of, read_index, reading
+from trainer.data.shards.index import INDEX_NAME, ROW_ID, Column, Index, Shard
+from trainer.data.shards.joined import JoinedFiles, first_ids_of
+from trainer.data.shards.read_thread import Reading
+from trainer.data.shards.remote import Store
+from trainer.data.shards.tar import RECORD, member_name, npy_header, padding, payload_bytes, tar_header
+from trainer.data.shards.varying import most_entries, rows_of
+from trainer.errors import Damaged, UserError
+
+Place = str | Path
+TIMEOUT = 300.0
+OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
+
+
+class ShardFolder:
+    """One split's shards, in a folder or (`cache`) at an address.
+
+    ``timeout``: seconds after which threads that read it take a read that gives nothing for an error; ``index``: in
+    place of its own, of fewer blocks. Raises UserError for a missing shard or one of the wrong size (not with
+    ``check=False``).
+    """
+
+    def __init__(self, files: Path | Files, check: bool = True, timeout: float = TIMEOUT, index: Index | None = None):
+        self.files, self.timeout = files_of(files), timeout
+        self.index = index or read_index(self.files)
+        self._open, self._map = _openers(self.files, self.index.shards)
+        self._checked: set[tuple[int, str]] = set()
+        self._reading: dict[int, tuple[Sequence[int], float]] = {}
+        self._shard_of = [(s, b) for s, shard in enumerate(self.index.shards) for b in range(len(shard.rows))]
+        self._numbers = self.index.block_numbers
+        for shard in self.index.shards if check else ():
+            self.files.check(shard)
+
+    @property
+    def place(self) -> str:
+        """The folder or address."""
+        return self.files.place
+
+    @property
+    def num_rows(self) -> int:
+        """N of this split."""
+        return self.index.num_rows
+
+    @cached_property
+    def block_rows(self) -> np.ndarray:
+        """int64 [blocks]."""
+        return self.index.block_rows
+
+    @cached_property
+    def shard_of(self) -> np.ndarray:
+        """int64 [blocks]."""
+        return np.array([s for s, _ in self._shard_of])
+
+    @cached_property
+    def first_ids(self) -> np.ndarray:
+        """int64 [blocks]: what is added to the row ids that lie in the shards."""
+        return np.array([shard.first_id for shard in self.index.shards], np.int64)[self.shard_of]
+
+    @cached_property
+    def _exceeds_memory(self) -> bool:
+        """Whether the system may not keep all of the split in its page cache."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 2 * sum(shard.bytes for shard in self.index.shards) > memory
+
+    def read_block(self, block: int, name: str) -> Any:
+        """The values [rows, ...] of a column in a block, `CsrRows` or `RaggedRows` of such a column.
+
+        Raises UserError naming shard and block.
+        """
+        column = self.index.column(name)
+        arrays = [self._read(block, part) for part, _ in column.members]
+        if column.kind == "dense":
+            return arrays[0]
+        ends, *entries = arrays
+        offsets = np.concatenate([[0], ends]).astype(np.int64)
+        if (block, name) not in self._checked:
+            sound = offsets[-1] == len(entries[0]) and bool((np.diff(offsets) >= 0).all())
+            if column.kind == "csr" and len(entries[0]):
+                sound = sound and entries[0].min() >= 0 and entries[0].max() < column.shape[0]
+            if not sound:
+                raise self._damaged(*self._shard_of[block], name, "has entries that are not what the index says")
+            self._checked.add((block, name))
+        return rows_of(column, offsets, entries)
+
+    def _read(self, block: int, part: Column) -> np.ndarray:
+        """The values of a member of a block, from another copy of the shard where there is one and this is damaged."""
+        s, b = self._shard_of[block]
+        try:
+            found = self._member(s, b, block, part)
+        except UserError:
+            if not self.files.renew(self.index.shards[s]):
+                raise
+            self._open, self._map = _openers(self.files, self.index.shards)
+            found = self._member(s, b, block, part)
+        return found + self.index.shards[s].first_id if part.name == ROW_ID else found
+
+    def _member(self, s: int, b: int, block: int, part: Column) -> np.ndarray:
+        shard, name = self.index.shards[s], part.name
+        self.note([s])
+        header, size = self._headers(part, s, b)
+        data = payload_bytes(part, self._count(part, s, b))
+        member: Any = np.empty(len(header) + data + padding(size), dtype=np.uint8)
+        with reading(self.files.path_of(shard)):
+            file = self._open(s)  # held: another thread may renew what is open
+            count = os.preadv(file.number, [member], shard.offsets[name][b])
+        if count != len(member):
+            raise self._damaged(s, b, name, "ends too early")
+        if (block, name) not in self._checked:
+            if member[: len(header)].tobytes() != header:
+                raise self._damaged(s, b, name, "has a header that is not what the index says")
+            if xxhash.xxh3_64_hexdigest(member) != shard.xxh3[name][b]:
+                raise self._damaged(s, b, name, "does not match its hash")
+            self._checked.add((block, name))
+        values = member[len(header) : len(header) + data].view(np.dtype(part.dtype).newbyteorder("<"))
+        return values.reshape(-1, *part.shape)
+
+    def sha256(self, s: int) -> str:
+        """Of all bytes of shard ``s``."""
+        held = self._open(s)
+        with os.fdopen(os.dup(held.number), "rb") as file:
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def map_of(self, s: int) -> mmap.mmap:
+        """Shard ``s`` in memory. What it shows was compared with the index only where `make_ready` was called."""
+        self.note([s])
+        return self._map(s)
+
+    def note(self, shards: Sequence[int]) -> None:
+        """Tells `reading` that this thread now reads ``shards``."""
+        self._reading[threading.get_ident()] = (shards, time.monotonic())
+
+    def reading(self, thread: int) -> Reading | None:
+        """What a thread reads, or read last."""
+        if thread not in self._reading:
+            return None
+        shards, since = self._reading[thread]
+        first, last = (self.index.shards[s] for s in (shards[0], shards[-1]))
+        names = f"shard {self.files.path_of(first)}" + (f" to {last.name}" if first is not last else "")
+        return Reading(names, min(time.monotonic() - since, self.files.quiet(first)))
+
+    def want(self, blocks: np.ndarray) -> None:
+        """Has the shards of ``blocks`` fetched, if they are somewhere else."""
+        if self.files.far:
+            self.files.want(self.index.shards[s] for s in dict.fromkeys(self.shard_of[blocks].tolist()))
+
+    def make_ready(self, block: int, name: str) -> None:
+        """Compares a column of a block with the index, once; later has the system read it in one go, not page by page.
+
+        The latter only where the split may not stay in memory: for pages that are there it costs a tenth of a copy.
+        """
+        if (block, name) not in self._checked:
+            self.read_block(block, name)
+        elif self._exceeds_memory:
+            s, b = self._shard_of[block]
+            for part, _ in self.index.column(name).members:
+                start = self.index.shards[s].offsets[part.name][b]
+                page = start // mmap.PAGESIZE * mmap.PAGESIZE
+                size = len(self._headers(part, s, b)[0]) + payload_bytes(part, self._count(part, s, b))
+                self.map_of(s).madvise(mmap.MADV_WILLNEED, page, start + size - page)
+
+    def values_at(self, part: Column) -> np.ndarray:
+        """int64 [blocks]: the byte of its shard at which the values of a member begin, for each block."""
+        counts = [self._count(part, s, b) for s, b in self._shard_of]
+        before = {count: RECORD + len(npy_header(part, count)) for count in set(counts)}
+        places = [place for shard in self.index.shards for place in shard.offsets[part.name]]
+        return np.array(places) + [before[count] for count in counts]
+
+    def most_entries(self, plan: Plan, name: str, lanes: int) -> int:
+        """The entries of a csr or ragged column that ``lanes`` lanes of a step of ``plan`` never exceed."""
+        of_shards = [shard.widest[name] for shard in self.index.shards]
+        longest = max(map(len, of_shards))
+        widest = [max(each[min(j, len(each) - 1)] for each in of_shards) for j in range(longest)]
+        return most_entries(plan, widest, sum(sum(shard.entries[name]) for shard in self.index.shards), lanes)
+
+    def _count(self, part: Column, s: int, b: int) -> int:
+        """How many values a member has in block ``b`` of shard ``s``."""
+        name, _, of = part.name.partition(".")
+        shard = self.index.shards[s]
+        return shard.entries[name][b] if of in ("indices", "values") else shard.rows[b]
+
+    def _headers(self, part: Column, s: int, b: int) -> tuple[bytes, int]:
+        """The bytes before the values of a member, and the size that its tar header gives."""
+        count = self._count(part, s, b)
+        npy = npy_header(part, count)
+        size = len(npy) + payload_bytes(part, count)
+        return tar_header(member_name(self._numbers[s][b], part.name), size) + npy, size
+
+    def _damaged(self, s: int, b: int, name: str, how: str) -> Damaged:
+        return Damaged(
+            f'shard {self.files.path_of(self.index.shards[s])}, block {self._numbers[s][b]}, column "{name}" {how}: '
+            "copy the shard again, pack the table again, or leave the block out (data.on_corrupt=quarantine, in a new "
+            "run_dir)."
+        )
+
+
+def _openers(files: Files, shards: Sequence[Shard]) -> tuple[Callable[[int], OpenFile], Callable[[int], mmap.mmap]]:
+    """Of shard s, the file and the file in memory, of the last few. They do not keep the folder alive."""
+    opened = lru_cache(maxsize=OPEN_FILES)(lambda s: files.open(shards[s]))
+    # A map holds the file, with its lock, until the last view of a part of it is gone.
+    return opened, lru_cache(maxsize=OPEN_FILES)(lambda s: mmap.mmap(opened(s).number, 0, prot=mmap.PROT_READ))
+
+
+def open_split(
+    place: Place | Sequence[Place], split: str, cache: ShardCache | None = None, check: bool = True
+) -> ShardFolder | None:
+    """The ``split`` ("train" or "held_out") of a folder that `svi shard` made, or of a split's own folder; else None.
+
+    ``place``: a folder, or an address, whose shards are kept in ``cache`` (by default in the user's cache folder); or
+    several of them, whose rows are one data set (see `joined`). ``check``: as for `ShardFolder`. Raises UserError
+    where one is no shard folder at all, its ``split`` has lost its index, or they do not go together.
+    """
+    if isinstance(place, str | Path):
+        files = _split_of(place, split, cache)
+        return None if files is None else ShardFolder(files, check)
+    found = [_split_of(each, split, cache) for each in place]
+    folders = [files for files in found if files is not None]
+    if len(found) == 1 or not folders:
+        return ShardFolder(folders[0], check) if folders else None
+    before = [files or _split_of(each, "train", cache) for files, each in zip(found, place)]
+    ids = first_ids_of(files.index() for files in before if files is not None)
+    return ShardFolder(JoinedFiles(folders, [first for files, first in zip(found, ids) if files is not None]), check)
+
+
+def _split_of(place: Place, split: str, cache: ShardCache | None) -> Files | None:
+    files = {name: _files(place, name, cache) for name in (split, "", "train")}
+    if files[split].exists() or Path(place, split).is_dir():
+        return files[split]
+    if files[""].exists():
+        # A split's own folder, given by itself, is what is asked for: to train on, or (in `train`) nothing held out.
+        return files[""] if split == "train" or files[""].index().split == split else None
+    if not files["train"].exists():
+        raise UserError(f"{place} is no shard folder (it holds no {INDEX_NAME}): svi shard source=TABLE out={place}")
+    return None
+
+
+def split_files(place: Place, cache: ShardCache | None = None) -> list[Files]:
+    """The files of each split of a folder or an address, or its own. Raises UserError where there is no index."""
+    own = _files(place, "", cache)
+    if own.exists():
+        return [own]
+    splits = [(name, _files(place, name, cache)) for name in ("train", "held_out")]
+    if not any(files.exists() for _, files in splits):
+        raise UserError(f"data.path={place} is no shard folder: it holds no {INDEX_NAME}.")
+    return [files for name, files in splits if files.exists() or Path(place, name).is_dir()]
+
+
+def is_packed(place: Place, cache: ShardCache | None = None) -> bool:
+    """Whether a folder or an address holds an index, for itself or for its training split."""
+    return any(_files(place, name, cache).exists() for name in ("train", ""))
+
+
+def _files(place: Place, name: str, cache: ShardCache | None) -> Files:
+    """Those of the folder ``name`` of ``place``, or of itself."""
+    if "://" not in str(place):
+        return LocalFiles(Path(place) / name)
+    cache = cache or ShardCache()
+    store = Store(str(place), cache.timeout)
+    return RemoteFiles(store / name if name else store, cache)
