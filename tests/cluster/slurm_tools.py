@@ -77,24 +77,24 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     if os.geteuid() or not shutil.which("apt-get"):
         pytest.skip("Slurm needs root here, and Debian's packages")
     place = mkdtemp(prefix="slurm-")  # short: a socket lies in it
-    with FileLock(Path(gettempdir()) / "svi-slurm-up.lock"):  # two at once would choose the same ports
+    with FileLock(Path(gettempdir()) / "svi-slurm.lock"):  # one at a time: the ports of a job follow from its number
         up = subprocess.run(
             [TOOLS / "slurm-up", "-a", "-d", place], capture_output=True, text=True, timeout=400, check=False
         )
-    try:
-        assert up.returncode == 0, up.stderr
-        bin_folder = Path(sys.executable).parent
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
-            "SLURM_CONF": f"{place}/slurm.conf",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PATH": f"{bin_folder}:{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-            "PYTHONWARNINGS": "ignore",
-            "OMP_NUM_THREADS": "1",
-            "WANDB_MODE": "offline",
-        }
-        yield Cluster(environment, folder)
-    finally:
-        subprocess.run([TOOLS / "slurm-down", "-d", place], capture_output=True, timeout=120, check=False)
-        shutil.rmtree(place, ignore_errors=True)
+        try:
+            assert up.returncode == 0, up.stderr
+            bin_folder = Path(sys.executable).parent
+            environment = {
+                **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
+                "SLURM_CONF": f"{place}/slurm.conf",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "PATH": f"{bin_folder}:{os.environ['PATH']}",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+                "PYTHONWARNINGS": "ignore",
+                "OMP_NUM_THREADS": "1",
+                "WANDB_MODE": "offline",
+            }
+            yield Cluster(environment, folder)
+        finally:
+            subprocess.run([TOOLS / "slurm-down", "-d", place], capture_output=True, timeout=120, check=False)
+            shutil.rmtree(place, ignore_errors=True)
