@@ -91,6 +91,7 @@ class Plan:
             )
         self.steps_per_epoch = -(-self.num_rows // self.batch_size)
         self.rest = rest or Rest(0, 0, ())
+        self._epoch = lru_cache(maxsize=4)(self._epoch_stage)
         self._taken_over = self._take_over()
         self.first_whole = self._taken_over.first + self._taken_over.steps
         """The global step at which an epoch begins that is this plan's alone; so does one every `steps_per_epoch`."""
@@ -108,7 +109,7 @@ class Plan:
     def rows_at(self, step: int | np.ndarray) -> np.ndarray:
         """int64 [..., L]: rows of each lane at global steps [...]."""
         t, over = np.asarray(step)[..., None] - self.first_whole, self._taken_over
-        steps, rows = np.asarray(self.steps_per_epoch), np.diff(self._lane_ends(self.lanes))
+        steps, rows = np.asarray(self.steps_per_epoch), self._epoch(0).rows
         if over.steps:
             late = t >= 0
             steps, rows = np.where(late, steps, over.steps), np.where(late, rows, over.rows)
@@ -182,13 +183,16 @@ class Plan:
 
     def _stage(self, step: int) -> _Stage:
         """That to which a global step belongs."""
-        over, steps = self._taken_over, self.steps_per_epoch
+        over = self._taken_over
         assert step >= over.first, f"step {step} lies before step {over.first}, at which the plan takes over"
-        if step < over.first + over.steps:
-            return over
-        n = (step - over.first - over.steps) // steps
-        return _Stage(over.first + over.steps + n * steps, steps, self._whole(over.stop + n),
-                      np.diff(self._lane_ends(self.lanes)), over.stop + n + 1)  # fmt: skip
+        late = step - self.first_whole
+        return over if late < 0 else self._epoch(late // self.steps_per_epoch)
+
+    def _epoch_stage(self, n: int) -> _Stage:
+        """The ``n``-th of the epochs that are this plan's alone."""
+        epoch, steps = self._taken_over.stop + n, self.steps_per_epoch
+        rows = np.diff(self._lane_ends(self.lanes))
+        return _Stage(self.first_whole + n * steps, steps, self._whole(epoch), rows, epoch + 1)
 
     def _whole(self, epoch: int) -> list[tuple[Part, ...]]:
         """The part that each lane is of an epoch."""
