@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from trainer.data.address import Place, is_address
 from trainer.data.plan import Plan
 from trainer.data.shards.cache import RemoteFiles, ShardCache
 from trainer.data.shards.files import Files, LocalFiles, OpenFile, files_of, read_index, reading
@@ -29,7 +30,6 @@ from trainer.data.shards.tar import RECORD, member_name, npy_header, padding, pa
 from trainer.data.shards.varying import most_entries, rows_of
 from trainer.errors import Damaged, UserError
 
-Place = str | Path
 TIMEOUT = 300.0
 OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
 
@@ -274,7 +274,7 @@ def is_packed(place: Place, cache: ShardCache | None = None) -> bool:
 
 def _files(place: Place, name: str, cache: ShardCache | None) -> Files:
     """Those of the folder ``name`` of ``place``, or of itself."""
-    if "://" not in str(place):
+    if not is_address(place):
         return LocalFiles(Path(place) / name)
     cache = cache or ShardCache()
     store = Store(str(place), cache.timeout)

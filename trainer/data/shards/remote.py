@@ -5,6 +5,7 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
+from trainer.data.address import filesystem
 from trainer.errors import UserError
 
 _ATTEMPTS = 5
@@ -71,16 +72,7 @@ class Store:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        try:
-            from fsspec.core import url_to_fs
-
-            return url_to_fs(self.url)
-        except ImportError as error:
-            raise UserError(
-                f"{self.url} needs a library that is not installed ({error}): pip install 'svi-trainer[remote]'."
-            ) from error
-        except ValueError as error:
-            raise UserError(f"{self.url} is no address that can be read ({error}): check how it begins.") from error
+        return filesystem(self.url)
 
     @property
     def _system(self) -> Any:

@@ -16,9 +16,10 @@ import pyarrow.fs as fs
 import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 
+from trainer.data.address import Place, filesystem, is_address
 from trainer.data.fields import Field, Piece, Raw, arrow_field, choose, numpy_field, pieces_of
 from trainer.data.sources.h5ad import inspect_h5ad, read_h5ad
-from trainer.data.sources.place import Place, filesystem, is_address, opened
+from trainer.data.sources.place import opened
 from trainer.data.sources.text import inspect_csv, inspect_json, inspect_svmlight, read_csv, read_json, read_svmlight
 from trainer.data.sources.words import inspect_docword, inspect_ldac, read_docword, read_ldac
 from trainer.errors import UserError

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from trainer.data.address import Place, is_address
 from trainer.data.fields import CsrRows, Field, Piece, Raw, arrow_field, choose, numpy_field
-from trainer.data.sources.place import Place, is_address, opened
+from trainer.data.sources.place import opened
 from trainer.errors import UserError
 
 _PIECE_ROWS = 1 << 16

@@ -3,17 +3,9 @@
 import glob
 import gzip
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeAlias
+from typing import IO
 
-from trainer.errors import UserError
-
-Place: TypeAlias = Path | str
-"""A path, or an address with "://" in it."""
-
-
-def is_address(place: object) -> bool:
-    """Whether ``place`` is on a server or in a bucket."""
-    return "://" in str(place)
+from trainer.data.address import Place, filesystem, is_address
 
 
 def suffix(place: object) -> str:
@@ -49,17 +41,3 @@ def files_at(pattern: str) -> tuple[Place, ...]:
         return (pattern,)
     system, path = filesystem(pattern)
     return tuple(system.unstrip_protocol(match) for match in sorted(system.glob(path)))
-
-
-def filesystem(address: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it. Raises UserError for one that it cannot reach."""
-    try:
-        from fsspec.core import url_to_fs
-
-        return url_to_fs(address)
-    except ImportError as error:
-        raise UserError(
-            f"{address} needs a library that is not installed ({error}): pip install 'svi-trainer[remote]'."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"cannot read '{address}': {error}; check how it begins.") from error

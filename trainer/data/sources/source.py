@@ -16,10 +16,11 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from trainer.data.address import Place, is_address
 from trainer.data.fields import Field, Piece, Raw, arrow_field, choose, merge, pieces_of
 from trainer.data.shards.index import INDEX_NAME
 from trainer.data.sources.formats import FORMATS, Read, open_dataset
-from trainer.data.sources.place import Place, files_at, is_address, suffix
+from trainer.data.sources.place import files_at, suffix
 from trainer.errors import UserError
 
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 
+from trainer.data.address import Place
 from trainer.data.fields import Field, Piece, Raw, arrow_field, choose, merge
-from trainer.data.sources.place import Place, opened, stamp
+from trainer.data.sources.place import opened, stamp
 from trainer.errors import UserError
 
 _PIECE = 1 << 24  # bytes that are read at a time, then to the end of the line

@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from trainer.data.address import Place
 from trainer.data.fields import CsrRows, Field, Piece, Raw, choose
-from trainer.data.sources.place import Place, opened, stamp
+from trainer.data.sources.place import opened, stamp
 from trainer.data.sources.text import piece_text, svmlight_rows, texts
 from trainer.errors import UserError
 
