@@ -240,8 +240,10 @@ def open_split(
     if len(found) == 1 or not folders:
         return ShardFolder(folders[0], check) if folders else None
     before = [files or _split_of(each, "train", cache) for files, each in zip(found, place)]
-    ids = first_ids_of(files.index() for files in before if files is not None)
-    return ShardFolder(JoinedFiles(folders, [first for files, first in zip(found, ids) if files is not None]), check)
+    indexes = [files.index() for files in before if files is not None]
+    here = [(first, index) for files, first, index in zip(found, first_ids_of(indexes), indexes) if files is not None]
+    joined = JoinedFiles(folders, [first for first, _ in here])
+    return ShardFolder(joined, check, index=joined.join([index for _, index in here]))
 
 
 def _split_of(place: Place, split: str, cache: ShardCache | None) -> Files | None:

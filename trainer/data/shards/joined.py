@@ -23,7 +23,7 @@ _ALIKE = {"columns": "made of", "group_by": "grouped by", "standardised": "stand
 class JoinedFiles:
     """The `Files` of one split of several folders. ``first_ids``: what each folder's row ids count on from.
 
-    Raises UserError, when its index is asked for, where two folders are the same or their columns are not.
+    Raises UserError, when their index is asked for, where two folders are the same or their columns are not.
     """
 
     def __init__(self, folders: Sequence[Files], first_ids: Sequence[int]):
@@ -45,7 +45,11 @@ class JoinedFiles:
         return all(folder.exists() for folder in self.folders)
 
     def index(self) -> Index:
-        return joined([(_folder(files.place), files.index()) for files in self.folders], self.first_ids)
+        return self.join([files.index() for files in self.folders])
+
+    def join(self, indexes: Sequence[Index]) -> Index:
+        """`index`, from what those of the folders say."""
+        return joined([(_folder(files.place), index) for files, index in zip(self.folders, indexes)], self.first_ids)
 
     def path_of(self, shard: Shard) -> str:
         folder, own = self._own(shard)
