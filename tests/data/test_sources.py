@@ -244,7 +244,7 @@ def test_a_folder_that_is_no_table_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "packed", tmp_path / "packed" / "train"):
         with pytest.raises(UserError, match="is a shard folder, which is packed already"):
             open_source(folder)
-    with pytest.raises(UserError, match="cannot read 'nowhere://bucket/table'"):
+    with pytest.raises(UserError, match="nowhere://bucket/table is no address that can be read"):
         open_source("nowhere://bucket/table")
 
 
