@@ -6,14 +6,20 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from shard_tools import write_folder
 from svi_problems import F64, build
 
 from scripts.benchmark.optima import of_hierarchical, of_logistic
+from scripts.benchmark.ours import Repeated
 from scripts.benchmark.worker import CONTENDERS
+from trainer.data.plan import Plan
+from trainer.data.shards.folder import ShardFolder
+from trainer.lit.datamodule import ChunkData, Ranks
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import Draws, Pass, full_gradient
@@ -42,6 +48,16 @@ def test_quick_gives_figures_for_every_contender(tmp_path):
     ratios = {ratio["ratio"] for ratio in content["ratios"]}
     assert {"fused / Pyro tutorial", "fused / Pyro indices given", "shards / in memory"} <= ratios
     assert "how many times as fast" in run.stdout
+
+
+def test_blocks_that_repeat_are_read_as_rows_of_their_own(tmp_path):
+    write_folder(tmp_path / "train", {"x": np.arange(30)}, [10, 20])
+    folder = Repeated(ShardFolder(tmp_path / "train"), 90)
+    plan = Plan(folder.block_rows, 0, 2, 10)
+    data = ChunkData(cast("ShardFolder", folder), plan, Ranks(1, 0, 2, 1), ("x",), torch.float32, False, 3)
+    data.last = plan.steps_per_epoch
+    rows = [x for chunk in data for x in chunk.columns["x"].ravel().tolist()]
+    assert sorted(rows) == sorted(3 * list(range(30)))
 
 
 def test_the_optimum_is_stationary():

@@ -153,14 +153,19 @@ class Repeated:
     """A shard folder whose blocks repeat until there are ``num_rows``: the plan's work at N, the disk's at M."""
 
     def __init__(self, folder: ShardFolder, num_rows: int):
-        self._folder, self.index = folder, folder.index
-        self.block_rows = np.tile(folder.block_rows, num_rows // folder.num_rows)
-        self.num_rows = num_rows
-        self.map_of = folder.map_of
-        self.shard_of = np.tile(folder.shard_of, num_rows // folder.num_rows)
+        self._folder, self.num_rows = folder, num_rows
+        self.block_rows, self.shard_of, self.first_ids = map(
+            self._tiled, (folder.block_rows, folder.shard_of, folder.first_ids)
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._folder, name)
+
+    def _tiled(self, of_blocks: np.ndarray) -> np.ndarray:
+        return np.tile(of_blocks, self.num_rows // self._folder.num_rows)
 
     def values_at(self, column: Column) -> np.ndarray:
-        return np.tile(self._folder.values_at(column), self.num_rows // self._folder.num_rows)
+        return self._tiled(self._folder.values_at(column))
 
     def make_ready(self, block: int, name: str) -> None:
         self._folder.make_ready(block % len(self._folder.block_rows), name)

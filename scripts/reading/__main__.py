@@ -11,9 +11,11 @@ MosaicML streaming and litdata come from the environment whose Python is --rival
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -37,14 +39,14 @@ WANTED = (("of a straight copy", "ours", "copy", 0.7), ("of randperm in memory",
 
 
 class Contender:
-    """A process that reads when it is its turn."""
+    """A process that reads when it is its turn; between its turns it is stopped, with its workers."""
 
     def __init__(self, name: str, place: Path, python: str, log: Path):
         self.name, self.rates, self.error = name, list[float](), ""
         with log.open("a") as errors:
             self._process = subprocess.Popen(
                 [python, "-m", "scripts.reading.contenders", name, str(place)], cwd=ROOT, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
             )  # fmt: skip
 
     def turn(self, seconds: float) -> float:
@@ -52,6 +54,7 @@ class Contender:
         if not self.error:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
+            self._signal(signal.SIGCONT)
             try:
                 print(seconds, file=self._process.stdin, flush=True)
                 answer = json.loads(self._process.stdout.readline())
@@ -60,16 +63,23 @@ class Contender:
                 self.error = answer
             except (BrokenPipeError, ValueError):
                 self.error = "failed: bench/data.log"
+            finally:
+                self._signal(signal.SIGSTOP)
         return 0.0
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
 
 def write_table(place: Path, rows: int) -> None:
