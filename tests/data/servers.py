@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,16 +97,23 @@ def nginx(folder: Path, work: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def s3(work: Path) -> Iterator[str]:
-    """The address of an S3 API."""
+def s3() -> Iterator[Any]:
+    """fsspec's file system of an S3 API, which `s3://` means within the block."""
     pytest.importorskip("moto")
-    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # those of a server that is gone
+    kind = pytest.importorskip("s3fs").S3FileSystem
     binary = shutil.which("moto_server")
     if binary is None:
         pytest.skip("moto_server is not on the path")
     port = free_port()
-    with _running([binary, "-H", "127.0.0.1", "-p", str(port)], port):
-        yield f"http://127.0.0.1:{port}"
+    with _running([binary, "-H", "127.0.0.1", "-p", str(port)], port), pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL"):
+            patch.setenv(name, f"http://127.0.0.1:{port}")
+        kind.clear_instance_cache()
+        yield kind(endpoint_url=f"http://127.0.0.1:{port}")
+        kind.clear_instance_cache()  # they would ask this server again in another test
 
 
 def free_port() -> int:

@@ -228,25 +228,18 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def bucket() -> Iterator[Any]:
     """`bucket(folder)` puts a folder there and gives its address."""
-    boto3, s3fs = pytest.importorskip("boto3"), pytest.importorskip("s3fs")
-    with s3(tmp_path_factory.mktemp("s3")) as endpoint, pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        client = boto3.client("s3", endpoint_url=endpoint)
-        client.create_bucket(Bucket="shards")
+    with s3() as system:
+        system.mkdir("shards")
 
         def put(folder: Path) -> str:
-            place = folder.name
+            place = f"s3://shards/{folder.name}"
             for file in folder.iterdir():
-                client.put_object(Bucket="shards", Key=f"{place}/{file.name}", Body=file.read_bytes())
-            return f"s3://shards/{place}"
+                system.pipe_file(f"{place}/{file.name}", file.read_bytes())
+            return place
 
         yield put
-    s3fs.S3FileSystem.clear_instance_cache()  # it would ask this server again in another test
 
 
 def check(files: Any, kind: str, truth: dict[int, bytes]) -> None:

@@ -61,9 +61,7 @@ def remote_folder(server: Faulty, cache: ShardCache) -> ShardFolder:
     return found
 
 
-def test_a_web_server_and_a_bucket_give_the_rows_of_the_folder(
-    folder: Path, cache: ShardCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_web_server_and_a_bucket_give_the_rows_of_the_folder(folder: Path, cache: ShardCache, tmp_path: Path) -> None:
     want = rows_of(ShardFolder(folder / "train"))
     with nginx(folder, tmp_path) as url:
         for split in ("train", "held_out"):
@@ -74,15 +72,7 @@ def test_a_web_server_and_a_bucket_give_the_rows_of_the_folder(
         assert open_split(f"{url}/train", "held_out", cache) is None
         with pytest.raises(UserError, match=r"/nowhere is no shard folder"):
             open_split(f"{url}/nowhere", "train", cache)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with s3(tmp_path) as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", endpoint)
-        import s3fs
-
-        system = s3fs.S3FileSystem(endpoint_url=endpoint)
+    with s3() as system:
         system.mkdir("bucket")
         system.put(str(folder), "bucket/packed", recursive=True)
         fresh = ShardCache(tmp_path / "another")

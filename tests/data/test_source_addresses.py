@@ -56,16 +56,8 @@ def test_what_is_not_there_is_named(server: Faulty) -> None:
         open_source(f"{server.url}/none.parquet")
 
 
-def test_files_and_folders_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with s3(tmp_path) as endpoint:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", endpoint)
-        import s3fs
-
-        system = s3fs.S3FileSystem(endpoint_url=endpoint)
+def test_files_and_folders_in_a_bucket(tmp_path: Path) -> None:
+    with s3() as system:
         system.mkdir("tables")
         halves = [{name: values[part::2] for name, values in table().items()} for part in (0, 1)]
         for number, half in enumerate(halves):
