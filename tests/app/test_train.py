@@ -1,6 +1,7 @@
 """`svi train` end to end, in this process: what a run leaves behind, and that the user's own models and guides work."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -9,11 +10,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from app_tools import WEIGHTS, config, final_state
+from rich.console import Console
 
 from trainer.app.budget import update_of
+from trainer.app.shard import shards_of
+from trainer.data.shards.cache import ShardCache
 from trainer.errors import UserError
 from trainer.lit.module import flat_state
 
@@ -305,3 +311,26 @@ def test_a_table_is_packed_on_the_fly_once(fit, table, tmp_path, capsys):
     os.utime(here, (later, later))
     with pytest.raises(UserError, match="has changed since it was packed: remove"):
         fit("max_steps=5", f"data.path={here}", run_dir=tmp_path / "d")
+
+
+def test_a_partition_that_has_changed_since_it_was_packed_is_seen(table, tmp_path):
+    part = tmp_path / "t" / "year=2020" / "a.parquet"
+    part.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"y": np.load(table)["y"]}), part)
+    shards = [shards_of([str(tmp_path / "t")], Console(), ShardCache(tmp_path / "cache")) for _ in range(2)]
+    assert shards == 2 * [str(tmp_path / "t.shards")]
+    later = part.stat().st_mtime + 10
+    os.utime(part, (later, later))
+    with pytest.raises(UserError, match="has changed since it was packed: remove"):
+        shards_of([str(tmp_path / "t")], Console(), ShardCache(tmp_path / "cache"))
+
+
+def test_where_nothing_can_be_written_beside_a_table_is_said(table, tmp_path, monkeypatch):
+    def refused(*given, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("trainer.app.shard.FileLock.acquire", refused)
+    with pytest.raises(
+        UserError, match=r"shards cannot be written \(Permission denied\): pack it elsewhere"
+    ):
+        shards_of([str(table)], Console(), ShardCache(tmp_path / "cache"))

@@ -1,10 +1,14 @@
 """Sources: every format gives its rows back exactly, in order, and says what is wrong with a file."""
 
+import csv
+import gzip
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -246,6 +250,74 @@ def test_a_folder_that_is_no_table_is_refused(tmp_path: Path) -> None:
             open_source(folder)
     with pytest.raises(UserError, match="nowhere://bucket/table is no address that can be read"):
         open_source("nowhere://bucket/table")
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1000, 1 << 20])
+def test_csv_cells_with_line_breaks_are_cells_wherever_the_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(text, "_PIECE", piece)
+    generator = np.random.default_rng(piece)
+    cells = ["a", "b,c", 'say ""', "two\nlines", '"', "7,\n8\n", "5 x 4", ",", "\r\n", 'quote "in" it']
+    rows = [(number, str(word)) for number, word in enumerate(generator.choice(cells, 300))]
+    file = tmp_path / "t.csv"
+    with file.open("w", newline="") as stream:
+        stream.write("n,word\n")
+        csv.writer(stream, lineterminator="\n").writerows(rows)
+        stream.write('300,5" pipe\n')
+    source = open_source(file)
+    assert source.num_rows == 301
+    want = {"n": list(range(301)), "word": [*(word for _, word in rows), '5" pipe']}
+    assert read(source, 64) == want
+    assert read(source, 64, ["n"]) == {"n": want["n"]}
+
+
+def test_a_quote_that_is_never_closed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_PIECE", 64)
+    file = tmp_path / "t.csv"
+    file.write_text("n,word\n" + "".join(f"{n},fine\n" for n in range(50)) + '50,"lost\n' + "51,fine\n" * 50)
+    with pytest.raises(UserError, match=r"""t\.csv': the cell that begins with "lost is never closed"""):
+        open_source(file)
+    monkeypatch.setattr(text, "_LONGEST_CELL", 100)
+    with pytest.raises(UserError, match="is never closed"):
+        open_source(file)
+    file.write_text('n,"wo\nrd"\n1,2\n')
+    with pytest.raises(UserError, match="its header has a line break within a name"):
+        open_source(file)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_compressed_file_is_unpacked_once_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setattr(text, "_PIECE", 64)
+    columns = table()
+    plain = write(tmp_path, form, columns)
+    packed = tmp_path / f"z.{form}.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    source = open_source(packed)
+    back: list[Any] = []
+    inner = gzip._GzipReader._rewind  # type: ignore[attr-defined]
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: back.append(self) or inner(self))  # type: ignore[attr-defined]
+    for _ in range(2):
+        assert read(source, 7) == {name: values.tolist() for name, values in columns.items()}
+    assert len(back) <= 2, "a piece was looked for from the beginning of the file"
+
+
+def test_iso_dates_in_json_lines_are_times(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text("".join(f'{{"day": "2024-01-{day:02d}", "y": {day}}}\n' for day in range(1, 31)))
+    train, held_out = pack(open_source(file), tmp_path / "out", columns={"y": "y"}, split_time="day",
+                           split_after="2024-01-25")  # fmt: skip
+    assert held_out is not None
+    assert (train.num_rows, held_out.num_rows) == (24, 6)
+
+
+def test_numbers_as_categories_are_groups(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"site": pd.Categorical(np.arange(100) // 5 + 7), "y": np.arange(100.0)})
+    frame.to_feather(tmp_path / "t.feather")
+    train, held_out = pack(open_source(tmp_path / "t.feather"), tmp_path / "out", columns={"y": "y"}, split_by="site",
+                           held_out=0.5)  # fmt: skip
+    assert held_out is not None
+    assert train.num_rows % 5 == 0 < held_out.num_rows
 
 
 def test_json_lines_take_their_types_from_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`svi shard`: a table (or a synthetic model) in, a shard folder out."""
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from trainer.data.packing.pack import pack
 from trainer.data.packing.parts import Parts
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.folder import is_packed
-from trainer.data.shards.index import Column
+from trainer.data.shards.index import INDEX_NAME, Column
 from trainer.data.sources.mixed import refuse_mixed
 from trainer.data.sources.source import Source, open_source
 from trainer.data.sources.synthetic import SyntheticSource
@@ -109,17 +110,41 @@ def _shards_of(path: str, like: list[str], console: Console, cache: ShardCache) 
     if is_packed(path, cache) or not (remote or here.is_file() or any(here.rglob("*.parquet"))):
         return path  # a shard folder, or nothing: whoever opens it says so
     out = Path(f"{path.rstrip('/').rpartition('/')[2]}.shards") if remote else here.with_name(f"{here.name}.shards")
-    with FileLock(f"{out}.lock"):
-        if not out.is_dir():
-            source = open_source(path)
-            refuse_mixed(source, source.fields, ())
-            console.print(f"packing {path} into {out}, this once (svi shard chooses columns, splits and more)")
-            pack(source, out, like=list(like) or None)
-        elif not remote and here.stat().st_mtime > out.stat().st_mtime:
-            raise UserError(
-                f"{path} has changed since it was packed: remove {out} to pack it again, or train on {out}."
-            )
+    index = out / "train" / INDEX_NAME
+    if not out.is_dir():
+        with _lock_beside(path, out):
+            if not out.is_dir():
+                source = open_source(path)
+                refuse_mixed(source, source.fields, ())
+                console.print(f"packing {path} into {out}, this once (svi shard chooses columns, splits and more)")
+                pack(source, out, like=list(like) or None)
+    elif not remote and index.is_file() and _changed(here) > index.stat().st_mtime:
+        raise UserError(f"{path} has changed since it was packed: remove {out} to pack it again, or train on {out}.")
     return str(out)
+
+
+@contextlib.contextmanager
+def _lock_beside(path: str, out: Path) -> Iterator[None]:
+    """Holds the lock of ``out``. Raises UserError where nothing may be written."""
+    lock = FileLock(f"{out}.lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}): pack it elsewhere (svi shard source={path} out=DIR), and "
+            "give data.path=DIR."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _changed(table: Path) -> float:
+    """When a table was changed last: a file, or anything in a folder."""
+    return max(each.stat().st_mtime for each in (table, *table.rglob("*")))
 
 
 def _options(cfg: DictConfig) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def _word_hashes(group: Recipe) -> np.ndarray | None:
     """A hash for every word of a text key: unlike its code, it does not change when other words come and go."""
     if group.vocabulary is None:
         return None
-    hashes = np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in group.vocabulary], np.uint64)
+    hashes = np.array([xxhash.xxh3_64_intdigest(str(word).encode()) for word in group.vocabulary], np.uint64)
     if len(np.unique(hashes)) < len(hashes):
         raise UserError(f"two groups of '{group.parts[0]}' share a 64-bit hash: number the groups instead.")
     return hashes

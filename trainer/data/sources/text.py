@@ -4,7 +4,9 @@ As in `trainer.data.sources.formats`. Shapes: B rows of a piece, D features.
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import IO
 
@@ -20,24 +22,62 @@ from trainer.errors import UserError
 
 _PIECE = 1 << 24  # bytes that are read at a time, then to the end of the line
 _ARROW = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "text": pa.string()}
+_LONGEST_CELL = 1 << 24  # bytes
 _MOST_FEATURES = 10_000  # SVMLight rows are packed dense
+_CLOSED = re.compile(rb'(?:[^"]++|"(?<![^,\r\n]")(?:[^"]++|"")*+"|"(?<=[^,\r\n]"))*+')
+"""What of a CSV text is no open cell. A quote opens one where a cell begins, and is a quote elsewhere."""
+_held = threading.local()
+
+Whole = Callable[[bytes, IO[bytes]], bytes]
+"""A text of whole lines to one of whole rows, with what it needs of the rest of the file."""
 
 
-def texts(stream: IO[bytes], stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+def texts(stream: IO[bytes], stop: int | None = None, whole: Whole | None = None) -> Iterator[tuple[int, bytes]]:
     """The rest of a file (to ``stop``) in texts of whole lines, none of them blank, each with its place."""
     at = stream.tell()
     while text := stream.read(_PIECE if stop is None else min(_PIECE, stop - at)):
         text += stream.readline() if not text.endswith(b"\n") else b""
+        text = whole(text, stream) if whole else text
         if text.strip():
             yield at, text
         at += len(text)
 
 
 def piece_text(file: Place, piece: Piece) -> bytes:
-    """The bytes of a piece."""
-    with opened(file) as stream:
-        stream.seek(piece.at)
-        return stream.read(piece.stop - piece.at)
+    """The bytes of a piece.
+
+    A compressed file stays open for the thread's next piece: to go back to one costs all that lies before it.
+    """
+    if not str(file).lower().endswith(".gz"):
+        with opened(file) as stream:
+            stream.seek(piece.at)
+            return stream.read(piece.stop - piece.at)
+    key = file, stamp(file)
+    if getattr(_held, "key", None) != key:
+        if hasattr(_held, "stream"):
+            _held.stream.close()
+        _held.stream, _held.key = opened(file), key
+    _held.stream.seek(piece.at)
+    return _held.stream.read(piece.stop - piece.at)
+
+
+def _open_cell(text: bytes, first: int = 0) -> int:
+    """Where in CSV lines, from ``first`` on, the quoted cell begins that does not end in them; or their length."""
+    found = _CLOSED.match(text, first)
+    assert found is not None
+    return found.end()
+
+
+def _whole_rows(text: bytes, stream: IO[bytes]) -> bytes:
+    """CSV lines to the end of the last cell that holds a line break. Raises ValueError for a quote that never ends."""
+    at = 0
+    while (at := _open_cell(text, at)) < len(text):
+        more = stream.read(len(text) - at) if len(text) - at < _LONGEST_CELL else b""
+        if not more:
+            begin = text[at : at + 40].decode(errors="replace").partition("\n")[0]
+            raise ValueError(f"the cell that begins with {begin} is never closed by another quote")
+        text += more + (stream.readline() if not more.endswith(b"\n") else b"")
+    return text
 
 
 def _csv_tables(
@@ -48,15 +88,19 @@ def _csv_tables(
     Types that are not given are those of each table.
     """
     with opened(file) as stream:
-        header = pa_csv.read_csv(io.BytesIO(stream.readline()))
+        first = stream.readline()
+        if _open_cell(first) < len(first):
+            raise ValueError("its header has a line break within a name")
+        header = pa_csv.read_csv(io.BytesIO(first))
         chosen = choose(names, header.column_names, file)
         yield header.select(chosen), 0, stream.tell()
         reading = pa_csv.ReadOptions(column_names=header.column_names)
         converting = pa_csv.ConvertOptions(
             include_columns=chosen, column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False
         )
-        for at, text in texts(stream) if piece is None else [(piece.at, piece_text(file, piece))]:
-            table = pa_csv.read_csv(io.BytesIO(text), read_options=reading, convert_options=converting)
+        for at, text in texts(stream, whole=_whole_rows) if piece is None else [(piece.at, piece_text(file, piece))]:
+            parsing = pa_csv.ParseOptions(newlines_in_values=b'"' in text)
+            table = pa_csv.read_csv(io.BytesIO(text), reading, parsing, converting)
             yield table, at, at + len(text)
 
 
@@ -98,11 +142,17 @@ def inspect_json(file: Place, names: Sequence[str] | None) -> tuple[dict[str, Fi
 
 
 def read_json(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece) -> Iterator[dict[str, Raw]]:
-    schema = pa.schema([(name, _ARROW[field.kind]) for name, field in fields.items() if field.kind in _ARROW])
+    types = {name: _ARROW.get(field.kind) or _time(field.kind) for name, field in fields.items()}
+    schema = pa.schema([(name, kind) for name, kind in types.items() if kind is not None])
     options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     table = pa_json.read_json(io.BytesIO(piece_text(file, piece)), parse_options=options)
     for batch in table.combine_chunks().to_batches(max_chunksize=rows):
         yield {name: batch.column(name) for name in schema.names}
+
+
+def _time(kind: str) -> pa.DataType | None:
+    """The Arrow type of a field of ISO dates."""
+    return pa.type_for_alias(kind) if kind.startswith("timestamp") else None
 
 
 def inspect_svmlight(file: Place, names: Sequence[str] | None) -> tuple[dict[str, Field], list[Piece]]:
