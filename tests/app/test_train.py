@@ -330,7 +330,5 @@ def test_where_nothing_can_be_written_beside_a_table_is_said(table, tmp_path, mo
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("trainer.app.shard.FileLock.acquire", refused)
-    with pytest.raises(
-        UserError, match=r"shards cannot be written \(Permission denied\): pack it elsewhere"
-    ):
+    with pytest.raises(UserError, match=r"shards cannot be written \(Permission denied\): pack it elsewhere"):
         shards_of([str(table)], Console(), ShardCache(tmp_path / "cache"))

@@ -15,7 +15,8 @@ from shard_tools import all_dtypes, flip, write_folder
 
 from trainer.data.plan import Plan
 from trainer.data.shards import remote
-from trainer.data.shards.cache import ShardCache
+from trainer.data.shards.cache import RemoteFiles, ShardCache
+from trainer.data.shards.files import AHEAD
 from trainer.data.shards.folder import ShardFolder, is_packed, open_split
 from trainer.data.shards.reader import Reader
 from trainer.data.shards.remote import Store
@@ -81,6 +82,27 @@ def test_a_web_server_and_a_bucket_give_the_rows_of_the_folder(folder: Path, cac
         assert rows_of(found) == want
         with pytest.raises(UserError, match="s3://bucket/none is no shard folder"):
             open_split("s3://bucket/none", "train", fresh)
+
+
+def test_a_reader_keeps_to_the_limit_and_holds_few_files(tmp_path: Path) -> None:
+    """200 shards, of which ten fit: two epochs, in an order that needs all of them at any time."""
+    write_folder(tmp_path / "train", {"x": np.arange(400)}, [2] * 200, shard_bytes=1)
+    near = ShardFolder(tmp_path / "train")
+    cache = ShardCache(tmp_path / "cache", 10 * max(shard.bytes for shard in near.index.shards))
+    files = RemoteFiles(Store(f"file://{tmp_path}/train"), cache)
+    far = ShardFolder(files)
+    assert far.open_at_once == 10 - AHEAD
+    plan = Plan(near.block_rows, 0, 2, 4)
+    reader = Reader(far, plan, ["x"], [[0, 1]])
+    seen, most = [], 0
+    for step in range(0, plan.steps_per_epoch, 2):
+        chunk = reader.chunk(step, 2)
+        seen += [int(x) for k in range(2) for x in chunk.columns["x"][k, 0, : chunk.valid[k, 0]]]
+        most = max(most, len(list((tmp_path / "cache").glob("*.tar"))))
+    assert sorted(seen) == list(range(400))
+    assert most <= 10
+    assert len(files._coming) <= AHEAD
+    reader.close()
 
 
 @pytest.mark.parametrize("fault", ["503", "drop", "short", "flip", "slow"])

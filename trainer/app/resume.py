@@ -11,10 +11,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from trainer.app.budget import Begun
-from trainer.app.data import cache_of
-from trainer.app.ranks import World
+from trainer.app.ranks import World, of_all
 from trainer.data.plan import Plan, default_lanes
 from trainer.data.rest import Rest
+from trainer.data.shards.files import AHEAD
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
 from trainer.lit import checkpoint
@@ -50,13 +50,14 @@ def plan_facts(cfg: DictConfig, folder: ShardFolder, world: World, old: Saved | 
     if batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size} must be at least 1.")
     if old is None:
+        lanes = int(cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows))
         facts: dict[str, Any] = {
-            "lanes": int(cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows)),
+            "lanes": lanes,
             "batch_size": batch_size,
             "seed": int(cfg.seed),
             "run_rows": int(cfg.data.run_rows),
             "pool_blocks": int(cfg.data.pool_blocks),
-            "shards_together": _shards_together(cfg, folder),
+            "shards_together": _shards_together(folder, lanes, world),
             "draws": int(cfg.draws or world.size),
             "index": folder.index.digest,
         }
@@ -112,12 +113,21 @@ def _refuse_other_rows(cfg: DictConfig, folder: ShardFolder, facts: dict[str, An
         )
 
 
-def _shards_together(cfg: DictConfig, folder: ShardFolder) -> int:
-    """Few where the cache cannot hold all shards, else 0, for all of them."""
-    if not folder.files.far:
-        return 0
-    size = sum(shard.bytes for shard in folder.index.shards)
-    return 0 if 2 * size <= cache_of(cfg.data).room else _TOGETHER
+def _shards_together(folder: ShardFolder, lanes: int, world: World) -> int:
+    """Few where the cache of some rank cannot hold all shards, else 0, for all of them.
+
+    Raises UserError where it holds too few.
+    """
+    sizes, room = [shard.bytes for shard in folder.index.shards], min(of_all(folder.files.room, world))
+    if sum(sizes) <= room:
+        return 0 if 2 * sum(sizes) <= room else _TOGETHER
+    fit, least = int(room // max(sizes)), lanes + AHEAD
+    if fit < least:
+        raise UserError(
+            f"the cache has room for {fit} shards of {folder.place} where {least} are in use at a time: give "
+            f"data.cache.bytes={least * max(sizes)} or more, free some of the disk, or pack with smaller shard_bytes=."
+        )
+    return min(_TOGETHER, (fit - AHEAD) // lanes)
 
 
 def _refuse_uneven(lanes: int, draws: int, ranks: int) -> None:

@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from trainer.data.rest import Part, Rest, dealt, left_of
 from trainer.errors import UserError
@@ -105,6 +106,13 @@ class Plan:
         self._order = lru_cache(maxsize=3)(self._epoch_order)
         self._lane = lru_cache(maxsize=2 * max([lanes, *(part.lanes for part in self.rest.parts)]))(self._segments)
         self._page = lru_cache(maxsize=2 * lanes)(self._page_runs)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Another for a plan of other batches."""
+        blocks = xxhash.xxh3_64_intdigest(self.block_rows.tobytes())
+        return (blocks, self.seed, self.lanes, self.batch_size, self.run_rows, self.pool_blocks, self.shards_together,
+                self.rest)  # fmt: skip
 
     def rows_at(self, step: int | np.ndarray) -> np.ndarray:
         """int64 [..., L]: rows of each lane at global steps [...]."""

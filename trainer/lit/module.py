@@ -74,6 +74,11 @@ class VariationalModule(pl.LightningModule):
         self.state = state_from_flat(on_device)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ChunkData)
+        if len(set(gathered(data.plan.identity))) > 1:
+            raise UserError(
+                "the ranks plan different batches, since their machines differ in the room for shards: give them the "
+                "same data.cache.bytes=."
+            )
         try:
             most = data.most_slots(self.program.sync_every)
             error, chunk = None, self.transfer_batch_to_device(data.trial_chunk(_TRIAL_SLOTS), device, 0)

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -50,7 +51,7 @@ class ShardCache:
             return self.limit
         self.folder.mkdir(parents=True, exist_ok=True)
         disk = os.statvfs(self.folder)
-        used = sum(stat.st_size for _, stat in self._files())
+        used = sum(stat.st_size for _, stat in self._files("*.tar"))
         return used + int(disk.f_frsize * (disk.f_bavail - _FREE * disk.f_blocks))
 
     def open(self, shard: Shard, store: Store) -> OpenFile:
@@ -67,7 +68,7 @@ class ShardCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with FileLock(path.with_suffix(".lock")):
                     if not path.exists():
-                        self._make_room(shard.bytes)
+                        self._make_room(shard.bytes, path.with_suffix(".part"))
                         self._fetch(shard, store, path)
 
     def quiet(self, shard: Shard) -> float:
@@ -100,22 +101,26 @@ class ShardCache:
         finally:
             part.unlink(missing_ok=True)
 
-    def _make_room(self, needed: int) -> None:
-        """Removes what was used least recently, and is not in use, until ``needed`` bytes more are within the limit."""
+    def _make_room(self, needed: int, part: Path) -> None:
+        """Removes what was used least recently, and is not in use, until ``needed`` bytes more are within the limit,
+        and takes them, as ``part``."""
         with FileLock(self.folder / "room.lock"):
-            for part in self.folder.glob("*.part"):  # of processes that were killed
-                with suppress(Timeout), FileLock(part.with_suffix(".lock"), timeout=0):
-                    part.unlink(missing_ok=True)
-            files = sorted((stat.st_mtime, stat.st_size, path) for path, stat in self._files())
-            total, limit = sum(size for _, size, _ in files), self.room
+            for other in self.folder.glob("*.part"):  # of processes that were killed
+                with suppress(Timeout), FileLock(other.with_suffix(".lock"), timeout=0):
+                    other.unlink(missing_ok=True)
+            files = sorted((stat.st_mtime, stat.st_size, path) for path, stat in self._files("*.tar"))
+            coming = sum(stat.st_size for _, stat in self._files("*.part"))
+            total, limit = coming + sum(size for _, size, _ in files), self.room
             for _, size, path in files:
                 if total + needed <= limit:
                     break
                 if _removed(path):
                     total -= size
+            part.touch()
+            os.truncate(part, needed)
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self.folder.glob("*.tar"):
+    def _files(self, names: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.folder.glob(names):
             with suppress(FileNotFoundError):
                 yield path, path.stat()
 
@@ -128,6 +133,7 @@ class RemoteFiles:
     def __init__(self, store: Store, cache: ShardCache):
         self.store, self.cache = store, cache
         self._coming: dict[str, Future[OpenFile]] = {}
+        self._here: WeakValueDictionary[str, OpenFile] = WeakValueDictionary()
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -137,6 +143,10 @@ class RemoteFiles:
     @property
     def places(self) -> list[str]:
         return [self.place]
+
+    @property
+    def room(self) -> float:
+        return self.cache.room
 
     def exists(self) -> bool:
         return self.store.exists(INDEX_NAME)
@@ -157,11 +167,13 @@ class RemoteFiles:
 
     def open(self, shard: Shard) -> OpenFile:
         coming = self._coming.pop(shard.name, None)
-        return self.cache.open(shard, self.store) if coming is None else coming.result()
+        file = self.cache.open(shard, self.store) if coming is None else coming.result()
+        self._here[shard.name] = file
+        return file
 
     def want(self, shards: Iterable[Shard]) -> None:
         for shard in islice(shards, AHEAD):
-            if shard.name not in self._coming:
+            if shard.name not in self._coming and shard.name not in self._here:
                 self._threads = self._threads or ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch")
                 self._coming[shard.name] = self._threads.submit(self.cache.open, shard, self.store)
 
@@ -170,6 +182,7 @@ class RemoteFiles:
 
     def renew(self, shard: Shard) -> bool:
         self._coming.pop(shard.name, None)
+        self._here.pop(shard.name, None)
         self.cache.drop(shard)
         return True
 
@@ -207,7 +220,7 @@ def _removed(path: Path) -> bool:
 def _download(shard: Shard, store: Store, part: Path) -> str | None:
     """Writes the shard's bytes; what is wrong with them, if anything."""
     sha256 = hashlib.sha256()
-    with part.open("w+b") as file:
+    with part.open("r+b") as file:
         for first in range(0, shard.bytes, _PIECE):
             last = min(first + _PIECE, shard.bytes)
             try:

@@ -2,9 +2,11 @@
 
 import errno
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,11 @@ class OpenFile:
 
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY)
+
+    @cached_property
+    def map(self) -> mmap.mmap:
+        """The file in memory. It holds the file, with its lock, until the last view of a part of it is gone."""
+        return mmap.mmap(self.number, 0, prot=mmap.PROT_READ)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -42,6 +49,11 @@ class Files(Protocol):
     @property
     def far(self) -> bool:
         """Whether shards have to be fetched."""
+        ...
+
+    @property
+    def room(self) -> float:
+        """Bytes of this machine's disk that shards may take; inf where they are not fetched."""
         ...
 
     def exists(self) -> bool:
@@ -81,6 +93,7 @@ class LocalFiles:
     """Those of a folder."""
 
     far = False
+    room = math.inf
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -21,7 +21,7 @@ import xxhash
 from trainer.data.address import Place, is_address
 from trainer.data.plan import Plan
 from trainer.data.shards.cache import RemoteFiles, ShardCache
-from trainer.data.shards.files import Files, LocalFiles, OpenFile, files_of, read_index, reading
+from trainer.data.shards.files import AHEAD, Files, LocalFiles, OpenFile, files_of, read_index, reading
 from trainer.data.shards.index import INDEX_NAME, ROW_ID, Column, Index, Shard
 from trainer.data.shards.joined import JoinedFiles, first_ids_of
 from trainer.data.shards.read_thread import Reading
@@ -45,7 +45,8 @@ class ShardFolder:
     def __init__(self, files: Path | Files, check: bool = True, timeout: float = TIMEOUT, index: Index | None = None):
         self.files, self.timeout = files_of(files), timeout
         self.index = index or read_index(self.files)
-        self._open, self._map = _openers(self.files, self.index.shards)
+        self.open_at_once = _open_at_once(self.files, self.index.shards)
+        self._open = self._opener()
         self._checked: set[tuple[int, str]] = set()
         self._reading: dict[int, tuple[Sequence[int], float]] = {}
         self._shard_of = [(s, b) for s, shard in enumerate(self.index.shards) for b in range(len(shard.rows))]
@@ -112,7 +113,7 @@ class ShardFolder:
         except UserError:
             if not self.files.renew(self.index.shards[s]):
                 raise
-            self._open, self._map = _openers(self.files, self.index.shards)
+            self._open = self._opener()
             found = self._member(s, b, block, part)
         return found + self.index.shards[s].first_id if part.name == ROW_ID else found
 
@@ -146,7 +147,7 @@ class ShardFolder:
     def map_of(self, s: int) -> mmap.mmap:
         """Shard ``s`` in memory. What it shows was compared with the index only where `make_ready` was called."""
         self.note([s])
-        return self._map(s)
+        return self._open(s).map
 
     def note(self, shards: Sequence[int]) -> None:
         """Tells `reading` that this thread now reads ``shards``."""
@@ -215,12 +216,18 @@ class ShardFolder:
             "run_dir)."
         )
 
+    def _opener(self) -> Callable[[int], OpenFile]:
+        """The file of shard s, of the last few. It does not keep the folder alive."""
+        files, shards = self.files, self.index.shards
+        return lru_cache(maxsize=self.open_at_once)(lambda s: files.open(shards[s]))
 
-def _openers(files: Files, shards: Sequence[Shard]) -> tuple[Callable[[int], OpenFile], Callable[[int], mmap.mmap]]:
-    """Of shard s, the file and the file in memory, of the last few. They do not keep the folder alive."""
-    opened = lru_cache(maxsize=OPEN_FILES)(lambda s: files.open(shards[s]))
-    # A map holds the file, with its lock, until the last view of a part of it is gone.
-    return opened, lru_cache(maxsize=OPEN_FILES)(lambda s: mmap.mmap(opened(s).number, 0, prot=mmap.PROT_READ))
+
+def _open_at_once(files: Files, shards: Sequence[Shard]) -> int:
+    """Few enough that the disk has room for them, and for those that are fetched meanwhile."""
+    sizes = [shard.bytes for shard in shards]
+    if sum(sizes) <= (room := files.room):
+        return OPEN_FILES
+    return int(min(OPEN_FILES, max(room // max(sizes) - AHEAD, 2)))
 
 
 def open_split(

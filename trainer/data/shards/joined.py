@@ -41,6 +41,10 @@ class JoinedFiles:
     def far(self) -> bool:
         return any(folder.far for folder in self.folders)
 
+    @property
+    def room(self) -> float:
+        return min(folder.room for folder in self.folders)
+
     def exists(self) -> bool:
         return all(folder.exists() for folder in self.folders)
 

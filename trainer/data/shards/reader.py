@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer.data.fields import Rows, VaryingRows
 from trainer.data.plan import Pieces, Plan
-from trainer.data.shards.folder import OPEN_FILES, ShardFolder
+from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.gather import gather
 from trainer.data.shards.index import ROW_ID, Column
 from trainer.data.shards.read_thread import ReadThread
@@ -169,7 +169,7 @@ class Reader:
         """
         shard = self.folder.shard_of[runs.block]
         numbers = np.flatnonzero(np.bincount(shard))
-        if len(numbers) > OPEN_FILES:
+        if len(numbers) > self.folder.open_at_once:
             for half in (slice(None, len(place) // 2), slice(len(place) // 2, None)):
                 self._gather(parts, targets, Pieces(*(column[half] for column in runs)), place[half])
             return
