@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.app.allowed import typed
 from trainer.app.config import config_folder, register_open_nodes
 from trainer.app.run_folder import end_noted
-from trainer.app.secrets import handed_on, redact_files
+from trainer.app.secrets import handed_on, redact_files, redacted
 from trainer.errors import RankLost, UserError, exit_code
 
 VERBS = {
@@ -70,8 +70,10 @@ def _task(verb: str) -> Callable[[DictConfig], float]:
         run = import_module(f"trainer.app.{verb}").run
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         redact_files(Path(HydraConfig.get().sweep.dir))
+        sys.argv = redacted(sys.argv)  # trackers note it
         if "allow" in cfg:  # what is typed is meant
-            cfg.allow = [*cfg.allow, *typed(HydraConfig.get().overrides.task)]
+            allow = [cfg.allow] if isinstance(cfg.allow, str) else cfg.allow
+            cfg.allow = [*allow, *typed(HydraConfig.get().overrides.task)]
         noted = end_noted(cfg, run_dir) if verb == "train" and _rank() == 0 else nullcontext()
 
         def work() -> float:
@@ -104,9 +106,9 @@ def guarded(verb: str, work: Callable[[], float], debug: bool) -> float:
         if debug:
             raise
         if _is_sweep():
-            raise CompactHydraException(str(error)) from error
+            raise CompactHydraException(redacted(str(error))) from error
         if str(error):
-            print(f"svi {verb}: {error}", file=sys.stderr)
+            print(f"svi {verb}: {redacted(str(error))}", file=sys.stderr)
         sys.exit(exit_code(error))
     except OSError as error:
         if debug or _is_sweep() or error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -56,6 +56,21 @@ def test_a_package_that_is_refused_is_not_even_imported(tmp_path, monkeypatch):
     assert "crafted" not in sys.modules
 
 
+def test_the_current_folder_is_found_as_by_an_installed_command_and_a_run_in_it_is_not_run(tmp_path, monkeypatch):
+    """Which has no current folder on Python's path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", ".", str(tmp_path))])
+    (tmp_path / "of_this_folder.py").write_text("def model(x):\n    pass\n")
+    (tmp_path / "run").mkdir()
+    refuse_others(OmegaConf.create({"_target_": "of_this_folder.model"}), run=tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not place.startswith(str(tmp_path))])
+    Path("theirs.py").write_text("raise SystemExit('imported')")
+    with pytest.raises(UserError, match=r"names theirs\.model, which is not on the list"):
+        refuse_others(OmegaConf.create({"_target_": "theirs.model"}), run=Path())
+    assert "theirs" not in sys.modules
+
+
 def test_every_target_of_conf_is_on_the_list():
     root = Path(__file__).parent.parent.parent / "conf"
     paths = [path for path in root.rglob("*.yaml") if path.relative_to(root).parts[0] != "hydra"]  # Hydra's own affair

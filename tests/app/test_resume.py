@@ -133,3 +133,28 @@ def test_a_value_that_is_not_finite_names_the_site_and_the_step(shards, tmp_path
     assert "not finite at step" in died.stderr
     assert "y" in died.stderr.split("not finite at step")[1]
     assert "Traceback" not in died.stderr
+
+
+def test_a_job_that_is_started_again_goes_on_from_its_own_newest_checkpoint(fit, tmp_path, monkeypatch, capsys):
+    """Not once more from the file that its command names."""
+    begun = fit("max_steps=10", "stop=budget", "recipe=plain", run_dir=tmp_path / "a")
+    line = ("stop=budget", "recipe=plain", f"ckpt_path={checkpoint.newest(begun / 'checkpoints')}")
+    fit("max_steps=20", *line, run_dir=tmp_path / "b")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    fit("max_steps=30", *line, run_dir=tmp_path / "b")
+    assert "continuing from step 20" in capsys.readouterr().out
+    fit("max_steps=30", *line, run_dir=tmp_path / "c")
+    assert "continuing from step 10" in capsys.readouterr().out
+
+
+def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(fit, capsys):
+    run_dir = fit("max_steps=30", "stop=budget", "recipe=plain", "checkpoint.every_n_steps=10",
+                  "checkpoint.keep_last=3")  # fmt: skip
+    early = run_dir / "checkpoints" / "step_000000010.ckpt"
+    capsys.readouterr()
+    fit("max_steps=15", "stop=budget", "recipe=plain", "checkpoint.keep_last=3", f"ckpt_path={early}")
+    assert "put aside (.aside), since the run goes on from before: step_000000020.ckpt" in capsys.readouterr().out
+    assert checkpoint.newest(run_dir / "checkpoints") == run_dir / "checkpoints" / "step_000000015.ckpt"
+    assert early.exists()
+    assert len(list((run_dir / "checkpoints").glob("*.aside"))) == 2

@@ -1,9 +1,12 @@
 """Secrets are handed from rank to rank and written nowhere."""
 
+import sys
+
 import pytest
 from app_tools import config, svi
 from omegaconf import OmegaConf
 
+from trainer import cli
 from trainer.app import secrets
 from trainer.app.secrets import HIDDEN, redacted
 
@@ -23,6 +26,23 @@ from trainer.app.secrets import HIDDEN, redacted
 )
 def test_what_is_hidden_and_what_is_not(given, kept):
     assert redacted(given) == kept
+
+
+@pytest.mark.slow
+def test_what_ends_a_run_is_told_without_its_secrets(tmp_path, free_port):
+    address = f"http://user:hunter2@127.0.0.1:{free_port}/x"
+    done = svi("train", "model=linear", f"data.path={address}", f"run_dir={tmp_path}/run")
+    assert done.returncode == 2
+    assert "http://***@127.0.0.1" in done.stderr
+    assert "hunter2" not in done.stderr + (tmp_path / "run" / "end.json").read_text()
+
+
+def test_the_command_that_trackers_note_has_none(fit, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["svi"])
+    words = ["runs", f"dir={tmp_path}", f"hydra.run.dir={tmp_path}", "+some.api_key=hunter2"]
+    with pytest.raises(SystemExit):  # there are none
+        cli.main(words)
+    assert sys.argv == ["svi runs", *words[1:3], "+some.api_key=***"]
 
 
 def test_ranks_are_given_what_the_saved_config_hides(monkeypatch):

@@ -123,6 +123,9 @@ BAD = {
     "batch_size=0": "batch_size=0 must be at least 1",
     "batch_size=250 data.lanes=8": "batch_size(250) % lanes(8) != 0",
     "data.lanes=8 draws=3": "lanes(8) % draws(3) != 0",
+    "max_steps=0": "max_steps=0 must be a number above 0, and whole",
+    "max_steps=abc": "max_steps=abc must be a number above 0, and whole",
+    "max_epochs=-1": "max_epochs=-1 must be a number above 0",
     "averaging=1.5": "averaging=1.5 must lie in [0, 1)",
     "dtype=float16": "dtype=float16 is not supported",
     "trainer.devices=0": "trainer.devices=0 must be at least 1",
@@ -140,6 +143,28 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(fit, tmp_path, overrides, 
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("+trainer.max_epochs=3", "trainer.max_epochs is no option of the trainer here: give max_epochs="),
+        ("+trainer.fast=true", "trainer.fast is no option of the trainer here: leave it out"),
+        ("+logger.wandb.project=x", "logger.wandb is set, but there is no such logger in this run: add logger=wandb"),
+    ],
+)
+def test_an_option_of_nothing_is_one_sentence(fit, override, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        fit(override)
+
+
+def test_a_run_goes_on_where_a_full_disk_cut_the_first_line_of_its_figures(fit):
+    run_dir = fit("max_steps=4", "stop=budget")
+    for cut in ("", "step,sec"):
+        (run_dir / "metrics.csv").write_text(cut)
+        fit("max_steps=8" if not cut else "max_steps=12", "stop=budget", "ckpt_path=last")
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            assert [int(row["step"]) for row in csv.DictReader(file)] == [12 if cut else 8]
 
 
 def test_a_run_folder_is_not_overwritten(fit):

@@ -38,10 +38,12 @@ def refuse_others(cfg: DictConfig | ListConfig, allow: Sequence[str] = (), run: 
     The user's own is what a file below the current folder defines; not one in ``run``, a run folder, which may be
     somebody else's.
     """
+    _reach_current_folder()
     for name in _targets(OmegaConf.to_container(cfg, resolve=True)):
         if not _may(name, allow, run):
-            if _spec(name.partition(".")[0]) is None:
-                imported(name)  # says that there is no such package
+            package = name.partition(".")[0]
+            if _spec(package) is None:
+                raise _absent(name, f"there is no package {package}")
             raise _refusal(name, name, run)
         home = _home(imported(name))
         if not _may(home, allow, run):
@@ -56,16 +58,25 @@ def typed(overrides: Sequence[str]) -> list[str]:
 
 def imported(name: str) -> Any:
     """The class or function ``name``; the current folder is importable. Raises UserError where it is not there."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    _reach_current_folder()
     try:
         return get_object(name)
     except Exception as error:
-        raise UserError(
-            f"_target_={name} cannot be imported ({str(error).splitlines()[0]}): write it as module.name, "
-            "with the module in this folder or installed."
-        ) from error
+        raise _absent(name, str(error).splitlines()[0]) from error
+
+
+def _reach_current_folder() -> None:
+    """Makes it importable: of an installed command it is not."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _absent(name: str, why: str) -> UserError:
+    return UserError(
+        f"_target_={name} cannot be imported ({why}): write it as module.name, with the module in this folder or "
+        "installed."
+    )
 
 
 def _targets(node: Any) -> Iterator[str]:

@@ -5,7 +5,8 @@ another end (another budget, or an epoch of more or fewer steps), what is past s
 keep their places between now and the end.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -60,5 +61,16 @@ def moved(begun: Begun, horizon: int) -> list[int]:
 
 
 def _horizon(cfg: DictConfig, plan: Plan) -> int:
-    limits = [int(n) for n in (cfg.max_steps, cfg.max_epochs and plan.step_after(float(cfg.max_epochs))) if n]
+    steps, epochs = (_limit(name, cfg[name]) for name in ("max_steps", "max_epochs"))
+    limits = [int(n) for n in (steps, epochs and plan.step_after(epochs)) if n]
     return min(limits) if limits else max(int(cfg.budget.steps), plan.step_after(float(cfg.budget.epochs)))
+
+
+def _limit(name: str, value: Any) -> float | None:
+    try:
+        found = None if value is None else float(value)
+    except (TypeError, ValueError):
+        found = 0.0
+    if found is not None and not (0 < found < math.inf and (name != "max_steps" or found == int(found))):
+        raise UserError(f"{name}={value} must be a number above 0{', and whole' if name == 'max_steps' else ''}.")
+    return found

@@ -31,7 +31,11 @@ def make_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger] | bool:
     """
     cfg = OmegaConf.merge(cfg, {"run_dir": str(run_dir)})  # type: ignore[assignment]
     loggers = []
-    for node in (node for node in cfg.logger.values() if node is not None):
+    for name, node in cfg.logger.items():
+        if node is None:
+            continue
+        if "_target_" not in node:
+            raise UserError(f"logger.{name} is set, but there is no such logger in this run: add logger={name}.")
         kind = str(node.get("_target_")).rpartition(".")[2]
         package = _PACKAGES.get(kind)
         if package and importlib.util.find_spec(package) is None:

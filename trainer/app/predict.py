@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from trainer.app import build
@@ -27,9 +27,11 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     """
     del run_dir
     posterior, out = posterior_of(Path(str(cfg.run)), cfg.allow), Path(str(cfg.out))
-    levels = [float(level) for level in cfg.quantiles]
+    levels = [float(level) for level in (cfg.quantiles if isinstance(cfg.quantiles, ListConfig) else [cfg.quantiles])]
     if not all(0 < level < 1 for level in levels):
-        raise UserError(f"quantiles={list(cfg.quantiles)} must lie between 0 and 1.")
+        raise UserError(f"quantiles={levels} must lie between 0 and 1.")
+    if int(cfg.draws) < 1:
+        raise UserError(f"draws={cfg.draws} must be at least 1.")
     several = places(cfg.data.path)
     packed = [is_packed(place, cache_of(cfg.data)) for place in several]
     if len(several) > 1 and not all(packed):

@@ -121,7 +121,7 @@ def end_noted(cfg: DictConfig, folder: Path) -> Iterator[None]:
     except BaseException as error:
         if not is_locked(folder) and not (before and before == _written(folder)):
             stopped = exit_code(error) > 128 or isinstance(error, KeyboardInterrupt)
-            why = (str(error).splitlines() or [""])[0] or type(error).__name__
+            why = redacted((str(error).splitlines() or [""])[0]) or type(error).__name__
             with suppress(OSError):  # a full disk must not hide what went before
                 if not (folder / ".hydra").exists():  # it did not come so far
                     save_words(cfg, folder)

@@ -114,7 +114,7 @@ def _tell(worker: Worker, trial: optuna.Trial, job: JobReturn) -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return redacted((str(error).splitlines() or [""])[0]) or type(error).__name__
 
 
 def _close(study: optuna.Study, folder: Path, n_trials: int, console: Console) -> None:

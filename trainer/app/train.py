@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.store import atomic_write
 from trainer.errors import RankLost, Stopped, UserError
+from trainer.lit import checkpoint
 from trainer.lit.checkpoint import Checkpoints
 from trainer.lit.datamodule import ChunkData
 from trainer.lit.failure import explained, leave_group
@@ -79,8 +81,6 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     """
     here = world(cfg.trainer)
     threads = share_threads(here.local_size, cfg.threads)
-    if is_restarted():
-        cfg.ckpt_path = cfg.ckpt_path or "last"
     backend, timeout = "nccl" if on_cuda(cfg.trainer) else "gloo", timedelta(seconds=float(cfg.trainer.timeout))
     quiet_lightning()
     before = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
@@ -88,6 +88,8 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         with StopOnSignal() as signals:
             try:
                 run_dir = Path(agree_on(str(run_dir.absolute()), here, backend, timeout))
+                if is_restarted() and (cfg.ckpt_path is None or checkpoint.manifests(run_dir / "checkpoints")):
+                    cfg.ckpt_path = "last"  # the file that the first launch began with is behind it
                 console = Console(quiet=here.rank != 0, highlight=False, soft_wrap=True)
                 _, finish = train(cfg, run_dir, here, threads, console, signals)
                 signals.check()
@@ -313,20 +315,23 @@ def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Cal
             plugins.append(LightningEnvironment())
         elif "TORCHELASTIC_RUN_ID" not in os.environ:
             plugins.append(SLURMEnvironment(auto_requeue=False))
-    return pl.Trainer(
-        **options,
-        plugins=plugins or None,
-        callbacks=callbacks,
-        logger=make_loggers(cfg, run_dir) if here.rank == 0 else False,
-        default_root_dir=run_dir,
-        min_epochs=0,
-        max_epochs=1,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    ours: dict[str, Any] = {
+        "plugins": plugins or None,
+        "callbacks": callbacks,
+        "default_root_dir": run_dir,
+        "min_epochs": 0,
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    known = signature(pl.Trainer).parameters.keys() - {*ours, "logger", "max_steps"}
+    for name in options.keys() - known:
+        told = f": give {name}=" if name in ("max_steps", "max_epochs") else ": leave it out"
+        raise UserError(f"trainer.{name} is no option of the trainer here{told}.")
+    return pl.Trainer(**options, **ours, logger=make_loggers(cfg, run_dir) if here.rank == 0 else False)
 
 
 def quiet_lightning() -> None:

@@ -63,7 +63,7 @@ def load(path: Path) -> tuple[State, dict[str, Any]]:
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None; damaged ones are passed over with a warning that names them."""
     steps = {}
-    for manifest in folder.glob("*.ckpt.json"):
+    for manifest in manifests(folder):
         try:
             steps[manifest.with_suffix("")] = int(json.loads(manifest.read_bytes())["step"])
         except (ValueError, KeyError, OSError):
@@ -74,6 +74,11 @@ def newest(folder: Path) -> Path | None:
             return path
         warnings.warn(f"checkpoint {path} {problem} and is passed over.", stacklevel=2)
     return None
+
+
+def manifests(folder: Path) -> list[Path]:
+    """Those of the checkpoints of a run, each of which says that one was finished."""
+    return sorted(folder.glob("*.ckpt.json"))
 
 
 def damage(path: Path) -> str | None:
@@ -133,6 +138,17 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             for left in self.folder.glob(".*.tmp"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Renames checkpoints of later steps than that from which the run goes on, which `newest` would prefer."""
+        later = [path for path in self.folder.glob("step_*.ckpt") if int(path.stem.partition("_")[2]) > self.saved[0]]
+        for path in later:
+            manifest_of(path).unlink(missing_ok=True)
+            path.rename(path.with_name(f"{path.name}.aside"))
+        if later:
+            names = ", ".join(sorted(path.name for path in later))
+            self.say(f"put aside (.aside), since the run goes on from before: {names}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)

@@ -32,7 +32,10 @@ class MetricsFile(Callback):
         if not trainer.is_global_zero or not self.path.exists():
             return
         with self.path.open(newline="") as file:
-            header, *rows = csv.reader(file)
+            header, *rows = [*csv.reader(file)] or [[]]
+        if not rows:  # a full disk may have cut the first line short
+            self.path.unlink()
+            return
         text = io.StringIO(newline="")
         whole = (row for row in rows if len(row) == len(header))  # a full disk, or a kill, may have cut one short
         csv.writer(text).writerows([header, *(row for row in whole if int(row[0]) <= module.step)])
