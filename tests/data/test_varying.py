@@ -154,6 +154,20 @@ def test_a_chunk_holds_the_plans_rows(
     reader.close()
 
 
+@pytest.mark.parametrize("heavy", range(9))
+def test_lanes_without_a_row_repeat_the_widest_one(tmp_path: Path, heavy: int) -> None:
+    """Nine rows in eight lanes of steps of eight, and every entry in one of them."""
+    words = CsrRows(np.repeat([0, 50], [heavy + 1, 9 - heavy]), np.arange(50), np.ones(50), 60)
+    write_folder(tmp_path / "train", {"words": words}, [9])
+    folder = ShardFolder(tmp_path / "train")
+    plan = Plan(folder.block_rows, 0, 8, 8)
+    reader = Reader(folder, plan, ["words"], [list(range(8))])
+    for step in range(plan.steps_per_epoch):
+        chunk = reader.chunk(step, 1)
+        assert chunk.columns["words"].offsets.max() <= reader.entries["words"]
+    reader.close()
+
+
 def test_types_are_those_of_the_run(folder: ShardFolder) -> None:
     plan = Plan(folder.block_rows, 0, 1, 20)
     reader = Reader(folder, plan, list(TABLE), [[0]], floats=np.dtype("float32"))
