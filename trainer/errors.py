@@ -52,3 +52,8 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     return 2 if isinstance(error, UserError) else 1
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says, or its type where it says nothing."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

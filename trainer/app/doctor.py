@@ -77,12 +77,13 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
 def findings(cfg: DictConfig, here: World) -> list[Finding]:
     """Everything that can be found out; the same list on every rank, but for what is rank 0's alone."""
     folder = Path(str(cfg.folder))
-    nodes, group = [look()], [Finding("ranks", "ok", f"{here.size}, started by svi itself")]
-    if not os.access(folder, os.W_OK):
-        said = f"{folder.absolute()} cannot be written: give folder= and run_dir= another one."
-        group.append(Finding("folder", "wrong", said))
     if here.external and here.size > 1:
         nodes, group = _together(here, folder, float(cfg.timeout), on_cuda(cfg.trainer))
+    else:
+        nodes, group = [look()], [Finding("ranks", "ok", f"{here.size}, started by svi itself")]
+        if not os.access(folder, os.W_OK):
+            said = f"{folder.absolute()} cannot be written: give folder= and run_dir= another one."
+            group.append(Finding("folder", "wrong", said))
     return [
         *_software(nodes),
         *_machines(nodes, here, cfg.threads),

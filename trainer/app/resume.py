@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from trainer.app.budget import Begun
 from trainer.app.ranks import World, of_all
+from trainer.data.address import is_address
 from trainer.data.plan import Plan, default_lanes
 from trainer.data.rest import Rest
 from trainer.data.shards.files import AHEAD
@@ -35,7 +36,7 @@ def saved(ckpt_path: str | None, run_dir: Path) -> Saved | None:
     if ckpt_path == "last":
         path = checkpoint.newest(run_dir / "checkpoints")
         return None if path is None else checkpoint.load(path)
-    if "://" in ckpt_path:
+    if is_address(ckpt_path):
         raise UserError(f"ckpt_path={ckpt_path} is a URL: copy the checkpoint and its .json to this machine first.")
     return checkpoint.load(Path(ckpt_path))
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.app.run_lock import is_locked
 from trainer.app.secrets import redacted
 from trainer.data.store import atomic_write
-from trainer.errors import exit_code
+from trainer.errors import exit_code, first_line
 
 _END = "end.json"
 _METRICS = ("metrics.json", "metrics.csv")
@@ -121,7 +121,7 @@ def end_noted(cfg: DictConfig, folder: Path) -> Iterator[None]:
     except BaseException as error:
         if not is_locked(folder) and not (before and before == _written(folder)):
             stopped = exit_code(error) > 128 or isinstance(error, KeyboardInterrupt)
-            why = redacted((str(error).splitlines() or [""])[0]) or type(error).__name__
+            why = redacted(first_line(error))
             with suppress(OSError):  # a full disk must not hide what went before
                 if not (folder / ".hydra").exists():  # it did not come so far
                     save_words(cfg, folder)

@@ -20,6 +20,7 @@ from trainer.app import build
 from trainer.app.allowed import refuse_others
 from trainer.app.data import places
 from trainer.app.watch import Watch
+from trainer.data.address import is_address
 from trainer.data.packing.columns import source_columns
 from trainer.data.packing.pack import pack
 from trainer.data.packing.parts import Parts
@@ -106,7 +107,7 @@ def shards_of(paths: Sequence[str], console: Console, cache: ShardCache) -> str 
 
 
 def _shards_of(path: str, like: list[str], console: Console, cache: ShardCache) -> str:
-    remote, here = "://" in path, Path(path)
+    remote, here = is_address(path), Path(path)
     if is_packed(path, cache) or not (remote or here.is_file() or any(here.rglob("*.parquet"))):
         return path  # a shard folder, or nothing: whoever opens it says so
     out = Path(f"{path.rstrip('/').rpartition('/')[2]}.shards") if remote else here.with_name(f"{here.name}.shards")

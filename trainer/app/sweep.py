@@ -20,6 +20,7 @@ from trainer.app import space
 from trainer.app.run_folder import cut_short
 from trainer.app.secrets import redact_files, redacted
 from trainer.app.study import Grid, Worker
+from trainer.errors import first_line
 
 _SHOWN = 10  # trials of the closing table
 
@@ -69,8 +70,8 @@ def _run(plugin: Any, worker: Worker, trials: Sequence[optuna.Trial], fixed: lis
         returns = plugin.launcher.launch(jobs, initial_job_idx=trials[0].number)
     except Exception as error:  # of the launcher: a job that was killed, a config that does not compose
         for trial in trials:
-            worker.fail(trial, _first_line(error))
-            console.print(f"trial {trial.number} failed: {_first_line(error)}")
+            worker.fail(trial, redacted(first_line(error)))
+            console.print(f"trial {trial.number} failed: {redacted(first_line(error))}")
         return
     except BaseException:
         for trial in trials:
@@ -108,13 +109,9 @@ def _tell(worker: Worker, trial: optuna.Trial, job: JobReturn) -> str | None:
             return None
         why = f"its value is {job.return_value}"
     else:
-        why = _first_line(job._return_value)
+        why = redacted(first_line(job._return_value))
     worker.fail(trial, why)
     return why
-
-
-def _first_line(error: BaseException) -> str:
-    return redacted((str(error).splitlines() or [""])[0]) or type(error).__name__
 
 
 def _close(study: optuna.Study, folder: Path, n_trials: int, console: Console) -> None:

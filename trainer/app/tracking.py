@@ -13,6 +13,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
 
 from trainer.app.secrets import redacted
+from trainer.data.address import is_address
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.store import atomic_write
 from trainer.lit import checkpoint
@@ -64,7 +65,7 @@ class Tracked(Callback):
 
             data = wandb.Artifact(f"data-{index.digest[:12]}", "dataset", metadata=facts)
             for number, place in enumerate(redacted(self.folder.files.places)):
-                uri = place if "://" in place else Path(place).absolute().as_uri()
+                uri = place if is_address(place) else Path(place).absolute().as_uri()
                 data.add_reference(uri, name=f"{number}", checksum=False)
             logger.experiment.log_artifact(data)  # use_artifact waits for the server, and does not work offline
         elif isinstance(logger, MLFlowLogger):

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
 from trainer.data.store import atomic_write
+from trainer.errors import first_line
 from trainer.lit.module import VariationalModule
 
 _ALL = 1000
@@ -74,11 +75,7 @@ class MetricsFile(Callback):
         except Exception as error:
             if (what, lost) not in self.told:
                 self.told.add((what, lost))
-                self.say(f"{what} takes no {lost} ({_first_line(error)}): training goes on without them.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+                self.say(f"{what} takes no {lost} ({first_line(error)}): training goes on without them.")
 
 
 def is_kept(number: int) -> bool:

@@ -11,12 +11,17 @@ from trainer.data.address import Place, filesystem, is_address
 def suffix(place: object) -> str:
     """What the name ends in, in lower case; without the ".gz" of what is compressed."""
     name = PurePosixPath(str(place))
-    return (name.with_suffix("") if name.suffix.lower() == ".gz" else name).suffix.lower()
+    return (name.with_suffix("") if is_compressed(name) else name).suffix.lower()
+
+
+def is_compressed(place: object) -> bool:
+    """Whether the name ends in ".gz"."""
+    return str(place).lower().endswith(".gz")
 
 
 def opened(place: Place) -> IO[bytes]:
     """The file's bytes, unpacked where its name ends in ".gz"; it can be read from any place on."""
-    packed = str(place).lower().endswith(".gz")
+    packed = is_compressed(place)
     if not is_address(place):
         return gzip.open(place, "rb") if packed else Path(place).open("rb")  # type: ignore[return-value]
     system, path = filesystem(str(place))

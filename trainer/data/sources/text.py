@@ -17,7 +17,7 @@ import pyarrow.json as pa_json
 
 from trainer.data.address import Place
 from trainer.data.fields import Field, Piece, Raw, arrow_field, choose, merge
-from trainer.data.sources.place import opened, stamp
+from trainer.data.sources.place import is_compressed, opened, stamp
 from trainer.errors import UserError
 
 _PIECE = 1 << 24  # bytes that are read at a time, then to the end of the line
@@ -48,7 +48,7 @@ def piece_text(file: Place, piece: Piece) -> bytes:
 
     A compressed file stays open for the thread's next piece: to go back to one costs all that lies before it.
     """
-    if not str(file).lower().endswith(".gz"):
+    if not is_compressed(file):
         with opened(file) as stream:
             stream.seek(piece.at)
             return stream.read(piece.stop - piece.at)

@@ -20,7 +20,7 @@ import pyarrow.csv as pa_csv
 
 from trainer.data.address import Place
 from trainer.data.fields import CsrRows, Field, Piece, Raw, choose
-from trainer.data.sources.place import opened, stamp
+from trainer.data.sources.place import is_compressed, opened, stamp
 from trainer.data.sources.text import piece_text, svmlight_rows, texts
 from trainer.errors import UserError
 
@@ -96,7 +96,7 @@ def _docword(file: Place, changed: object) -> tuple[dict[str, Field], list[Piece
             if triples[:, 1].min() < 1 or triples[:, 1].max() > words or triples[:, 2].min() < 0:
                 raise UserError(f"'{file}' has a word beyond 1 to {words:,}, or a negative count: mend it.")
             new = int(np.searchsorted(document, last, "right"))
-            if seen and new < len(triples) and not str(file).lower().endswith(".gz"):
+            if seen and new < len(triples) and not is_compressed(file):
                 lines = np.flatnonzero(np.frombuffer(text, np.uint8) == 10)
                 starts.append((at + int(lines[new - 1]) + 1 if new else at, int(document[new]) - 1))
             end, last, seen = at + len(text), int(document[-1]), seen + len(triples)
