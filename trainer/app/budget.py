@@ -42,7 +42,8 @@ def update_of(cfg: DictConfig, plan: Plan, whitened: bool, anchored: int, begun:
     rates = cfg.rates.whitened if whitened else cfg.rates.plain
     for name in [name for name, value in cfg.optimizer.items() if value is None and name in rates]:
         cfg.optimizer[name] = rates[name]
-    optimizer, schedule, update, start = build.make(cfg.optimizer), build.make(cfg.schedule), None, 0
+    optimizer, schedule = build.optimizer(cfg.optimizer), build.schedule(cfg.schedule)
+    update, start = None, 0
     for end in (*(end // every * every for end in planned), horizon):
         if start < end <= horizon:
             length = int((end - start) * share)

@@ -11,9 +11,14 @@ from pyro.infer.autoguide import AutoGuide
 
 from trainer.app.allowed import imported
 from trainer.errors import UserError
+from trainer.posterior.convergence import Rule
 from trainer.svi.guides import MeanField, PyroGuide
 from trainer.svi.materialise import GuideFactory, guide_factory
+from trainer.svi.objective import Objective
+from trainer.svi.optim import Optimizer
 from trainer.svi.plates import PlatedModel
+from trainer.svi.programs import ProgramFactory
+from trainer.svi.schedules import Schedule
 
 
 def make(node: DictConfig, *, partial: bool = False) -> Any:
@@ -28,6 +33,34 @@ def make(node: DictConfig, *, partial: bool = False) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         raise UserError(f"{node._target_} cannot be made from the config: {str(cause).splitlines()[0]}") from error
+
+
+def program(node: DictConfig) -> ProgramFactory:
+    """What makes the program once the inference problem is known."""
+    made: ProgramFactory = make(node, partial=True)
+    return made
+
+
+def objective(node: DictConfig, pairs: int) -> Objective:
+    """The objective, of so many ``pairs`` of draws."""
+    made: Objective = make(node, partial=True)(pairs=pairs)
+    return made
+
+
+def optimizer(node: DictConfig) -> Optimizer:
+    made: Optimizer = make(node)
+    return made
+
+
+def schedule(node: DictConfig) -> Schedule:
+    made: Schedule = make(node)
+    return made
+
+
+def rule(node: DictConfig | None) -> Rule | None:
+    """When a run has converged; None: it runs to the end of its budget."""
+    made: Rule | None = make(node) if node else None
+    return made
 
 
 def model(node: DictConfig) -> Any:

@@ -185,9 +185,7 @@ def _train(
     if here.rank == 0:
         _save_config(cfg, run_dir)
     ranks = resume.ranks(plan_facts, here)
-    program = build.make(cfg.program, partial=True)(
-        inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks
-    )
+    program = build.program(cfg.program)(inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks)
     module = VariationalModule(inference, update, program, state, seconds, console.print)
     with_row_id = bool(inference.guide.noise_size[1] or cfg.data.log_rows)
     every = int(cfg.checkpoint.every_n_steps or 0)
@@ -204,7 +202,7 @@ def _train(
     data.first, data.last = int(state.step), update.horizon
     bar = ProgressBar(console, update.horizon)
     rows = AllRows(folder, int(cfg.seed), facts, bar.on_pass, signals.check)
-    rule = build.make(cfg.stop) if cfg.get("stop") else None
+    rule = build.rule(cfg.get("stop"))
     afford = None if cfg.newton_after is None else plan.step_after(float(cfg.newton_after))
     by_products = afford if has_latents_alone(inference) else None
     stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print, doubts)
@@ -249,7 +247,7 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
     if given is not None and given.guide != "mean_field":
         factory = guide_factory(given.guide, columns, cfg.plate)
     pairs = cfg.objective.pairs or 1
-    objective = build.make(cfg.objective, partial=True)(pairs=pairs)
+    objective = build.objective(cfg.objective, pairs)
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS], dtype) for n in (*columns, "row_id")}
     count = len(rows["row_id"])

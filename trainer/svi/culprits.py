@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainer.svi.programs import Chunk, Eager
+from trainer.svi.programs import Chunk, Reference
 from trainer.svi.step import Inference, State, StepBatch, StepNoise
 
 _AT_MOST = 5
@@ -13,7 +13,7 @@ Places = list[tuple[int, int]]
 """(lane group of this rank, row of it)."""
 
 
-def culprits(program: Eager, state: State, chunk: Chunk) -> tuple[int, Places]:
+def culprits(program: Reference, state: State, chunk: Chunk) -> tuple[int, Places]:
     """The slot of ``chunk`` at which a run from ``state`` ceases to be finite, and a few of this rank's rows of which
     each alone has a term or a gradient that is not.
 

@@ -10,7 +10,6 @@ Shapes: as in `trainer.svi.programs`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.svi.fused import Fused
 from trainer.svi.programs import Chunk, ChunkResult, Program, alone
-from trainer.svi.step import Inference, State, Update
+from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update
 
 
 @dataclass
@@ -32,7 +31,7 @@ class LocalSteps:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = alone
     sync_every: int = 16
-    program: Callable[..., Any] = Fused
+    program: Callable[..., Program] = Fused
     local: Program = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +45,9 @@ class LocalSteps:
                           self.sync_every)  # fmt: skip
         made.local = self.local.eager
         return made
+
+    def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
+        return self.local.eager.noise(at, batch, dtype)
 
     def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
         self.local.prepare(state, _own(chunk), say)

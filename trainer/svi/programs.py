@@ -5,7 +5,7 @@ Shapes: K slots, A lane groups of this rank, R draws of a group, B rows of a gro
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,11 +51,16 @@ class ChunkResult(NamedTuple):
 
 
 class Program(Protocol):
-    sync_every: int
-    """Chunks end at multiples of it, where all ranks hold the same state."""
+    @property
+    def inference(self) -> Inference: ...
 
     @property
-    def eager(self) -> "Eager":
+    def sync_every(self) -> int:
+        """Chunks end at multiples of it, where all ranks hold the same state."""
+        ...
+
+    @property
+    def eager(self) -> "Reference":
         """The reference that this program must equal."""
         ...
 
@@ -66,6 +71,18 @@ class Program(Protocol):
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         """Takes ``steps`` <= K steps from ``state``, all of one round; the chunk's other slots are not used."""
         ...
+
+
+class Reference(Program, Protocol):
+    """A program that runs the pure step itself, so that what a step did can be looked at row by row."""
+
+    def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
+        """The noise of step ``at``: a function of (seed, step, draw, element or row) alone."""
+        ...
+
+
+ProgramFactory = Callable[[Inference, Update, int, Sequence[int], int, Callable[[Tensor], Tensor]], Program]
+"""(inference, update, seed, groups, world_size, reduce): as for `Eager`."""
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -84,7 +101,7 @@ class Eager:
     """The numbers of this rank's lane groups among all P: they number the draws."""
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = alone
-    sync_every = 1
+    sync_every: ClassVar[int] = 1
 
     @property
     def eager(self) -> "Eager":
@@ -94,7 +111,6 @@ class Eager:
         pass
 
     def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
-        """The noise of step ``at``: a function of (seed, step, draw, element or row) alone."""
         draws = draw_numbers(self.groups, self.inference.objective.pairs, batch.valid.device)
         when = torch.tensor([at], device=batch.valid.device)
         row_id = None if batch.row_id is None else batch.row_id[None]
