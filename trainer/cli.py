@@ -86,13 +86,13 @@ def _task(verb: str) -> Callable[[DictConfig], float]:
 
 
 def _rank() -> int:
-    """That of this process; torch is imported for it, which `main` has prepared for."""
-    return import_module("trainer.app.ranks").launched_rank()
+    """That of this process among those that a launcher made."""
+    return import_module("trainer.app.launch").launched_rank()
 
 
 def _child(run_dir: Path) -> float:
     """A rank that Lightning launched: it starts from the run's saved config."""
-    import_module("trainer.app.ranks").die_with_parent()
+    import_module("trainer.app.launch").die_with_parent()
     cfg = OmegaConf.load(run_dir / ".hydra" / "resolved.yaml")
     assert isinstance(cfg, DictConfig)
     return import_module("trainer.app.train").run(handed_on(cfg), run_dir)

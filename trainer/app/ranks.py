@@ -1,11 +1,7 @@
-"""Who launched us, and how this machine is shared among the ranks."""
+"""The ranks of a run: how many there are, which one this is, and what they agree on before training."""
 
-import contextlib
-import ctypes
 import os
-import signal
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,6 +9,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 
+from trainer.app.launch import in_slurm_step, usable_cores
 from trainer.errors import UserError
 
 Answer = TypeVar("Answer")
@@ -33,7 +30,7 @@ def world(trainer: DictConfig) -> World:
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         return World(int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]), int(env["RANK"]), True)
-    if _in_slurm_step():
+    if in_slurm_step():
         size, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
         if size % nodes:
             raise UserError(f"SLURM_NTASKS={size} is no multiple of the {nodes} nodes: give --ntasks-per-node.")
@@ -41,19 +38,6 @@ def world(trainer: DictConfig) -> World:
     local = _devices(trainer)
     rank = int(env.get("NODE_RANK", "0")) * local + int(env.get("LOCAL_RANK", "0"))
     return World(local * int(trainer.num_nodes), local, rank, False)
-
-
-def launched_rank() -> int:
-    """The rank that a launcher gave this process, 0 where none did; needs no config."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        return int(env["RANK"])
-    return int(env["SLURM_PROCID"]) if _in_slurm_step() else int(env.get("LOCAL_RANK", "0"))
-
-
-def _in_slurm_step() -> bool:
-    env = os.environ
-    return "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and env.get("SLURM_STEP_ID", "").isdigit()
 
 
 def _devices(trainer: DictConfig) -> int:
@@ -82,25 +66,6 @@ def share_threads(local_size: int, threads: int | None) -> int:
     share = threads or max(1, usable_cores() // local_size - 1)
     torch.set_num_threads(share)
     return share
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_share(local_size: int) -> int:
-    """The bytes of rows that a rank may hold: a quarter of its share of what this machine, or our cgroup, has."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        memory = min(memory, int(limit.read_text()))
-    return memory // 4 // local_size
-
-
-def is_restarted() -> bool:
-    """Whether torchrun, after a failure, or Slurm, after a requeue, started this job again."""
-    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def agree_on(text: str, world: World, backend: str, timeout: timedelta | None = None) -> str:
@@ -137,11 +102,3 @@ def of_all(value: Answer, world: World) -> list[Answer]:
     box: list[Any] = [None] * world.size
     dist.all_gather_object(box, value)
     return box
-
-
-def die_with_parent() -> None:
-    """Has Linux send this process SIGTERM when its parent ends."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        set_parent_death_signal = 1
-        prctl(set_parent_death_signal, signal.SIGTERM)

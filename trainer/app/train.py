@@ -26,9 +26,10 @@ from trainer.app.blocks import AllRows
 from trainer.app.budget import update_of
 from trainer.app.data import cache_of, held_out_split, places, training_split
 from trainer.app.finish import Finish, is_finished
+from trainer.app.launch import is_restarted, memory_share
 from trainer.app.loggers import make_loggers
 from trainer.app.quarantine import without_damage
-from trainer.app.ranks import World, agree_on, is_restarted, memory_share, on_cuda, share_threads, world
+from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
 from trainer.app.run_folder import save_words
 from trainer.app.run_lock import locked
 from trainer.app.shard import shards_of

@@ -1,0 +1,48 @@
+"""What a process can tell before anything heavy is imported: its launcher, its rank, its share of the machine."""
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+
+def launched_rank() -> int:
+    """The rank that a launcher gave this process, 0 where none did; needs no config."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        return int(env["RANK"])
+    return int(env["SLURM_PROCID"]) if in_slurm_step() else int(env.get("LOCAL_RANK", "0"))
+
+
+def in_slurm_step() -> bool:
+    """Whether srun started this process as one of several tasks."""
+    env = os.environ
+    return "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and env.get("SLURM_STEP_ID", "").isdigit()
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_share(local_size: int) -> int:
+    """The bytes of rows that a rank may hold: a quarter of its share of what this machine, or our cgroup, has."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        memory = min(memory, int(limit.read_text()))
+    return memory // 4 // local_size
+
+
+def is_restarted() -> bool:
+    """Whether torchrun, after a failure, or Slurm, after a requeue, started this job again."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def die_with_parent() -> None:
+    """Has Linux send this process SIGTERM when its parent ends."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        set_parent_death_signal = 1
+        prctl(set_parent_death_signal, signal.SIGTERM)
