@@ -1,6 +1,7 @@
-"""One thread, and Pyro's validation as a program leaves it: off outside `materialise`."""
+"""One thread, Pyro's validation as a program leaves it (off outside `materialise`), and a cache of compiled steps."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyro
 import pytest
@@ -13,3 +14,9 @@ def _quiet() -> Iterator[None]:
     pyro.clear_param_store()
     with pyro.validation_enabled(False):
         yield
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """$XDG_CACHE_HOME of the tests that share the compiled step of one small regression."""
+    return tmp_path_factory.mktemp("compiled")

@@ -4,10 +4,11 @@ import pytest
 import torch
 from svi_problems import F64, build, chunk_of, regression, regression_data
 
-from trainer.svi.fused import Fused, _carry, _Scan
+from trainer.svi.fused import Fused, _carry
 from trainer.svi.optim import Adam
 from trainer.svi.programs import Eager
 from trainer.svi.replay import Replay
+from trainer.svi.scan import Scan
 from trainer.svi.schedules import Cosine
 from trainer.svi.step import Update
 from trainer.svi.tracing import trace
@@ -23,7 +24,8 @@ def replayed(fused, state, chunk):
     traced, numbers = trace(function, first, second), fused._numbers(state)
     rates = trace(fused._rates, [state.step, *numbers], [state.step + 1, *numbers])
     fused._constants = (*rates.constants, *traced.constants)
-    module = _Scan(traced, rates, layout, state.theta.dtype)
+    constants = len(rates.constants)
+    module = Scan(traced.graph, rates.graph, constants, layout.noise_size, layout.with_row_id, state.theta.dtype)
     fused._call = Replay(module.before, module.step, lambda work: work)
     return fused
 

@@ -8,23 +8,20 @@ Shapes: as in `trainer.svi.programs`.
 """
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 
-from trainer.cache import cache_folder
-from trainer.errors import UserError
-from trainer.svi import noise as noise_source
-from trainer.svi.native import compiled
-from trainer.svi.noise import chunk_noise
+from trainer.errors import UserError, first_line
+from trainer.svi.compiling import Compilation
 from trainer.svi.programs import Chunk, ChunkResult, Eager, alone, draw_numbers
 from trainer.svi.replay import Replay, Section
 from trainer.svi.rows import Column, cat, maker, parts, rolled
+from trainer.svi.scan import Recipe, Scan, shapes_of, slot_noise
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
 from trainer.svi.tracing import Traced, Untraceable, trace
 from trainer.svi.variance import Whitening
@@ -46,59 +43,81 @@ class Fused:
     sync_every = 1
     _call: Section | None = field(default=None, init=False, repr=False)
     _constants: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+    _coming: Callable[[], Section] | None = field(default=None, init=False, repr=False)
+    _compilation: Compilation | None = field(default=None, init=False, repr=False)
 
     @property
     def eager(self) -> Eager:
         """The program that this one must equal."""
         return Eager(self.inference, self.update, self.seed, self.groups, self.world_size, self.reduce)
 
-    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
-        """Compiles for chunks like ``chunk`` and compares with the eager program at its first and last slot.
+    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        """Traces the step for chunks like ``chunk``, and has another process compile it unless that was done before.
 
-        Raises Untraceable for what has to run eagerly, UserError for what the traces or the comparison refuse.
+        Returns at once; `prepare` waits for it. Raises Untraceable for what has to run eagerly, UserError for what the
+        traces refuse.
         """
+        self.abandon()
         if len(chunk.batch_rows) < 2:
             chunk = _with_a_second_slot(chunk)
         step_of_tensors, (first, second) = self.flat(state, chunk.part(0, 2))
         traced = trace(step_of_tensors, first, second)
-        layout, numbers = self._layout(chunk), self._numbers(state)
+        numbers = self._numbers(state)
         rates = trace(self._rates, [state.step, *numbers], [state.step + 1, *numbers])
         self._constants = (*rates.constants, *traced.constants)
-        try:
-            module = _Scan(traced, rates, layout, state.theta.dtype)
-            self._call = self._made(module, _carry(state), layout.data(chunk), self._fixed(state), say)
+        with _compiler_errors():
+            self._coming = self._made(traced, rates, state, chunk, say)
+
+    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        """Compiles for chunks like ``chunk`` and compares with the eager program at its first and last slot.
+
+        Raises as `begin`, and UserError for what the comparison refuses.
+        """
+        if self._coming is None:
+            self.begin(state, chunk, say)
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        if len(chunk.batch_rows) < 2:
+            chunk = _with_a_second_slot(chunk)
+        with _compiler_errors():
+            self._call = coming()
             for k in (0, len(chunk.batch_rows) - 1):
                 self._compare(state, chunk.part(k, k + 1))
-        except (UserError, Untraceable):
-            raise
-        except Exception as error:
-            raise Untraceable(f"the compiler: {str(error).strip().splitlines()[0]}") from error
+
+    def abandon(self) -> None:
+        """Ends a compilation that `begin` began and nobody needs."""
+        if self._compilation is not None:
+            self._compilation.abandon()
+        self._coming = self._compilation = None
 
     def _made(
-        self,
-        module: "_Scan",
-        carry: tuple[Tensor, ...],
-        data: tuple[Tensor, ...],
-        fixed: tuple[Tensor, ...],
-        say: Callable[[str], None],
-    ) -> Section:
-        """The chunk as one compiled function, or on a GPU as a step that is replayed."""
-        if carry[0].device.type == "cuda":
+        self, traced: Traced, rates: Traced, state: State, chunk: Chunk, say: Callable[[str], None]
+    ) -> Callable[[], Section]:
+        """What gives the chunk as one compiled function, or on a GPU a step that is replayed."""
+        layout, dtype = self._layout(chunk), state.theta.dtype
+        if state.theta.device.type == "cuda":
             if self.world_size > 1:
                 raise Untraceable("a sum over GPUs is not captured yet")
-            return Replay(module.before, torch.compile(module.step))
-        slots = torch.export.Dim("slots", min=1)
-        inputs = (carry, data, fixed)
-        dynamic: tuple[Any, ...] = (
-            tuple({} for _ in carry),
-            tuple({0: slots} for _ in data),
-            tuple({} for _ in fixed),
+            module = Scan(traced.graph, rates.graph, len(rates.constants), layout.noise_size, layout.with_row_id, dtype)
+            return lambda: Replay(module.before, torch.compile(module.step))
+        recipe = Recipe(
+            traced.graph.code,
+            rates.graph.code,
+            len(rates.constants),
+            layout.noise_size,
+            layout.with_row_id,
+            str(dtype).removeprefix("torch."),
+            shapes_of(_carry(state)),
+            shapes_of([each[0] for each in layout.data(chunk)]),
+            shapes_of(self._fixed(state)),
         )
-        shapes = [f"{x.dtype}{tuple(x.shape)}" for x in (*carry, *fixed, *(x[0] for x in data))]
-        ours = [inspect.getsource(noise_source), inspect.getsource(_Scan)]
-        graphs = [module.traced.graph.code, module.rates.graph.code, str(module.layout)]
-        shared = compiled(module, inputs, dynamic, "\n".join([*graphs, *shapes, *ours]), cache_folder(), say)
-        return lambda carry, data, fixed: shared([*carry, *data, *fixed])
+        compilation = self._compilation = Compilation(recipe, say)
+
+        def loaded() -> Section:
+            shared = compilation.wait()
+            return lambda carry, data, fixed: shared([*carry, *data, *fixed])
+
+        return loaded
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         if self._call is None:
@@ -114,7 +133,10 @@ class Fused:
         layout, carry, device = self._layout(chunk), _carry(state), state.theta.device
         data, numbers = layout.data(chunk), self._numbers(state)
         rates = torch.stack([self._rates(state.step + k, *numbers) for k in range(len(chunk.batch_rows))])
-        each = (*layout.noise(*self._stream(device), state.step, data, state.theta.dtype), *data, rates)
+        drawn = slot_noise(
+            layout.noise_size, layout.with_row_id, *self._stream(device), state.step, data, state.theta.dtype
+        )
+        each = (*drawn, *data, rates)
         size = len(carry)
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -195,34 +217,15 @@ def _off(state: State, whitening: Whitening) -> State:
     return state._replace(theta=state.theta + nn.functional.pad(way, (0, len(state.theta) - len(way))))
 
 
-class _Scan(nn.Module):
-    """A chunk: noise and rates for all its steps at once, then the traced step over the slots."""
-
-    def __init__(self, traced: Traced, rates: Traced, layout: "_Layout", dtype: torch.dtype):
-        super().__init__()
-        self.traced, self.rates, self.layout, self.dtype = traced, rates, layout, dtype
-
-    def before(self, carry: Sequence[Tensor], data: Sequence[Tensor], fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What the steps take besides carry and ``fixed``, each [K, ...]."""
-        seed, draws, *numbers = fixed[:7]
-        noise = self.layout.noise(seed, draws, carry[0], data, self.dtype)
-        steps = carry[0] + torch.arange(data[0].shape[0], device=carry[0].device)
-        constants = fixed[7 : 7 + len(self.rates.constants)]
-        return *noise, *data, torch.vmap(lambda at: self.rates.graph(at, *numbers, *constants))(steps)
-
-    def step(self, carry: Sequence[Tensor], here: Sequence[Tensor], fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The traced step: carry, terms, norm."""
-        return self.traced.graph(*carry, *here, *fixed[2:7], *fixed[7 + len(self.rates.constants) :])
-
-    def forward(
-        self, carry: tuple[Tensor, ...], data: tuple[Tensor, ...], fixed: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        def body(carry: tuple[Tensor, ...], here: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            *after, terms, norm = self.step(carry, here, fixed)
-            return tuple(each.clone() for each in after), (terms, norm)
-
-        last, (terms, norms) = scan(body, carry, self.before(carry, data, fixed))
-        return *last, terms, norms
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """Whatever the compiler stumbles over makes the step one that cannot be compiled."""
+    try:
+        yield
+    except (UserError, Untraceable):
+        raise
+    except Exception as error:
+        raise Untraceable(f"the compiler: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -243,15 +246,6 @@ class _Layout:
             *row_id,
             *(part for name, *_ in self.columns for part in parts(chunk.columns[name])),
         )
-
-    def noise(
-        self, seed: Tensor, draws: Tensor, first: Tensor, data: Sequence[Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        """The noise of the chunk ``data`` that starts at step ``first``; each [K, ...]."""
-        steps = first + torch.arange(data[0].shape[0], device=first.device)
-        row_id = data[2] if self.with_row_id else None
-        elements, rows = chunk_noise(self.noise_size, seed, steps, draws, row_id, dtype)
-        return *((elements,) if self.noise_size[0] else ()), *(() if rows is None else (rows,))
 
     def slot(self, tensors: Sequence[Tensor], theta: Tensor) -> tuple[StepNoise, StepBatch]:
         """What a step takes, from its tensors in a row."""

@@ -49,8 +49,14 @@ class LocalSteps:
     def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
         return self.local.eager.noise(at, batch, dtype)
 
+    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        self.local.begin(state, _own(chunk), say)
+
     def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
         self.local.prepare(state, _own(chunk), say)
+
+    def abandon(self) -> None:
+        self.local.abandon()
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         """The chunk's end is an average too, so it has to be a multiple of ``sync_every`` or the end of the run."""

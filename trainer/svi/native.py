@@ -1,27 +1,16 @@
-"""A graph of operations as a shared object that runs without Python, kept on disk between runs.
+"""A graph of operations as a shared object that runs without Python.
 
-Inductor compiles it ahead of time (AOTInductor); we call its C interface through ctypes, which lets go of Python's lock
-(torch's own binding holds it), so that another thread reads the next chunk meanwhile.
+Inductor has compiled it ahead of time (AOTInductor); we call its C interface through ctypes, which lets go of Python's
+lock (torch's own binding holds it), so that another thread reads the next chunk meanwhile.
 """
 
 import ctypes
-import hashlib
-import logging
-import platform
-import shutil
-import time
-import warnings
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from trainer.cache import kept
-
-_FORMAT = "1"
+from torch import Tensor
 
 
 class SharedObject:
@@ -67,45 +56,3 @@ _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 _capsule = ctypes.pythonapi.PyCapsule_New
 _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-
-
-def compiled(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    dynamic: tuple[Any, ...],
-    key: str,
-    folder: Path,
-    say: Callable[[str], None] = print,
-) -> SharedObject:
-    """``module(*inputs)`` as a shared object, from ``folder`` if it was compiled before.
-
-    ``dynamic``: as `torch.export.export`'s ``dynamic_shapes``; ``key``: text that tells one computation from another.
-    Ranks of one machine compile once: the others wait.
-    """
-
-    def make(path: Path) -> None:
-        say("compiling the step: 10 to 30 s, this once ...")
-        began = time.monotonic()
-        _compile(module, inputs, dynamic, path)
-        say(f"compiled in {time.monotonic() - began:.0f} s, kept in {folder}")
-
-    name = hashlib.sha256("\n".join([key, *_environment()]).encode()).hexdigest()[:32]
-    return SharedObject(kept(folder / f"{name}.so", make))
-
-
-def _environment() -> list[str]:
-    """All that a compiled step depends on besides its graph."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return [_FORMAT, torch.__version__, platform.machine(), capability, f"{torch.get_num_threads()} threads"]
-
-
-def _compile(module: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...], path: Path) -> None:
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-        exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(path.with_suffix(".pt2")))
-        with zipfile.ZipFile(package) as archive:
-            (member,) = (each for each in archive.namelist() if each.endswith(".so"))
-            with archive.open(member) as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)

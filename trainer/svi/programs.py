@@ -64,8 +64,16 @@ class Program(Protocol):
         """The reference that this program must equal."""
         ...
 
+    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        """Has what `prepare` waits for done by another process meanwhile, and returns at once."""
+        ...
+
     def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
         """Makes ready for chunks like ``chunk``, of any number of slots, and says what takes its time."""
+        ...
+
+    def abandon(self) -> None:
+        """Ends what `begin` began, where it goes on."""
         ...
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
@@ -107,7 +115,13 @@ class Eager:
     def eager(self) -> "Eager":
         return self
 
+    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        pass
+
     def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
     def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
