@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.models.linear import LinearRegression, Statistics, exact_posterior
 from trainer.posterior import elbo as elbo_module
 from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row, rough_elbo_per_row
+from trainer.posterior.together import Together
 from trainer.svi.guides import PyroGuide
 from trainer.svi.plates import PlatedModel
 
@@ -138,13 +139,13 @@ def half_normal(x, y=None):
 def pairs_drawn(monkeypatch) -> list[int]:
     """The block number of every pair that is evaluated."""
     drawn: list[int] = []
-    pair = elbo_module._pair
+    pairs = Together.pairs
 
-    def counted(inference, theta, block, seed, number, draw):
-        drawn.append(number)
-        return pair(inference, theta, block, seed, number, draw)
+    def counted(together, batch, number, first, stop):
+        drawn.extend([number] * (stop - first))
+        return pairs(together, batch, number, first, stop)
 
-    monkeypatch.setattr(elbo_module, "_pair", counted)
+    monkeypatch.setattr(Together, "pairs", counted)
     return drawn
 
 
@@ -159,7 +160,7 @@ def test_a_kl_without_a_closed_form_comes_from_draws(table, pairs_drawn, monkeyp
     log_prior = 0.5 * math.log(2 / math.pi) - math.log(2.0) - math.exp(2 * m + 2 * scale**2) / 8.0 + m
     exact = -math.log(scale) - 0.5 * (1 + math.log(2 * math.pi)) - log_prior
     block = blocks_of(table, SIZES)[0]
-    kl, se = elbo_module._global_kl(inference, at([m], [scale]), block, 0, likelihood_se)
+    kl, se = elbo_module._global_kl(Together(inference, at([m], [scale]), 0), block, likelihood_se)
     assert 0 < abs(kl - exact) < 4 * se
     assert len(pairs_drawn) == pairs
 
@@ -242,10 +243,26 @@ def test_blocks_do_not_share_their_noise(table, few_pairs):
     """The same rows twice: their errors must be independent for the standard error to hold."""
     inference, theta = build(half_normal, table)
     first = blocks_of(table, SIZES)[0]
-    one, two = (
-        elbo_module._block_likelihood(inference, theta, first._replace(number=number), 0, 4, None) for number in (0, 1)
-    )
+    together = Together(inference, theta, 0)
+    one, two = (elbo_module._block_likelihood(together, first._replace(number=n), 4, 0.0) for n in (0, 1))
     assert one != two
+
+
+@pytest.mark.parametrize(("enough", "expected"), [(1e9, 32), (0.0, 200), (None, 64)])
+def test_a_block_is_drawn_until_its_error_is_small_enough(table, pairs_drawn, enough, expected):
+    """None: what 64 pairs come to, and 32 do not."""
+    inference, theta = build(half_normal, table)
+    block = blocks_of(table, SIZES)[0]
+
+    def error(most, enough):
+        return elbo_module._block_likelihood(Together(inference, theta, 0), block, most, enough)[1]
+
+    if enough is None:
+        enough = error(64, 0.0)
+        assert error(32, 0.0) > enough
+        pairs_drawn.clear()
+    assert error(200, enough) <= max(enough, error(200, 0.0))
+    assert len(pairs_drawn) == expected + 200
 
 
 def test_held_out_rows_pay_the_training_rows_share_of_the_kl(table, few_pairs):

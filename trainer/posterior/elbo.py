@@ -1,8 +1,9 @@
 """The ELBO of the final parameters over all rows, with its standard error.
 
 The KL of what stands outside the data plate is exact where it does not depend on the draw, else averaged over draws
-without data. The rest comes from one streamed pass with fresh antithetic pairs per block; noise is a function of the
-block, so the figure does not depend on the number of ranks. Sums are float64.
+without data. The rest comes from one streamed pass with fresh antithetic pairs per block, as many as its share of the
+error asks for. Noise and the number of pairs are functions of the block, so the figure does not depend on the number of
+ranks. Sums are float64.
 """
 
 import math
@@ -10,22 +11,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
-from trainer.svi.guides import Noise
-from trainer.svi.noise import element_noise, mixed_seed, row_noise
-from trainer.svi.objective import Term, elbo_terms
+from trainer.posterior.together import Together
+from trainer.svi.noise import mixed_seed
 from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.rows import Column
 from trainer.svi.step import Inference
 from trainer.svi.variance import Whitening
 
 _FEWEST_PAIRS = 2  # per block: their difference gives the standard error
-_PAIRS = 500  # over all blocks, where these are few
+_PAIRS = 500  # over all blocks at the most, where these are few
+_FIRST_PAIRS = 32  # of a block, before its error is looked at
+_SE = 0.01  # nats, of all rows' likelihood
 _KL_DRAWS = 10_000
 _KL_SE = 0.005  # nats; a tenth of the likelihood's error is enough too
+_KL_BLOCK = 2**40  # names the noise of the draws without data
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ def full_elbo(
 
     ``reduce`` sums a tensor over the ranks; ``whitening`` gives a control variate for the draws.
     """
-    likelihood, variance, rows, first = _likelihood(inference, theta, blocks, num_blocks, seed, reduce, whitening)
+    together = Together(inference, theta, _own(seed))
+    likelihood, variance, rows, first = _likelihood(together, blocks, num_blocks, reduce, whitening)
     # A rank without a block takes the KL of those that have one; these agree.
-    here = (0.0, 0.0) if first is None else _global_kl(inference, theta, first, seed, math.sqrt(variance))
+    here = (0.0, 0.0) if first is None else _global_kl(together, first, math.sqrt(variance))
     kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
     kl, kl_se = kl / ranks, kl_se / ranks
     return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, rows)
@@ -93,7 +96,7 @@ def held_out_elbo_per_row(
 
     ``blocks``, ``num_blocks`` and ``reduce`` as in :func:`full_elbo`, of the held-out rows.
     """
-    likelihood, _, rows, _ = _likelihood(inference, theta, blocks, num_blocks, seed, reduce)
+    likelihood, _, rows, _ = _likelihood(Together(inference, theta, _own(seed)), blocks, num_blocks, reduce)
     return likelihood / rows - fitted.kl / fitted.rows
 
 
@@ -105,15 +108,11 @@ def rough_elbo_per_row(
     To compare runs by while they go on: a hundredth of what the closing figures take.
     """
     likelihood, kl, rows, count = 0.0, 0.0, 0.0, 0
+    together = Together(inference, theta, _own(seed))
     for block in blocks:
-        terms = [
-            term
-            for pair in range(_FEWEST_PAIRS)
-            for each in _pair(inference, theta, block, seed, block.number, pair)
-            for term in each.values()
-        ]
-        likelihood += sum(float(term.value) for term in terms if term.scaled) / (2 * _FEWEST_PAIRS)
-        kl -= sum(float(term.value) for term in terms if not term.scaled) / (2 * _FEWEST_PAIRS)
+        for pairs in together.pairs(_batch(block, theta), block.number, 0, _FEWEST_PAIRS):
+            likelihood += float(pairs.inside.sum()) / _FEWEST_PAIRS
+            kl -= float(pairs.outside.sum()) / _FEWEST_PAIRS
         rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
         count += 1
     likelihood, kl, rows, total = _sum([likelihood, kl, rows, count], theta, reduce)
@@ -121,24 +120,18 @@ def rough_elbo_per_row(
 
 
 def _likelihood(
-    inference: Inference,
-    theta: Tensor,
-    blocks: Iterable[Block],
-    num_blocks: int,
-    seed: int,
-    reduce: Reduce,
-    whitening: Whitening | None = None,
+    together: Together, blocks: Iterable[Block], num_blocks: int, reduce: Reduce, whitening: Whitening | None = None
 ) -> tuple[float, float, float, Block | None]:
     """What stands inside the data plate, over all ranks: mean, its variance, rows; and this rank's first block."""
-    pairs = max(_FEWEST_PAIRS, _PAIRS // num_blocks)
-    first, likelihood, variance, rows = None, 0.0, 0.0, 0.0
+    most, enough = max(_FEWEST_PAIRS, _PAIRS // num_blocks), _SE / math.sqrt(num_blocks)
+    first, likelihood, variance, rows, inference = None, 0.0, 0.0, 0.0, together.inference
     for block in blocks:
         if first is None:
             first = block
-        mean, se = _block_likelihood(inference, theta, block, seed, pairs, whitening)
+        mean, se = _block_likelihood(together, block, most, enough, whitening)
         likelihood, variance = likelihood + mean, variance + se**2
         rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
-    likelihood, variance, total = _sum([likelihood, variance, rows], theta, reduce)
+    likelihood, variance, total = _sum([likelihood, variance, rows], together.theta, reduce)
     return likelihood, variance, total, first
 
 
@@ -147,81 +140,52 @@ def _sum(numbers: list[float], theta: Tensor, reduce: Reduce) -> list[float]:
 
 
 def _block_likelihood(
-    inference: Inference, theta: Tensor, block: Block, seed: int, pairs: int, whitening: Whitening | None
+    together: Together, block: Block, most: int, enough: float, whitening: Whitening | None = None
 ) -> tuple[float, float]:
-    """The terms inside the data plate, summed over a block's rows: mean and standard error over pairs."""
-    values = []
-    share = len(block.row_id) / inference.num_obs
-    for pair in range(pairs):
-        both = [
-            sum(float(term.value) for term in terms.values() if term.scaled)
-            for terms in _pair(inference, theta, block, seed, block.number, pair)
-        ]
-        chance = 0.0
-        if whitening is not None:
-            elements, _ = _noise(inference, theta, block, seed, block.number, pair)
-            chance = share * float(whitening.chance(theta.double(), elements.double()))
-        values.append(sum(both) / 2 + chance)
-    estimate = torch.tensor(values, dtype=torch.float64)
-    return float(estimate.mean()), float(estimate.std() / math.sqrt(len(values)))
+    """The terms inside the data plate, summed over a block's rows: mean and standard error over pairs.
+
+    Of ``most`` pairs, or of fewer once the standard error is ``enough``.
+    """
+    batch, share = _batch(block, together.theta), len(block.row_id) / together.inference.num_obs
+    values = torch.zeros(0, dtype=torch.float64, device=together.theta.device)
+    for stop in _stages(_FIRST_PAIRS, most):
+        for pairs in together.pairs(batch, block.number, len(values), stop):
+            found = pairs.inside
+            if whitening is not None:
+                found = found + share * whitening.chance(together.theta.double(), pairs.elements.double())
+            values = torch.cat([values, found])
+        se = float(values.std() / math.sqrt(len(values)))
+        if se <= enough or not math.isfinite(se):
+            break
+    return float(values.mean()), se
 
 
-def _global_kl(
-    inference: Inference, theta: Tensor, block: Block, seed: int, likelihood_se: float
-) -> tuple[float, float]:
+def _stages(first: int, most: int) -> list[int]:
+    """``first``, twice that, and so on to ``most``."""
+    doubled = [first * 2**n for n in range(max(0, math.ceil(math.log2(most / first))))]
+    return [*doubled, most]
+
+
+def _global_kl(together: Together, block: Block, likelihood_se: float) -> tuple[float, float]:
     """Minus the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
     one = Block(-1, {name: column[:1] for name, column in block.columns.items()}, block.row_id[:1])
-    values: list[float] = []
-    while len(values) < _KL_DRAWS // 2:
-        both = [
-            -sum(float(term.value) for term in terms.values() if not term.scaled)
-            for terms in _pair(inference, theta, one, seed, 2**40, len(values))
-        ]
-        values.append(sum(both) / 2)
-        if len(values) in (4, 64) or len(values) % 500 == 0:
-            spread = float(torch.tensor(values, dtype=torch.float64).std())
-            exact = spread <= 1e-9 * (1 + abs(values[0]))
-            close = len(values) > 4 and spread / len(values) ** 0.5 <= max(_KL_SE, likelihood_se / 10)
-            if exact or close or not math.isfinite(spread):
-                break
-    draws = torch.tensor(values, dtype=torch.float64)
-    se = float(draws.std() / math.sqrt(len(values)))
-    return float(draws.mean()), se if se > 1e-9 * (1 + abs(values[0])) else 0.0
+    batch, most = _batch(one, together.theta), _KL_DRAWS // 2
+    values = torch.zeros(0, dtype=torch.float64, device=together.theta.device)
+    for stop in [*(n for n in (4, 64) if n < most), *range(500, most, 500), most]:
+        found = [-pairs.outside for pairs in together.pairs(batch, _KL_BLOCK, len(values), stop)]
+        values = torch.cat([values, *found])
+        spread, first = float(values.std()), float(values[0])
+        exact = spread <= 1e-9 * (1 + abs(first))
+        close = stop > 4 and spread / math.sqrt(stop) <= max(_KL_SE, likelihood_se / 10)
+        if exact or close or not math.isfinite(spread):
+            break
+    return float(values.mean()), 0.0 if exact else spread / math.sqrt(len(values))
 
 
-def _pair(
-    inference: Inference, theta: Tensor, block: Block, seed: int, number: int, pair: int
-) -> list[dict[str, Term]]:
-    """The terms at eps and -eps, the scale of the data plate 1."""
-    device = theta.device
-    flat, rows = _noise(inference, theta, block, seed, number, pair)
-    batch = Batch(
-        block.columns,
-        torch.tensor(len(block.row_id), device=device),
-        torch.ones((), dtype=torch.float64, device=device),
-        block.row_id,
-    )
-    terms = []
-    with torch.no_grad(), pyro.validation_enabled(False):
-        for sign in (1.0, -1.0):
-            noise = Noise(sign * flat, None if rows is None else sign * rows, mixed_seed(_own(seed), number, pair))
-
-            def evaluate(values: dict[str, Tensor], noise: Noise = noise) -> dict[str, Term]:
-                # Whatever KL was trained with: exact where that is known, from the draw where it is not.
-                return elbo_terms(inference.model, inference.guide, values, noise, batch, "analytic")
-
-            terms.append(inference.parameters.call(inference.parameters.unflatten(theta), evaluate))
-    return terms
-
-
-def _noise(
-    inference: Inference, theta: Tensor, block: Block, seed: int, number: int, pair: int
-) -> tuple[Tensor, Tensor | None]:
-    """The normals [E] and [B, n] of a pair."""
-    when, draw = torch.tensor(number, device=theta.device), torch.tensor([pair], device=theta.device)
-    elements, per_row = inference.guide.noise_size
-    flat = element_noise(_own(seed), when, draw, elements, theta.dtype)[0]
-    return flat, row_noise(_own(seed), when, draw, block.row_id[None], per_row, theta.dtype)[0] if per_row else None
+def _batch(block: Block, theta: Tensor) -> Batch:
+    """All rows of a block, the scale of the data plate 1."""
+    valid = torch.tensor(len(block.row_id), device=theta.device)
+    return Batch(block.columns, valid, torch.ones((), dtype=torch.float64, device=theta.device), block.row_id)
 
 
 def _own(seed: int) -> int:

@@ -45,10 +45,11 @@ class Whitening(NamedTuple):
         return torch.cat([zero, share * len(elements) * chance, theta.new_zeros(len(theta) - 2 * size)])
 
     def chance(self, theta: Tensor, elements: Tensor) -> Tensor:
-        """What a draw [E] and its antithesis add to a quadratic loss by chance, in nats: (z'Hz - its mean) / 2 []."""
+        """What draws [..., E] and their antitheses add to a quadratic loss by chance, in nats: (z'Hz - its mean) / 2
+        [...]."""
         scale = self._bounded(theta)
-        z, curvature = scale * elements[: len(scale)], self.curvature.to(theta.dtype)
-        return 0.5 * (z @ curvature @ z - (scale**2 * curvature.diagonal()).sum())
+        z, curvature = scale * elements[..., : len(scale)], self.curvature.to(theta.dtype)
+        return 0.5 * ((z @ curvature * z).sum(-1) - (scale**2 * curvature.diagonal()).sum())
 
     def _bounded(self, theta: Tensor) -> Tensor:
         """The scales [D], none beyond what the curvature makes of it."""
