@@ -39,6 +39,7 @@ def regression(x: torch.Tensor, y: torch.Tensor) -> None:
 
 def with_local(x: torch.Tensor, y: torch.Tensor) -> None:
     m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+    pyro.factor("once", -((m - 0.5) ** 2))
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(m, 1.0))
         pyro.sample("y", dist.Normal(z + x.sum(-1), 0.5), obs=y)

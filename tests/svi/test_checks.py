@@ -132,7 +132,7 @@ def counts(x, y):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (outside, 'the model has no plate "data"'),
+        (outside, 'observed site "y" stands outside plate "data" and depends on the rows.*with pyro.plate'),
         (beside, 'observed site "total" stands outside plate "data".*global_sites=\\[total\\]'),
         (unseen, "the model observes nothing"),
         (local, 'latent site "z" stands inside plate "data"'),

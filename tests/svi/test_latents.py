@@ -5,9 +5,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from svi_problems import F64, batch_of, build, trace_at
-from torch.distributions.transforms import SoftplusTransform
+from torch.distributions.transforms import AffineTransform, SoftplusTransform
+
+from trainer.svi.latents import log_prob
 
 
 def one(prior):
@@ -101,3 +104,81 @@ def test_density_of_u_matches_autograds_jacobian(name):
     )
     expected = sum(site["fn"].log_prob(site["value"]).sum() for site in sites) + jacobian.slogdet().logabsdet
     torch.testing.assert_close(sum(at.log_prior.values()), expected, rtol=1e-10, atol=1e-10)
+
+
+ETA = torch.linspace(-1, 1, 6, dtype=F64)
+WHOLE = torch.tensor([0, 1, 1, 0, 1, 1])
+TABLE_OF = torch.tensor([-0.5, -1.5], dtype=F64)
+
+
+class Looked(dist.TorchDistribution):
+    """A user's own, which indexes with its value."""
+
+    arg_constraints, support, batch_shape = {}, constraints.nonnegative_integer, torch.Size([6])
+
+    def __init__(self):
+        super().__init__(batch_shape=(6,), validate_args=False)
+
+    def log_prob(self, value):
+        return TABLE_OF[value]
+
+
+LIKELIHOODS = {
+    "Bernoulli by logits": lambda: dist.Bernoulli(logits=ETA),
+    "Bernoulli by chances": lambda: dist.Bernoulli(ETA.sigmoid()),
+    "relaxed over two": lambda: dist.ContinuousBernoulli(logits=ETA),
+    "Binomial": lambda: dist.Binomial(3, logits=ETA),
+    "beta-binomial": lambda: dist.BetaBinomial(ETA.exp(), 1 + 0 * ETA, 3),
+    "Geometric": lambda: dist.Geometric(logits=ETA),
+    "Poisson": lambda: dist.Poisson(ETA.exp()),
+    "negative binomial": lambda: dist.NegativeBinomial(3.0, logits=ETA),
+    "zero-inflated Poisson": lambda: dist.ZeroInflatedPoisson(ETA.exp(), gate=ETA.sigmoid()),
+    "zero-inflated Bernoulli": lambda: dist.ZeroInflatedDistribution(dist.Bernoulli(logits=ETA), gate=ETA.sigmoid()),
+    "Normal": lambda: dist.Normal(ETA, 1.0),
+    "independent": lambda: dist.Bernoulli(logits=ETA).to_event(1),
+    "masked": lambda: dist.Bernoulli(logits=ETA).mask(WHOLE > 0),
+    "expanded": lambda: dist.Bernoulli(logits=ETA[0]).expand([6]),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(logits=torch.zeros(6, 2, dtype=F64)), dist.Bernoulli(logits=torch.stack([ETA, -ETA], -1))
+    ),
+    "transformed": lambda: dist.TransformedDistribution(dist.Normal(ETA, 1.0), AffineTransform(1.0, 2.0)),
+    "Categorical": lambda: dist.Categorical(logits=torch.stack([ETA, -ETA], -1)),
+    "ordered": lambda: dist.OrderedLogistic(ETA, torch.tensor([-0.3, 0.4], dtype=F64)),
+    "Multinomial": lambda: dist.Multinomial(int(WHOLE.sum()), logits=ETA),
+    "one of many": lambda: dist.OneHotCategorical(logits=torch.stack([ETA, -ETA], -1)),
+}
+
+
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(F64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+def test_whole_numbers_and_truth_values_have_the_density_of_the_same_floats(kind, in_float64):
+    value = torch.stack([WHOLE, 1 - WHOLE], -1) if kind == "one of many" else WHOLE
+
+    def density(value):
+        def model():
+            with pyro.validation_enabled(True):
+                pyro.sample("y", LIKELIHOODS[kind](), obs=value)
+
+        return log_prob(poutine.trace(model).get_trace().nodes["y"])
+
+    wanted = density(value.double())
+    assert torch.isfinite(wanted).all()
+    torch.testing.assert_close(density(value), wanted, rtol=1e-15, atol=0)
+    torch.testing.assert_close(density(value.bool()), wanted, rtol=1e-15, atol=0)
+
+
+def test_a_distribution_that_indexes_keeps_its_integers():
+    node = poutine.trace(lambda: pyro.sample("y", Looked(), obs=WHOLE)).get_trace().nodes["y"]
+    assert torch.equal(log_prob(node), TABLE_OF[WHOLE])
+
+
+def test_what_is_wrong_with_integers_is_said_as_with_floats():
+    node = poutine.trace(lambda: pyro.sample("y", dist.Normal(ETA[:4], 1.0), obs=WHOLE)).get_trace().nodes["y"]
+    with pytest.raises(RuntimeError, match="size"):
+        log_prob(node)

@@ -123,11 +123,9 @@ def test_terms_are_named_in_the_models_order_and_kind():
             pyro.factor("extra", -0.5 * (a - x) ** 2)
 
     x = torch.arange(4.0, dtype=F64)
-    inference, theta = materialise(
-        model, MeanField, batch_of(x=x, y=x), 40, Objective("monte_carlo", False), global_sites=["total"]
-    )
+    inference, theta = materialise(model, MeanField, batch_of(x=x, y=x), 40, Objective("monte_carlo", False))
     assert inference.sites == ("a", "total", "y", "extra")
-    assert inference.kinds == ("kl_global", "likelihood", "likelihood", "likelihood")
+    assert inference.kinds == ("kl_global", "kl_global", "likelihood", "likelihood")
     terms = inference.terms(theta, noise_of(torch.zeros(1, 1, 1, dtype=F64)), one_group(x=x, y=x), 1.0)
     half = 0.5 * math.log(2 * math.pi)
     # z = 0: log p(a) - log q(a) = log 0.1; total counts once; the plate's sites stand for ten times their rows.

@@ -14,7 +14,7 @@ from svi_problems import F64, build, grad, noise_of, one_group
 from torch import nn
 
 from trainer.errors import UserError
-from trainer.svi.guides import PyroGuide
+from trainer.svi.guides import MeanField, PyroGuide
 from trainer.svi.optim import Adam
 from trainer.svi.programs import Chunk, Eager
 from trainer.svi.schedules import Cosine
@@ -190,14 +190,17 @@ def test_a_module_that_only_a_closure_holds_is_named():
 
 
 def test_a_parameter_that_appears_late_is_named():
-    calls = []
+    made = []
+
+    def guide(model, batch):
+        made.append(MeanField(model, batch))
+        return made[0]
 
     def model(x, y):
-        calls.append(0)
-        body(x @ pyro.param("late" if len(calls) > 5 else "early", torch.zeros(2, dtype=F64)), 1.0, y)
+        body(x @ pyro.param("late" if made else "early", torch.zeros(2, dtype=F64)), 1.0, y)
 
     with pytest.raises(UserError, match='param\\("late"\\) appears only after the first batch'):
-        build(model, x=X, y=Y)
+        build(model, guide, x=X, y=Y)
 
 
 def test_nothing_is_left_behind_in_pyros_store_or_between_two_builds():

@@ -3,7 +3,7 @@
 Shapes: B rows of a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from trainer.svi.guides import Draw, Noise
@@ -65,12 +67,24 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
     model = PlatedModel(inference.model.fn, batch.columns, inference.model.plate)
     drawn = draw(replace(inference, model=model), theta, batch, seed, number)
     latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
-    free = poutine.condition(poutine.uncondition(model), data=latents)
+    observed = {name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood"}
+    free = poutine.condition(_Unobserved(observed)(model), data=latents)
     first_row = 0 if batch.row_id is None else int(batch.row_id[0])
     with dtype_of(theta), torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
         torch.manual_seed(mixed_seed(seed, number, first_row))
         trace = inference.parameters.call(
             inference.parameters.unflatten(theta), lambda values: poutine.trace(free).get_trace(batch)
         )
-    observed = [name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood"]
-    return {name: trace.nodes[name] for name in observed}
+    return {name: trace.nodes[name] for name in inference.sites if name in observed}
+
+
+class _Unobserved(Messenger):
+    """Draws the observed sites ``names`` anew."""
+
+    def __init__(self, names: Container[str]):
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["name"] in self.names:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False

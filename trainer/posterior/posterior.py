@@ -65,11 +65,16 @@ class Posterior:
     """Between seeds, for every latent, where several were fitted (`between_seeds`)."""
 
     def sample(self, num_draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
-        """Independent draws [R, ...] of every latent outside the data plate, in the model's own (constrained) space."""
+        """Independent draws [R, ...] of every latent outside the data plate, in the model's own (constrained) space.
+
+        Deterministic sites that follow from these alone are among them (what a reparameterised latent was called).
+        """
         drawn: dict[str, list[np.ndarray]] = {}
         for number in range(num_draws):
-            nodes = latents_of(draw(self.inference, self.theta, self.rows, seed, number), self.inference.model.plate)
-            for name, node in nodes.items():
+            one = draw(self.inference, self.theta, self.rows, seed, number)
+            nodes = latents_of(one, self.inference.model.plate)
+            derived = {name: one.trace.nodes[name] for name in self.inference.derived}
+            for name, node in (nodes | derived).items():
                 drawn.setdefault(name, []).append(node["value"].detach().cpu().numpy())
         return {name: np.stack(values) for name, values in drawn.items()}
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.util import check_site_shape
 
 from trainer.errors import UserError
+from trainer.svi.dependence import check_outside
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
 from trainer.svi.objective import Term
-from trainer.svi.plates import Batch, PlatedModel, inside
+from trainer.svi.plates import Batch, PlatedModel, WrongSize, inside
 
 _CHECK_ROWS = 256
 _ALL_DIMS = 64  # as many as a tensor can have
@@ -35,30 +35,56 @@ def on_the_first_batch() -> Iterator[None]:
         ) from error
 
 
-def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> None:
-    """Every observed site stands in the data plate or is named as global; no latent is discrete."""
+def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> tuple[str, ...]:
+    """Every observed site stands in the data plate, or counts once; no latent is discrete.
+
+    Returns the deterministic sites that `check_outside` does.
+    """
     with AtZero(batch.dtype, batch.valid.device):
-        trace = poutine.trace(model).get_trace(batch)
+        trace = _first_trace(model, batch)
     plate = model.plate
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
     observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}
     if not observed:
         raise UserError("the model observes nothing: pass a column as obs= to one of its pyro.sample sites.")
-    if plate not in sites and not set(observed) <= set(global_sites):
-        raise UserError(
-            f'the model has no plate "{plate}": put its observed sites in `with pyro.plate("{plate}", len(x)):`, '
-            "or name your own plate with plate=NAME."
-        )
-    for name, site in observed.items():
-        if not isinstance(site["fn"], _Subsample) and not inside(site, plate) and name not in global_sites:
-            raise UserError(
-                f'observed site "{name}" stands outside plate "{plate}", so it would not be scaled with the data: '
-                f'move it into `with pyro.plate("{plate}", len(x)):`, or name it in global_sites=[{name}].'
-            )
-        _check_shape(site)
     for site in sites.values():
         if is_latent(site):
             refuse_latent(site, plate, can_be_local=True)
+    derived = check_outside(model, batch, global_sites)
+    if not any(inside(site, plate) for site in observed.values()):
+        raise UserError(
+            f'the model has no plate "{plate}" with an observed site in it: put them in '
+            f'`with pyro.plate("{plate}", len(x)):`, or name your own plate with plate=NAME.'
+        )
+    for site in observed.values():
+        _check_shape(site)
+    return derived
+
+
+def _first_trace(model: PlatedModel, batch: Batch) -> poutine.Trace:
+    try:
+        return poutine.trace(model).get_trace(batch)
+    except WrongSize as error:
+        halves = torch.arange(int(batch.valid), device=batch.valid.device).tensor_split(2)
+        if all(_size(model, batch.at(half)) == error.size for half in halves):
+            raise
+        raise UserError(
+            f'plate("{error.plate}") takes {error.size} rows where the batch has {error.rows}, and its size changes '
+            "with the data: do not select rows (by a boolean index), keep all of them in "
+            f'pyro.plate("{error.plate}", len(x)), and say which ones a site is about with poutine.mask(mask=...) or '
+            "torch.where."
+        ) from None
+
+
+def _size(model: PlatedModel, batch: Batch) -> int | None:
+    """What the data plate is declared with, where that is not the batch's."""
+    try:
+        poutine.trace(model).get_trace(batch)
+    except WrongSize as error:
+        return error.size
+    except (RuntimeError, IndexError, ValueError):
+        pass
+    return None
 
 
 def _check_shape(site: Site) -> None:
@@ -89,13 +115,7 @@ def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batc
         return
 
     def at(index: torch.Tensor) -> torch.Tensor:
-        part = Batch(
-            {name: column[index] for name, column in batch.columns.items()},
-            batch.valid.new_tensor(len(index)),
-            torch.ones_like(batch.scale),
-            None if batch.row_id is None else batch.row_id[index],
-        )
-        return torch.stack([term.value for term in evaluate(part).values() if term.scaled]).sum()
+        return torch.stack([term.value for term in evaluate(batch.at(index)).values() if term.scaled]).sum()
 
     index = torch.arange(rows, device=batch.valid.device)
     whole, turned = at(index), at(index.flip(0).roll(rows // 3))

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -51,7 +52,11 @@ class AtZero(Messenger):
         site = LatentSite(str(msg["name"]), tuple(transform.inverse_shape(fn.shape())), self.end)
         self.sites.append(site)
         self.end += site.size
-        msg["value"], msg["done"] = transform(torch.zeros(site.shape, **self.options)), True
+        msg["value"], msg["done"] = transform(self.place(msg, site.shape)), True
+
+    def place(self, msg: Message, shape: tuple[int, ...]) -> Tensor:
+        """u of a site."""
+        return torch.zeros(shape, **self.options)
 
 
 def is_latent(site: Site) -> bool:
@@ -65,8 +70,12 @@ def is_discrete(fn: Any) -> bool:
 
 
 def is_deterministic(site: Site) -> bool:
-    """Whether a trace node is a `pyro.deterministic` statement, which has no density."""
-    return bool(site["infer"].get("_deterministic"))
+    """Whether a trace node has no density: a `pyro.deterministic` statement, or what a reparameterisation leaves."""
+    if site["infer"].get("_deterministic"):
+        return True
+    fn = site["fn"]
+    masked = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
+    return bool(site["is_observed"]) and masked and isinstance(fn.base_dist, dist.Delta)
 
 
 def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
@@ -123,8 +132,15 @@ class FromUnconstrained(Messenger):
 
 def log_prob(site: Site) -> Tensor:
     """log p of a site's value [batch shape], before scale and mask."""
+    fn, value = site["fn"], site["value"]
     try:
-        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        try:
+            return fn.log_prob(value, *site["args"], **site["kwargs"])
+        except (RuntimeError, TypeError):
+            if not isinstance(value, Tensor) or value.is_floating_point():
+                raise
+        # Labels and counts as integers or truth values, where the likelihood computes with floats.
+        return fn.log_prob(value.to(torch.get_default_dtype()), *site["args"], **site["kwargs"])
     except ValueError as error:  # a value outside the support, found by validation at the start
         raise UserError(f'site "{site["name"]}" has no density at its value: {str(error).splitlines()[0]}') from error
 

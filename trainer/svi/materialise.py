@@ -54,9 +54,10 @@ def materialise(
     plated = PlatedModel(model, batch.columns, plate)
     torch.manual_seed(seed)
     made: list[Guide] = []
+    derived: list[str] = []
 
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
-        check_model(plated, batch, tuple(global_sites))
+        derived.extend(check_model(plated, batch, tuple(global_sites)))
         made.append(guide(plated, batch))
         if isinstance(made[0], PyroGuide):
             made[0].measure(plated, batch)
@@ -82,7 +83,7 @@ def materialise(
             check_finite(first)
             check_exchangeable(evaluate, batch)
     kinds = tuple(term.kind for term in first.values())
-    return Inference(plated, fitted, parameters, objective, float(num_obs), tuple(first), kinds), theta
+    return Inference(plated, fitted, parameters, objective, float(num_obs), tuple(first), kinds, tuple(derived)), theta
 
 
 def _quiet_noise(guide: Guide, batch: Batch, theta: Tensor) -> Noise:

@@ -20,6 +20,7 @@ from trainer.svi.latents import is_deterministic, total_log_prob
 from trainer.svi.plates import Batch, PlatedModel, inside
 
 Kind = Literal["likelihood", "kl_global", "kl_local"]
+"""What is observed outside the data plate is a term of the prior, and so of "kl_global"."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def elbo_terms(
             continue
         in_plate = inside(site, model.plate)
         if site["is_observed"]:
-            terms[name] = Term("likelihood", in_plate, total_log_prob(site))
+            terms[name] = Term("likelihood" if in_plate else "kl_global", in_plate, total_log_prob(site))
         elif name in draw.entropy:
             value = draw.log_prior[name] + draw.entropy[name]
             terms[name] = Term("kl_local" if in_plate else "kl_global", in_plate, value)

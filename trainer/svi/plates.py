@@ -40,11 +40,28 @@ class Batch(NamedTuple):
         """Rows, padding included."""
         return len(next(iter(self.columns.values())))
 
+    def at(self, index: Tensor) -> "Batch":
+        """The rows ``index``, all of which count, at scale 1."""
+        columns = {name: column[index] for name, column in self.columns.items()}
+        row_id = None if self.row_id is None else self.row_id[index]
+        return Batch(columns, self.valid.new_tensor(len(index)), torch.ones_like(self.scale), row_id)
+
     @property
     def dtype(self) -> torch.dtype:
         """float64 where a column is, else torch's default."""
         wide = any(column.dtype == torch.float64 for column in self.columns.values())
         return torch.float64 if wide else torch.get_default_dtype()
+
+
+class WrongSize(UserError):
+    """The data plate is declared with a ``size`` that is not the batch's."""
+
+    def __init__(self, plate: str, size: int, rows: int):
+        super().__init__(
+            f'plate("{plate}") takes {size} rows where the batch has {rows}: '
+            f'write pyro.plate("{plate}", len(x)) with a column x.'
+        )
+        self.plate, self.size, self.rows = plate, size, rows
 
 
 class DataPlate(Messenger):
@@ -88,10 +105,7 @@ class DataPlate(Messenger):
             )
         declared = fn.size if fn.subsample_size is None else fn.subsample_size
         if declared != rows:
-            raise UserError(
-                f'plate("{self.name}") takes {declared} rows where the batch has {rows}: '
-                f'write pyro.plate("{self.name}", len(x)) with a column x.'
-            )
+            raise WrongSize(self.name, int(declared), rows)
         indices = torch.arange(rows, device=self.batch.valid.device)
         msg["value"] = indices if fn.size == rows else indices.as_subclass(_ForeignIndices)
         msg["done"] = True

@@ -72,6 +72,8 @@ class Inference:
     sites: tuple[str, ...]
     """The names of the terms, in order."""
     kinds: tuple[Kind, ...]
+    derived: tuple[str, ...] = ()
+    """Deterministic sites that latents outside the data plate alone decide."""
 
     def terms(self, theta: Tensor, noise: StepNoise, batch: StepBatch, share: float) -> Tensor:
         """This rank's part of the ELBO's terms [S], float64 nats; ``share``: a group's part in what counts once."""
