@@ -15,7 +15,7 @@ import wandb
 from app_tools import config, svi
 from omegaconf import OmegaConf
 
-from trainer.app import build, loggers
+from trainer.app import build, loggers, server
 from trainer.errors import UserError
 
 KEY = "a" * 40
@@ -156,7 +156,7 @@ def test_no_logger_is_no_logger(tmp_path):
 
 def test_wandb_without_a_key_is_offline_and_asks_nobody(made, no_key, monkeypatch, capsys, silent):
     served_by(monkeypatch, silent)
-    monkeypatch.setattr(loggers.urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the server"))
+    monkeypatch.setattr(server.urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the server"))
     begin(Path("job"), "logger=wandb")
     assert [node["mode"] for node in made.nodes] == ["offline"]
     assert capsys.readouterr().out == (
@@ -173,13 +173,14 @@ def test_a_key_is_found_wherever_wandb_looks(no_key, monkeypatch, tmp_path, answ
         (tmp_path / "netrc").write_text(f"machine {address}\n login user\n password {KEY}\n")
         (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setattr(wandb, "login", lambda prompt, verify: True)
-    assert loggers.why_offline(answering, KEY if where == "settings" else None) is None
+    assert server.why_offline(answering, KEY if where == "settings" else None) is None
     monkeypatch.setattr(wandb, "login", lambda prompt, verify: prompt)
-    assert loggers.why_offline(answering, KEY) == "no API key is set"
+    assert server.why_offline(answering, KEY) == "no API key is set"
 
 
 def test_a_server_that_refuses_or_never_answers_is_given_up(made, no_key, monkeypatch, capsys, silent, free_port):
-    monkeypatch.setattr(loggers, "_WAIT", 0.2)
+    monkeypatch.setattr(server, "WAIT", 0.2)
+    monkeypatch.setattr(loggers, "WAIT", 0.2)
     monkeypatch.setattr(wandb, "login", lambda **_: pytest.fail("went on to log in"))
     for url, reason in ((silent, "timed out"), (f"http://127.0.0.1:{free_port}", "Connection refused")):
         served_by(monkeypatch, url, KEY)
@@ -196,8 +197,8 @@ def test_wandb_itself_is_told_not_to_wait(made, no_key, monkeypatch, answering):
     begin(Path("job"), "logger=wandb")
     assert len(made.nodes) == 1
     assert "mode" not in made.nodes[0]
-    assert made.nodes[0]["settings"] == {"init_timeout": loggers._WAIT, "finish_timeout": loggers._FINISH}
-    assert 2 * loggers._WAIT <= 10 >= loggers._FINISH
+    assert made.nodes[0]["settings"] == {"init_timeout": loggers.WAIT, "finish_timeout": loggers._FINISH}
+    assert 2 * loggers.WAIT <= 10 >= loggers._FINISH
     begin(Path("job"), "logger=wandb", "logger.wandb.settings.init_timeout=60")
     assert made.nodes[1]["settings"] == {"init_timeout": 60, "finish_timeout": loggers._FINISH}
     options = wandb.Settings(**made.nodes[1]["settings"])  # names that this version of W&B knows

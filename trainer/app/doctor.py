@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.app.launch import usable_cores
-from trainer.app.loggers import why_offline
 from trainer.app.ranks import World, agree_on, of_all, on_cuda, world
+from trainer.app.server import why_offline
 from trainer.cache import cache_folder
 
 _SKEW = 2.0  # seconds between clocks, beyond which times of files mislead

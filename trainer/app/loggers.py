@@ -2,24 +2,20 @@
 
 import importlib.util
 import os
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 
 from trainer.app import build
 from trainer.app.secrets import redacted
+from trainer.app.server import WAIT, unreachable, why_offline
 from trainer.app.tracking import code_facts, keep_id, kept_id
 from trainer.errors import UserError
 
-_WAIT = 5  # seconds for the W&B server to answer, and for it to take the run
 _FINISH = 10  # seconds for the last figures to be uploaded; what is left stays in the run folder, for svi sync
 _PACKAGES = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
 
@@ -56,10 +52,10 @@ def _plain(node: DictConfig, run_dir: Path) -> Logger:
 
 def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
     """An MLflow logger whose run has begun, the one of this folder before; None where its server does not answer."""
-    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", str(_WAIT))):  # else a silent server holds us for minutes
+    for name, value in (("MAX_RETRIES", "1"), ("TIMEOUT", str(WAIT))):  # else a silent server holds us for minutes
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
     uri = str(node.get("tracking_uri"))
-    reason = _unreachable(uri) if uri.startswith("http") else None
+    reason = unreachable(uri) if uri.startswith("http") else None
     if reason is not None:
         print(f"MLflow: {reason}, so this run is logged without it; metrics.csv has the figures.")
         return None
@@ -93,7 +89,7 @@ def _wandb(node: DictConfig, run_dir: Path) -> Logger:
     wandb.finish()  # the run of the job before this one, in a sweep
     # offline is this run's affair: Lightning's offline=True would set WANDB_MODE for the jobs that follow
     options: dict[str, Any] = {
-        "settings": {"init_timeout": _WAIT, "finish_timeout": _FINISH, **node.get("settings", {})},
+        "settings": {"init_timeout": WAIT, "finish_timeout": _FINISH, **node.get("settings", {})},
         "group": node.get("group") or _group(run_dir),
         "resume": node.get("resume") or "allow",
     }
@@ -127,43 +123,3 @@ def _group(run_dir: Path) -> str | None:
 
 
 _MAKERS: dict[str, Callable[[DictConfig, Path], Logger | None]] = {"WandbLogger": _wandb, "MLFlowLogger": _mlflow}
-
-
-def _unreachable(address: str) -> str | None:
-    """Why no server answers at ``address``, if none does."""
-    try:
-        urllib.request.urlopen(address, timeout=_WAIT).close()
-    except urllib.error.HTTPError:
-        pass  # an answer all the same
-    except (OSError, ValueError) as error:
-        return f"{address} cannot be reached ({getattr(error, 'reason', error)})"
-    return None
-
-
-def why_offline(base_url: str, api_key: str | None) -> str | None:
-    """Why the server at ``base_url`` cannot be used; None where it answers and there is a key for it."""
-    import wandb
-
-    if not api_key and not _has_key(base_url):
-        return "no API key is set"
-    reason = _unreachable(base_url)
-    if reason is not None:
-        return reason
-    try:
-        return None if wandb.login(prompt=False, verify=False) else "no API key is set"
-    except wandb.Error as error:
-        return f"the API key cannot be used ({str(error).splitlines()[0]})"
-
-
-def _has_key(base_url: str) -> bool:
-    """Whether the environment or the netrc file seems to hold a key (W&B itself would ask for one)."""
-    import wandb
-
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    hosts = [urlsplit(base_url).netloc, *(["api.wandb.ai"] if base_url == wandb.Settings().base_url else [])]
-    try:
-        machines = netrc(os.environ.get("NETRC")).hosts
-    except (OSError, NetrcParseError):
-        return False
-    return any(host in machines for host in hosts)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from trainer.app.launch import in_slurm_step, usable_cores
 from trainer.errors import UserError
@@ -78,6 +77,8 @@ def agree_on(text: str, world: World, backend: str, timeout: timedelta | None = 
     if not dist.is_initialized():
         env = os.environ
         if "MASTER_PORT" not in env:
+            from pytorch_lightning.plugins.environments import SLURMEnvironment  # svi doctor does without
+
             slurm = SLURMEnvironment(auto_requeue=False)
             env["MASTER_ADDR"], env["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
         env.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))

@@ -16,7 +16,6 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from trainer.app import build
 from trainer.app.allowed import refuse_others
 from trainer.app.data import places
 from trainer.app.watch import Watch
@@ -250,6 +249,8 @@ def _synthetic(cfg: DictConfig) -> tuple[SyntheticSource, dict[str, Any]]:
     if seed < 0:
         raise UserError(f"seed={seed} is out of range: give an integer from 0 to 2**63 - 1.")
     refuse_others(cfg.model, cfg.allow)
+    from trainer.app import build  # torch and Pyro, which tables do without
+
     model = build.model(cfg.model)
     if not hasattr(model, "truth") or not hasattr(model, "rows"):
         raise UserError(

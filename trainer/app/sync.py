@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 
-from trainer.app.loggers import why_offline
+from trainer.app.server import why_offline
 from trainer.errors import UserError
 
 
