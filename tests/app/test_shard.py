@@ -90,8 +90,8 @@ def rows_of(out: str) -> dict[str, np.ndarray]:
 
 
 def summary(out: str) -> str:
-    """The last line that the command printed."""
-    return out.splitlines()[-1]
+    """The last two lines that the command printed."""
+    return "\n".join(out.splitlines()[-2:])
 
 
 @pytest.mark.parametrize("source", ["t.parquet", "t.csv", "t.npz", "t.par*"])
@@ -103,12 +103,15 @@ def test_every_format_gives_the_same_rows(shard, table, source):
     assert np.allclose(rows["y"], table["target"], rtol=1e-6)
     train, held_out = (read_index(Path("packed", split)).num_rows for split in ("train", "held_out"))
     assert train + held_out == ROWS
-    assert summary(done.out) == f"packed: {train:,} rows to train on, {held_out} held out · columns x[3], y"
+    columns = "columns: x float32[3] · y float32"
+    assert summary(done.out) == f"packed: {train:,} rows to train on, {held_out} held out\n{columns}"
 
 
 def test_without_columns_every_column_keeps_its_name_and_text_becomes_codes(shard, table):
     done = shard("source=t.csv", "out=packed")
-    assert summary(done.out).endswith("columns a, b, c, target, team (3 categories), id")
+    assert summary(done.out).endswith(
+        "\ncolumns: a float32 · b float32 · c float32 · target float32 · team 3 categories · id int64"
+    )
     assert np.array_equal(rows_of("packed")["team"], table["team"].map({"blue": 0, "green": 1, "red": 2}))
 
 
@@ -126,7 +129,7 @@ def test_a_synthetic_table_comes_with_its_truth(shard):
 def test_groups_categories_and_standardising_by_one_name(shard, table):
     done = shard("source=t.parquet", "columns.y=target", "group_by=id", "standardise=y", "out=packed")
     assert done.code == 0, done.err
-    assert summary(done.out).endswith("· columns y[10], length")
+    assert summary(done.out).endswith("\ncolumns: y float32[10] · length int64")
     assert read_index(Path("packed/train")).meta["standardised"].keys() == {"y"}
     assert len(rows_of("packed")["y"]) == ROWS // 10
 
@@ -142,7 +145,7 @@ def test_dropped_rows_are_counted(shard, table):
 
 
 def test_a_log_file_gets_plain_lines_that_count_to_the_end(shard):
-    lines = shard("source=synthetic", "model=linear", "rows=50000", "out=packed").out.splitlines()[:-1]
+    lines = shard("source=synthetic", "model=linear", "rows=50000", "out=packed").out.splitlines()[:-2]
     assert len(lines) >= 5
     counts = [re.fullmatch(r"packing ([\d,]+)/50,000 rows  [\d,]+ rows/s", line) for line in lines]
     assert all(counts), lines
@@ -180,7 +183,7 @@ BAD = {
     "source=stray.csv out=packed columns.y=target": "('?' in row 41, '0' in row 0, counted from 0): mend it",
     "source=stray.csv out=packed columns.x=[a,target]": "'target' of 'stray.csv' holds text and numbers ('?' in row 41",
     "source=nan.parquet out=packed": "no value for 'a' in row 7 (counted from 0): fill it in, or",
-    "source=infinite.csv out=packed missing=drop": "column 'a' is infinite, or too large for float32, in row 8",
+    "source=infinite.csv out=packed missing=drop": "column 'a' is infinite, or too large for float64, in row 8",
     "source=t.csv out=old": "'old' exists: choose another out=, or write overwrite=true.",
     "source=t.csv out=old overwrite=true": "'old' is not a packed folder, and is not overwritten",
     "source=t.csv out=packed overwrite=no": "overwrite=no is unknown: write overwrite=true or overwrite=false.",
@@ -306,7 +309,7 @@ def test_parts_and_finish_give_what_one_command_does(shard, here):
     assert "of the 2 parts in '" in missing.err
     assert "these are missing: 2; run each again with part=NUMBER/2, then finish=true." in missing.err
     last = shard(*common, "out=packed", "part=2/2")
-    assert summary(last.out).startswith("part 2 of 2: 2,000 rows read · ")
+    assert last.out.splitlines()[-1].startswith("part 2 of 2: 2,000 rows read · ")
     again = shard(*common, "out=packed", "part=2/2")
     assert summary(again.out).startswith("part 2 of 2: read before · 0 shards made")
     done = shard("finish=true", "out=packed")

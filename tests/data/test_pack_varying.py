@@ -88,7 +88,7 @@ def test_what_sparse_columns_cannot_be_used_for(tmp_path: Path, options: dict[st
 def test_bad_entries_are_named_by_their_row(tmp_path: Path) -> None:
     offsets, indices = np.array([0, 1, 1, 3]), np.array([0, 1, 2])
     for values, width, message in (
-        (np.array([1.0, np.inf, 1.0]), 3, r"'words' is infinite, or too large for float32, in row 2"),
+        (np.array([1.0, np.inf, 1.0]), 3, r"'words' is infinite, or too large for float64, in row 2"),
         (np.array([1.0, 1.0, np.nan]), 3, r"has no value for 'words' in row 2"),
         (np.ones(3), 2, r"'words' has an index outside 0 to 1 in row 2"),
     ):

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from trainer.app.allowed import typed
+from trainer.app.columns import columns_line, columns_taken
 from trainer.app.config import composed
 from trainer.app.ranks import share_threads, world
 from trainer.app.train import Given, quiet_lightning, train
@@ -34,6 +35,8 @@ def fit(
     *,
     columns: ColumnMap | None = None,
     standardise: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    missing: str = "error",
     held_out: float = 0.0,
     batch_size: int | None = None,
     max_epochs: float | None = None,
@@ -51,7 +54,8 @@ def fit(
         `svi shard` reads, or a shard folder, or a list of several. A table is packed into a folder of its own that is
         removed at the end.
     ``guide``: "mean_field", one of `pyro.infer.autoguide`'s classes, or a guide of your own.
-    ``columns``, ``standardise``, ``held_out``: as for `svi shard` (not with a shard folder, which is packed).
+    ``columns``, ``standardise``, ``categories``, ``missing``, ``held_out``: as for `svi shard` (not with a shard
+        folder, which is packed); without ``columns`` those of the data that the model takes.
     ``seeds``: how many fits to make, from ``seed`` on; the one of the highest ELBO is returned, with ``rhat`` between
         them.
     ``run_dir``: keep checkpoints, metrics and summary there (a folder for each of several seeds); None: no file is left
@@ -69,7 +73,8 @@ def fit(
     with contextlib.ExitStack() as opened:
         keep = run_dir is not None
         folder = Path(run_dir or opened.enter_context(TemporaryDirectory(prefix="svi-run-")))
-        path = _packed(data, columns, standardise, held_out, dtype, opened)
+        packing = {"standardise": standardise, "categories": categories, "missing": missing, "held_out": held_out}
+        path = _packed(data, columns, packing, dtype, (model, guide), opened, console)
         fits = []
         for each in range(seed, seed + seeds):
             own = folder if seeds == 1 else folder / f"seed-{each}"
@@ -91,20 +96,26 @@ def fit(
 def _packed(
     data: Any,
     columns: ColumnMap | None,
-    standardise: Sequence[str],
-    held_out: float,
+    packing: Mapping[str, Any],
     dtype: str | None,
+    takers: tuple[Any, ...],
     opened: contextlib.ExitStack,
+    console: Console,
 ) -> str | list[str]:
     """The shard folder of ``data``, or several: its own, or one that is removed with ``opened``."""
     several = isinstance(data, list | tuple) and all(isinstance(each, str | Path) for each in data)
     if several or isinstance(data, ShardFolder) or (isinstance(data, (str, Path)) and is_packed(data)):
-        if columns or standardise or held_out:
-            raise UserError("columns, standardise and held_out belong to packing: this data is packed already.")
+        if columns or any(value not in ((), [], 0.0, "error") for value in packing.values()):
+            raise UserError(f"columns, {', '.join(packing)} belong to packing: this data is packed already.")
         return [str(each) for each in data] if several else str(getattr(data, "place", data))
     path = Path(opened.enter_context(TemporaryDirectory(prefix="svi-data-"))) / "shards"
     source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
-    pack(source, path, columns=columns, standardise=standardise, held_out=held_out, float_dtype=dtype or "float32")
+    if columns is None:
+        taken = columns_taken(takers, source.fields)
+        columns = {name: name for name in source.fields if name in taken} or None
+    wide = "float64" if dtype == "float64" else None
+    train, _ = pack(source, path, columns=columns, float_dtype=wide, **packing)
+    console.print(columns_line(train))
     return str(path)
 
 

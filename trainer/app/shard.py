@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from trainer.app.allowed import refuse_others
+from trainer.app.columns import columns_line
 from trainer.app.data import places
 from trainer.app.watch import Watch
 from trainer.data.address import is_address
@@ -25,7 +26,7 @@ from trainer.data.packing.pack import pack
 from trainer.data.packing.parts import Parts
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.folder import is_packed
-from trainer.data.shards.index import INDEX_NAME, Column
+from trainer.data.shards.index import INDEX_NAME
 from trainer.data.sources.mixed import refuse_mixed
 from trainer.data.sources.source import Source, open_source
 from trainer.data.sources.synthetic import SyntheticSource
@@ -57,8 +58,8 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     console.print(
         f"{cfg.out}: {train.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out"
         + (f", {dropped:,} dropped for missing values" if dropped else "")
-        + f" · columns {', '.join(_named(column) for column in train.columns if column.name != 'row_id')}"
     )
+    console.print(columns_line(train))
     return float(train.num_rows)
 
 
@@ -114,10 +115,9 @@ def _shards_of(path: str, like: list[str], console: Console, cache: ShardCache) 
     if not out.is_dir():
         with _lock_beside(path, out):
             if not out.is_dir():
-                source = open_source(path)
-                refuse_mixed(source, source.fields, ())
                 console.print(f"packing {path} into {out}, this once (svi shard chooses columns, splits and more)")
-                pack(source, out, like=list(like) or None)
+                train, _ = pack(path, out, spare=not like, like=list(like) or None)
+                console.print(columns_line(train))
     elif not remote and index.is_file() and _changed(here) > index.stat().st_mtime:
         raise UserError(f"{path} has changed since it was packed: remove {out} to pack it again, or train on {out}.")
     return str(out)
@@ -158,6 +158,7 @@ def _options(cfg: DictConfig) -> dict[str, Any]:
         "block_rows": _integer("block_rows", cfg.block_rows),
         "missing": str(cfg.missing),
         "standardise": _names(cfg.standardise),
+        "categories": _names(cfg.categories),
         "group_by": None if cfg.group_by is None else str(cfg.group_by),
         "split_by": None if cfg.split.by is None else str(cfg.split.by),
         "split_time": None if cfg.split.time is None else str(cfg.split.time),
@@ -222,11 +223,6 @@ def _stopping_on_signals(left: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _named(column: Column) -> str:
-    categories = f" ({len(column.vocabulary):,} categories)" if column.vocabulary and column.kind == "dense" else ""
-    return (f"{column.name}{list(column.shape)}" if column.shape else column.name) + categories
 
 
 def _source(cfg: DictConfig) -> tuple[Source, dict[str, Any] | None]:

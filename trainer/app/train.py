@@ -24,6 +24,7 @@ from trainer.app import build, resume, secrets
 from trainer.app.allowed import refuse_others
 from trainer.app.blocks import AllRows
 from trainer.app.budget import update_of
+from trainer.app.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.app.data import cache_of, held_out_split, places, training_split
 from trainer.app.finish import Finish, is_finished
 from trainer.app.launch import is_restarted, memory_share
@@ -152,6 +153,8 @@ def _train(
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
     plan = resume.plan_of(plan_facts, folder)
     inference, theta = infer(cfg, folder, given)
+    for line in precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()):
+        console.print(line)
     sample, began = _sample(folder, inference), time.monotonic()
     doubts: list[str] = []
     start = laplace_start(inference, theta, sample, doubts.append) if cfg.start == "laplace" else None
@@ -260,7 +263,8 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
         torch.tensor(folder.num_rows / count, dtype=torch.float64),
         rows["row_id"],
     )
-    return materialise(
+    refuse_spared(folder.index, user_model)
+    inference, theta = materialise(
         user_model,
         factory,
         batch,
@@ -270,6 +274,8 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
         global_sites=cfg.global_sites,
         seed=int(cfg.seed),
     )
+    refuse_mixed_numbers(folder.index, inference, theta, batch)
+    return inference, theta
 
 
 def _sample(folder: ShardFolder, inference: Inference) -> StepBatch:

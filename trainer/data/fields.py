@@ -1,6 +1,9 @@
 """What a source column holds, and the choice of columns by name."""
 
+import decimal
 import difflib
+import numbers
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +95,9 @@ def concatenate(parts: Sequence[Any]) -> Any:
 
 NUMERIC = ("float", "int", "bool")
 VARYING = ("csr", "ragged")
+TWICE = "twice"
+"""The kind of what two columns of a table are named."""
+
 _NUMPY_KINDS = {"f": "float", "i": "int", "u": "int", "b": "bool", "U": "text", "S": "text"}
 
 
@@ -101,7 +107,7 @@ class Field(NamedTuple):
 
     kind: str
     shape: tuple[int, ...] = ()  # of one row; csr: (width,); ragged: of one entry
-    dtype: str = ""  # csr and ragged: of the values
+    dtype: str = ""  # csr and ragged: of the values; dense: "float32" where floats have no more digits
     entries: int = 0  # csr and ragged: of all rows, or 0 where that is not known
     names: tuple[str, ...] = ()  # csr: of the columns, where they have some
 
@@ -127,12 +133,14 @@ def pieces_of(counts: Iterable[int], least: int = 1 << 18) -> list[Piece]:
 
 
 def choose(wanted: Iterable[str] | None, available: Sequence[str], where: object) -> list[str]:
-    """``wanted`` (all ``available`` when None); raises UserError with close names for one that ``where`` lacks."""
-    chosen = list(available if wanted is None else wanted)
+    """``wanted`` (all ``available`` when None); raises UserError with close names for one that ``where`` lacks, and for
+    one that it has twice."""
+    times = Counter(available)
+    chosen = list(times if wanted is None else wanted)
     for name in chosen:
-        if available.count(name) > 1:
+        if wanted is not None and times[name] > 1:
             raise UserError(f"'{where}' has two columns named '{name}': rename one of them.")
-        if name not in available:
+        if name not in times:
             close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
             shown = ", ".join(available[:20]) + (", …" if len(available) > 20 else "")
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has {shown}."
@@ -150,8 +158,8 @@ def merge(known: Field | None, found: Field, name: str, file: Path | str) -> Fie
         return found._replace(
             entries=known.entries + found.entries, dtype=np.promote_types(known.dtype, found.dtype).name
         )
-    if known.shape == found.shape and {known.kind, found.kind} == {"int", "float"}:
-        return known._replace(kind="float")
+    if known.shape == found.shape and {known.kind, found.kind} <= {"int", "float"}:
+        return Field("float", known.shape)
     raise UserError(f"column '{name}' of '{file}' is {_words(found)}, and {_words(known)} before it: make them one.")
 
 
@@ -159,17 +167,25 @@ def _words(field: Field) -> str:
     return f"{field.kind} of shape {list(field.shape)}" if field.shape else field.kind
 
 
+def schema_fields(schema: pa.Schema, names: Iterable[str]) -> dict[str, Field]:
+    """The fields of the columns ``names``; the kind of a name that two have is `TWICE`."""
+    times = Counter(schema.names)
+    return {name: Field(TWICE) if times[name] > 1 else arrow_field(schema.field(name).type) for name in names}
+
+
 def arrow_field(kind: pa.DataType) -> Field:
     """The field of an Arrow type."""
     types = pa.types
     if types.is_fixed_size_list(kind):
         inner = arrow_field(kind.value_type)
-        return Field(inner.kind, (kind.list_size, *inner.shape)) if inner.kind in NUMERIC else Field(str(kind))
+        shape = (kind.list_size, *inner.shape)
+        return Field(inner.kind, shape, inner.dtype) if inner.kind in NUMERIC else Field(str(kind))
     if types.is_dictionary(kind):
-        coded = arrow_field(kind.value_type).kind in ("text", "int")
+        coded = arrow_field(kind.value_type).kind in ("text", "int", "float")
         return Field("text" if coded else str(kind))
     if types.is_floating(kind) or types.is_decimal(kind):
-        return Field("float")
+        narrow = types.is_float16(kind) or types.is_float32(kind)
+        return Field("float", dtype="float32" if narrow else "")
     if types.is_integer(kind):
         return Field("int")
     if types.is_boolean(kind):
@@ -177,7 +193,33 @@ def arrow_field(kind: pa.DataType) -> Field:
     return Field("text" if types.is_string(kind) or types.is_large_string(kind) else str(kind))
 
 
+def _kind_of(value: Any) -> str:
+    if isinstance(value, bool | np.bool_):
+        return "truth values"
+    if isinstance(value, numbers.Real | decimal.Decimal):
+        return "numbers"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
+def object_field(values: Sequence[Any], first_row: int = 0) -> Field:
+    """The field of Python objects; its kind tells where the second kind begins, when they are of several."""
+    kinds = [_kind_of(value) for value in values]
+    first = next((i for i, value in enumerate(values) if value is not None), None)
+    if first is None:
+        return Field("null")
+    for i in range(first, len(values)):
+        if values[i] is not None and kinds[i] != kinds[first]:
+            where = f"{str(values[i])[:20]!r} in row {first_row + i}, counted from 0"
+            return Field(f"{kinds[first]} and {kinds[i]} ({where})")
+    try:
+        return arrow_field(pa.infer_type(values))
+    except pa.ArrowException:
+        return Field(kinds[first])
+
+
 def numpy_field(dtype: np.dtype, shape: tuple[int, ...]) -> Field:
     """The field of rows of ``shape`` and ``dtype``."""
     kind = _NUMPY_KINDS.get(dtype.kind, str(dtype))
-    return Field(f"text of shape {list(shape)}" if kind == "text" and shape else kind, shape)
+    narrow = dtype.kind == "f" and dtype.itemsize <= 4
+    kind = f"text of shape {list(shape)}" if kind == "text" and shape else kind
+    return Field(kind, shape, "float32" if narrow else "")

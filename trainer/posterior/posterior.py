@@ -3,6 +3,7 @@
 Shapes: N rows, R draws, Q quantiles.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from trainer.data.packing.apply import available, rows_like
+from trainer.data.packing.apply import available, check_columns, check_packed, rows_like
 from trainer.data.shards.folder import ShardFolder, is_packed, open_split
 from trainer.data.shards.index import ROW_ID, Column, Index
 from trainer.data.sources.memory import MemorySource
@@ -152,10 +153,19 @@ class Posterior:
         folder = _shard_folder(data)
         if folder is not None:
             names = arguments(self.inference.model.fn, [column.name for column in folder.index.columns])
+            check_packed(self.index, folder.index, names)
             return folder.num_rows, _packed(folder, [*names, ROW_ID])
         source: Source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
+        check_columns(self.index, source, self._required())
         taken = arguments(self.inference.model.fn, available(self.index, source))
         return source.num_rows, rows_like(self.index, source, taken, _ROWS)
+
+    def _required(self) -> list[str]:
+        """The columns without which the model cannot be called."""
+        fn = self.inference.model.fn
+        parameters = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn).parameters
+        packed = {column.name for column in self.index.columns}
+        return [name for name, each in parameters.items() if name in packed and each.default is each.empty]
 
     def save(self, path: str | Path) -> None:
         """Writes one file, whole or not at all: the parameters, the few rows, the columns' description, the metrics."""

@@ -27,6 +27,7 @@ def to_tensor(rows: Rows, dtype: torch.dtype) -> Any:
         rows = np.ascontiguousarray(rows)
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype if tensor.is_floating_point() else torch.int64)
+        number = tensor.is_floating_point() or tensor.dtype == torch.bool
+        return tensor.to(dtype if number else torch.int64)
 
     return each_tensor(shared(rows), cast)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from trainer.data.fields import NUMERIC, CsrRows, Rows, choose
-from trainer.data.packing.columns import Recipe, vocabularies
+from trainer.data.packing.columns import Recipe, check_usable, vocabularies
 from trainer.data.shards.index import ROW_ID, Column, Index
+from trainer.data.sources.mixed import as_words, first_word
 from trainer.data.sources.source import Source
 from trainer.errors import UserError
 
@@ -21,16 +22,25 @@ def available(index: Index, source: Source) -> list[str]:
     return [column.name for column in columns if set(_recipe(index, column).parts) <= set(source.fields)]
 
 
+def check_columns(index: Index, source: Source, names: Iterable[str]) -> None:
+    """Raises UserError, with close names, for a source column that ``names`` are made of and ``source`` lacks."""
+    for name in names:
+        choose(_recipe(index, index.column(name)).parts, list(source.fields), source.name)
+
+
 def rows_like(index: Index, source: Source, names: Iterable[str], rows: int) -> Iterator[dict[str, Any]]:
     """The columns ``names`` of ``source``, at most ``rows`` a batch, as `pack` would have stored them, and "row_id".
 
-    Raises UserError for a missing source column, a missing value, and text that the packed table had not.
+    Where integers were packed, a batch with a fraction comes as float64. Raises UserError for a missing source column,
+    one of another kind or shape, a missing value, and text that the packed table had not.
     """
     if index.meta.get("group_by"):
         raise UserError("the table was packed with group_by=: pack the new rows so too, and give their shard folder.")
-    made = [_recipe(index, index.column(name)) for name in names]
-    needed = list(dict.fromkeys(part for recipe in made for part in recipe.parts))
+    packed = [_recipe(index, index.column(name)) for name in names]
+    needed = list(dict.fromkeys(part for recipe in packed for part in recipe.parts))
     choose(needed, list(source.fields), source.name)
+    source = as_words(source, {recipe.parts[0] for recipe in packed if recipe.vocabulary is not None})
+    made = [_carrying(recipe, source) for recipe in packed]
     shifts = index.meta.get("standardised", {})
     first = 0
     for batch in source.batches(rows, needed):
@@ -54,9 +64,31 @@ def rows_like(index: Index, source: Source, names: Iterable[str], rows: int) -> 
                 continue
             if shift is not None:
                 values = (values - np.array(shift["mean"])) / np.array(shift["sd"])
-            found[recipe.name] = values.astype(index.column(recipe.name).dtype, copy=False)
+            found[recipe.name] = _stored(recipe, values, index.column(recipe.name).dtype, first)
         yield {**found, ROW_ID: np.arange(first, first + count)}
         first += count
+
+
+def check_packed(index: Index, other: Index, names: Iterable[str]) -> None:
+    """Raises UserError where a column of ``names`` of the packed rows ``other`` means something else than in ``index``:
+    another kind or shape, other codes, other source columns, another shift."""
+    for name in names:
+        ours, theirs = index.column(name), other.column(name)
+        same = [
+            ((ours.kind, ours.shape) == (theirs.kind, theirs.shape), "shape"),
+            (all(a == b for a, b in zip(ours.vocabulary or (), theirs.vocabulary or ())), "codes"),
+            ((ours.vocabulary is None) == (theirs.vocabulary is None), "kind"),
+            *(
+                (index.meta.get(key, {}).get(name) == other.meta.get(key, {}).get(name), what)
+                for key, what in (("columns", "source columns"), ("standardised", "mean and sd that were taken off"))
+            ),
+        ]
+        for alike, what in same:
+            if not alike:
+                raise UserError(
+                    f"column '{name}' of the new shards has another {what} than in the data that were trained on: pack "
+                    "the new table with svi shard like=FOLDER, the folder of these."
+                )
 
 
 def recipes_like(index: Index, source: Source) -> list[Recipe]:
@@ -99,8 +131,8 @@ def options_like(index: Index) -> dict[str, Any]:
     }
 
 
-def _check_kind(recipe: Recipe, part: str, source: Source) -> None:
-    """Raises UserError where a source column cannot become what a packed one is."""
+def _check_kind(recipe: Recipe, part: str, source: Source, also: tuple[str, ...] = ()) -> None:
+    """Raises UserError where a source column, if it is none of ``also``, cannot become what a packed one is."""
     field, shape = source.fields[part], () if recipe.stacked else recipe.shape
     if not recipe.is_dense:
         kinds: tuple[str, ...] = (recipe.kind,)
@@ -108,9 +140,13 @@ def _check_kind(recipe: Recipe, part: str, source: Source) -> None:
         kinds = ("text",)
     else:
         kinds = NUMERIC if recipe.dtype.startswith("float") else ("int", "bool")
-    if field.kind not in kinds or field.shape != shape:
+    if field.kind not in kinds + also or field.shape != shape:
+        check_usable(part, field, source)
         was, now = (f"{kind} of shape {list(s)}" if s else kind for kind, s in ((kinds[0], shape), field[:2]))
-        raise UserError(f"column '{part}' of '{source.name}' is {now}, and {was} in the packed table: cast it.")
+        stray = first_word(source, part) if field.kind == "text" else None
+        where = f" ('{stray[1]}' in row {stray[0]}, counted from 0)" if stray else ""
+        remedy = "mend it" if stray else "cast it"
+        raise UserError(f"column '{part}' of '{source.name}' is {now}{where}, and {was} in the packed table: {remedy}.")
     if recipe.kind == "csr" and list(field.names) != list(recipe.vocabulary or []):
         raise UserError(
             f"column '{part}' of '{source.name}' names its columns otherwise than the packed table: give them in the "
@@ -120,6 +156,34 @@ def _check_kind(recipe: Recipe, part: str, source: Source) -> None:
         raise UserError(
             f"column '{part}' of '{source.name}' holds {field.dtype}, and {recipe.dtype} in the packed table: cast it."
         )
+
+
+def _carrying(recipe: Recipe, source: Source) -> Recipe:
+    """``recipe`` for ``source``, whose numbers may be of a wider kind: carried as float64 then."""
+    words = recipe.vocabulary is not None
+    if not recipe.is_dense and source.fields[recipe.parts[0]].kind == recipe.kind:
+        return recipe
+    for part in recipe.parts:
+        _check_kind(recipe, part, source, ("int", "float") if words and recipe.is_dense else NUMERIC)
+    kinds = {source.fields[part].kind for part in recipe.parts}
+    narrow = (recipe.dtype == "bool" and kinds != {"bool"}) or (recipe.dtype == "int64" and "float" in kinds)
+    return replace(recipe, dtype="float64") if recipe.is_dense and not words and narrow else recipe
+
+
+def _stored(recipe: Recipe, values: np.ndarray, dtype: str, first: int) -> np.ndarray:
+    """``values`` [B, ...] as ``dtype``; as they are where integers were packed and these have a fraction."""
+    if recipe.vocabulary is None and recipe.dtype == "float64" and not dtype.startswith("float"):
+        kept = values.astype(dtype)
+        differs = (kept != values).reshape(len(values), -1).any(axis=1)
+        if differs.any() and dtype != "bool":
+            return values
+        if differs.any():
+            row = int(differs.argmax())
+            raise UserError(
+                f"column '{recipe.parts[0]}' holds {values[row]} in row {first + row} (counted from 0), and truth "
+                "values in the packed table: give 0 and 1, or false and true."
+            )
+    return values.astype(dtype, copy=False)
 
 
 def _recipe(index: Index, column: Column) -> Recipe:

@@ -1,9 +1,11 @@
 """Shard columns from source columns: stacking, types, codes for text, and what is missing.
 
-Floats, decimals and truth values become ``float_dtype``: a truth value is a Bernoulli observation or an indicator, and
-both want a float. Integers become int64; stacked, whatever is numeric becomes ``float_dtype``. Text becomes int64 codes
-into its vocabulary: the sorted values of the whole source, held in memory while packing. A dictionary column is what
-its values are. Of sparse and ragged columns floats become ``float_dtype``, and integers keep their type.
+Truth values stay bool, integers become int64. Floats, decimals, and whatever is numeric in a stack become
+``float_dtype``; where that is None, float32, or float64 where float32 would round a value by more than 1e-6 of the
+column's sd (`Recipe.follows`). Text becomes int64 codes into its vocabulary: the sorted values of the whole source,
+held in memory while packing. A dictionary column (pandas' Categorical) of text or numbers becomes codes into its
+values: sorted, or, where it is ordered, all of them in their order. Of sparse and ragged columns floats become
+``float_dtype`` likewise, and integers keep their type.
 
 Shapes: B rows of a batch.
 """
@@ -16,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.fields import NUMERIC, VARYING, Field, Raw, VaryingRows, choose
+from trainer.data.fields import NUMERIC, TWICE, VARYING, Field, Raw, VaryingRows, choose
 from trainer.data.shards.index import DTYPES
 from trainer.data.sources.source import Source
 from trainer.errors import UserError
@@ -34,8 +36,10 @@ class Recipe:
     stacked: bool
     shape: tuple[int, ...]  # of one row
     dtype: str  # as carried through the packer: float64 for a column that is to be standardised
-    vocabulary: list[str] | None = None
+    vocabulary: list[Any] | None = None
     kind: str = "dense"
+    follows: bool = False
+    """Whether it is stored as float32 unless that would round it, though carried as float64."""
 
     @property
     def is_dense(self) -> bool:
@@ -80,7 +84,7 @@ class Recipe:
             if self.vocabulary is None:
                 values, absent = _numbers(batch[part], part, self.dtype)
             else:
-                values, absent = _codes(batch[part], part, self.vocabulary)
+                values, absent = _codes(batch[part], part, self.vocabulary, first_row)
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 infinite = _in_row(np.isinf(values))
                 if infinite.any():
@@ -104,15 +108,29 @@ def source_columns(columns: ColumnMap) -> list[str]:
     return [part for parts in columns.values() for part in ([parts] if isinstance(parts, str) else parts)]
 
 
-def recipes(source: Source, columns: ColumnMap | None, float_dtype: str, wide: Iterable[str] = ()) -> list[Recipe]:
+def recipes(
+    source: Source,
+    columns: ColumnMap | None,
+    float_dtype: str | None,
+    wide: Iterable[str] = (),
+    spared: dict[str, str] | None = None,
+) -> list[Recipe]:
     """A recipe for each of ``columns`` (every source column by its own name when None); those in ``wide`` in float64.
 
     Reads the text columns of ``source`` once, for their vocabularies. Raises UserError for an unknown column, text in
-    a list, a type that is no number, truth value or text, and a name that a model's argument cannot have.
+    a list, a type that is no number, truth value or text, and a name that a model's argument cannot have; with
+    ``spared`` such a column is left out, and its sentence put there.
     """
     columns = {name: name for name in source.fields} if columns is None else columns
     choose(source_columns(columns), list(source.fields), source.name)
-    made = [_recipe(name, parts, source, "float64" if name in wide else float_dtype) for name, parts in columns.items()]
+    made = []
+    for name, parts in columns.items():
+        try:
+            made.append(_recipe(name, parts, source, float_dtype, name in wide))
+        except UserError as error:
+            if spared is None:
+                raise
+            spared[name] = str(error)
     words = vocabularies(
         source, [recipe.parts[0] for recipe in made if recipe.vocabulary is not None and recipe.is_dense]
     )
@@ -124,7 +142,8 @@ def recipes(source: Source, columns: ColumnMap | None, float_dtype: str, wide: I
     ]
 
 
-def _recipe(name: str, parts: str | Sequence[str], source: Source, float_dtype: str) -> Recipe:
+def _recipe(name: str, parts: str | Sequence[str], source: Source, float_dtype: str | None, wide: bool) -> Recipe:
+    float_dtype = "float64" if wide else float_dtype
     if not (name.isidentifier() and name.isascii() and len(name) <= 64):
         raise UserError(f"'{name}' cannot name an argument of a model: rename it, as in columns.x='{name}'.")
     if isinstance(parts, str):
@@ -132,50 +151,77 @@ def _recipe(name: str, parts: str | Sequence[str], source: Source, float_dtype: 
         kind, shape = field.kind, field.shape
         if kind in VARYING:
             names, dtype = list(field.names) or None, _varying_dtype(field.dtype, float_dtype)
-            return Recipe(name, (parts,), False, shape, dtype, names, kind)
+            return Recipe(name, (parts,), False, shape, dtype, names, kind, float_dtype is None and dtype == "float64")
         if kind == "text" and not shape:
             return Recipe(name, (parts,), False, (), "int64", vocabulary=[])
-        _check_numeric(parts, source.fields[parts], source)
-        return Recipe(name, (parts,), False, shape, "int64" if kind == "int" else float_dtype)
+        check_usable(parts, source.fields[parts], source)
+        if kind == "int" or (kind == "bool" and not wide):
+            return Recipe(name, (parts,), False, shape, "int64" if kind == "int" else "bool")
+        return _floats(Recipe(name, (parts,), False, shape, ""), [field], float_dtype)
     for part in parts:
         if source.fields[part].kind == "text":
             raise UserError(
                 f"text in a numeric column: '{part}' in columns.{name} holds text; give it a column of its own "
                 f"(columns.{name}_{part}={part}), where it becomes integer codes."
             )
-        _check_numeric(part, source.fields[part], source)
+        check_usable(part, source.fields[part], source)
         if source.fields[part].shape:
             raise UserError(
                 f"'{part}' in columns.{name} has rows of shape {list(source.fields[part].shape)}, and only single "
                 f"numbers can be stacked: give it a column of its own."
             )
-    return Recipe(name, tuple(parts), True, (len(parts),), float_dtype)
+    return _floats(
+        Recipe(name, tuple(parts), True, (len(parts),), ""), [source.fields[part] for part in parts], float_dtype
+    )
 
 
-def _varying_dtype(dtype: str, float_dtype: str) -> str:
+def _floats(recipe: Recipe, fields: Sequence[Field], float_dtype: str | None) -> Recipe:
+    """``recipe`` of ``fields`` as floats."""
+    narrow = all(field.kind == "bool" or field.dtype == "float32" for field in fields)
+    follows = float_dtype is None and not narrow
+    return replace(recipe, dtype="float64" if follows else float_dtype or "float32", follows=follows)
+
+
+def _varying_dtype(dtype: str, float_dtype: str | None) -> str:
     if np.dtype(dtype).kind == "f":
-        return float_dtype
+        return float_dtype or ("float64" if np.dtype(dtype).itemsize == 8 else "float32")
     return dtype if dtype in DTYPES else "int64"
 
 
-def _check_numeric(part: str, field: Field, source: Source) -> None:
-    if field.kind not in NUMERIC:
+def check_usable(part: str, field: Field, source: Source) -> None:
+    """Raises UserError where a source column has neither numbers, truth values nor text."""
+    if field.kind == TWICE:
+        raise UserError(f"'{source.name}' has two columns named '{part}': rename one of them.")
+    if field.kind not in (*NUMERIC, *VARYING, "text"):
         kind = "no value in any row" if field.kind == "null" else field.kind
+        times = any(word in kind for word in ("timestamp", "date", "time", "duration"))
+        if " and " in kind:
+            raise UserError(f"column '{part}' of '{source.name}' holds {kind}: make them one, or do not use it.")
+        remedy = "count the seconds or days from a day that you choose" if times else "cast it"
         raise UserError(
             f"column '{part}' of '{source.name}' holds {kind}, and neither numbers, truth values nor text: "
-            "cast it, or leave it out of columns."
+            f"{remedy}, or leave it out of columns."
         )
     if 0 in field.shape:
         raise UserError(f"column '{part}' of '{source.name}' has rows of no numbers: leave it out of columns.")
 
 
-def vocabularies(source: Source, names: Sequence[str]) -> dict[str, list[str]]:
-    """The sorted values of each text column, in one pass over these columns alone."""
-    found: dict[str, set] = {name: set() for name in names}
+def vocabularies(source: Source, names: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of each column of text or categories, sorted, in one pass over these columns alone.
+
+    Ordered categories come in their order, also those that no row has.
+    """
+    found: dict[str, dict[Any, None]] = {name: {} for name in names}
+    ordered = set()
     for batch in source.batches(_READ_ROWS, list(found)) if found else ():
         for name, values in found.items():
-            values.update(pc.unique(_text(batch[name])).drop_null().to_pylist())
-    return {name: sorted(values) for name, values in found.items()}
+            raw = batch[name]
+            if isinstance(raw, pa.DictionaryArray) and raw.type.ordered:
+                ordered.add(name)
+                values.update(dict.fromkeys(raw.dictionary.drop_null().to_pylist()))
+            else:
+                values.update(dict.fromkeys(pc.unique(_text(raw)).drop_null().to_pylist()))
+    return {name: list(values) if name in ordered else sorted(values) for name, values in found.items()}
 
 
 def _in_row(flags: np.ndarray) -> np.ndarray:
@@ -186,20 +232,31 @@ def _in_row(flags: np.ndarray) -> np.ndarray:
 def _text(raw: Raw) -> pa.Array:
     assert not isinstance(raw, VaryingRows)
     if isinstance(raw, np.ndarray):
-        return pa.array(np.char.decode(raw, "utf-8") if raw.dtype.kind == "S" else raw)
+        return pa.array(np.char.decode(raw, "utf-8") if raw.dtype.kind == "S" else raw, from_pandas=True)
     return raw.dictionary_decode() if pa.types.is_dictionary(raw.type) else raw
 
 
-def _codes(raw: Raw, part: str, vocabulary: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _codes(raw: Raw, part: str, vocabulary: list[Any], first_row: int) -> tuple[np.ndarray, np.ndarray]:
     text = _text(raw)
-    codes = pc.index_in(text, value_set=pa.array(vocabulary, text.type))
+    text, known = _comparable(text, pa.array(vocabulary))
+    codes = pc.index_in(text, value_set=known)
     if codes.null_count != text.null_count:
-        new = pc.unique(text.filter(pc.and_(codes.is_null(), text.is_valid()))).to_pylist()
+        row = pc.index(pc.and_(codes.is_null(), text.is_valid()), True).as_py()
         raise UserError(
-            f"column '{part}' holds {new[0]!r}, which the table had not when its text was numbered: "
-            "leave such rows out, or pack the table again."
+            f"column '{part}' holds {text[row].as_py()!r} in row {first_row + row} (counted from 0), which the packed "
+            "table had not when its categories were numbered: leave such rows out, or pack a table that has it."
         )
     return codes.fill_null(0).to_numpy().astype(np.int64), text.is_null().to_numpy(zero_copy_only=False)
+
+
+def _comparable(words: pa.Array, known: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Both as one type: 7 and 7.0 are the category "7"."""
+    is_float, is_int = pa.types.is_floating, pa.types.is_integer
+    if is_float(words.type) and not is_float(known.type) and pc.all(pc.equal(words, pc.floor(words))).as_py():
+        words = words.cast(pa.int64())
+    if (is_int(words.type) and is_int(known.type)) or (is_float(known.type) and not pa.types.is_string(words.type)):
+        return words.cast(known.type), known
+    return (words, known) if words.type == known.type else (words.cast(pa.string()), known.cast(pa.string()))
 
 
 def _numbers(raw: Raw, part: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:

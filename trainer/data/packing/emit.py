@@ -9,7 +9,7 @@ Shapes: B rows loaded, U units of them, T rows of the longest group.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.fields import Rows, concatenate
+from trainer.data.packing.columns import Recipe
 from trainer.data.packing.ingest import Table, Tally
 from trainer.data.packing.moments import Moments
 from trainer.data.packing.runs import Runs
@@ -46,11 +47,18 @@ class Cut:
         made = []
         for recipe in self.table.recipes:
             shape = recipe.shape if self.longest is None else (self.longest, *recipe.shape)
-            dtype = self.table.float_dtype if recipe.name in self.table.standardise else recipe.dtype
-            made.append(Column(recipe.name, dtype, shape, recipe.vocabulary, None, recipe.kind))
+            made.append(Column(recipe.name, self._dtype(recipe), shape, recipe.vocabulary, None, recipe.kind))
         if self.longest is not None:
             made.append(Column("length", "int64"))
         return (*made, Column(ROW_ID, "int64"))
+
+    def _dtype(self, recipe: Recipe) -> str:
+        """As which a column is stored."""
+        if recipe.name in self.table.standardise:
+            return self.table.float_dtype or "float32"
+        if not recipe.follows:
+            return recipe.dtype
+        return "float64" if self.tally.moments[recipe.name].needs_float64 else "float32"
 
     @cached_property
     def described(self) -> tuple[str, ...]:
@@ -67,6 +75,11 @@ class Cut:
         if self.table.shifts is not None:
             return {name: (np.array(each["mean"]), np.array(each["sd"])) for name, each in self.table.shifts.items()}
         return {name: self.tally.moments[name].shift() for name in self.table.standardise}
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """As which each column is stored."""
+        return {column.name: column.dtype for column in self.columns}
 
     @cached_property
     def block_rows(self) -> int:
@@ -194,10 +207,15 @@ class _Units:
         rows = self._order.take(places)
         block: dict[str, Rows] = {}
         for recipe in self._cut.table.recipes:
-            values = self._rows[recipe.name]
-            block[recipe.name] = values.take(rows, axis=0) if recipe.is_dense else values[rows]
-        for name, (mean, sd) in self._cut.shifts.items():
-            block[name] = ((block[name] - mean) / sd).astype(self._cut.table.float_dtype)  # type: ignore[operator]
+            values, dtype = self._rows[recipe.name], self._cut.dtypes[recipe.name]
+            if recipe.name in self._cut.shifts:
+                mean, sd = self._cut.shifts[recipe.name]
+                block[recipe.name] = ((values.take(rows, axis=0) - mean) / sd).astype(dtype)
+            elif recipe.is_dense:
+                block[recipe.name] = values.take(rows, axis=0).astype(dtype, copy=False)
+            else:
+                chosen = values[rows]
+                block[recipe.name] = replace(chosen, values=chosen.values.astype(dtype, copy=False))
         if longest is not None:
             rows, block["length"] = rows[:, 0], sizes
         block[ROW_ID] = self._rows[ROW_ID].take(rows)

@@ -21,6 +21,7 @@ from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import PLACE, scramble
 from trainer.data.packing.split import Split
 from trainer.data.shards.index import ROW_ID, Index
+from trainer.data.sources.mixed import mixed_columns, number_like
 from trainer.data.sources.source import Source, open_source
 from trainer.errors import UserError
 
@@ -40,7 +41,7 @@ class Table:
     split: Split
     seed: int
     standardise: tuple[str, ...]
-    float_dtype: str
+    float_dtype: str | None
     drop: bool
     shard_bytes: int
     block_rows: int
@@ -50,6 +51,10 @@ class Table:
     """What standardising subtracts ("mean") and divides by ("sd"), where it is that of another table."""
     longest: int | None = None
     """T, where it is that of another table."""
+    mixed: dict[str, str] = field(default_factory=dict)
+    """What is wrong with columns of text that are numbers in part, where a model calculates with them."""
+    spared: dict[str, str] | None = None
+    """Where columns that cannot be packed are left out: why, by column."""
 
     @property
     def row_bytes(self) -> int:
@@ -87,7 +92,9 @@ def describe(
     columns: ColumnMap | None,
     group_by: str | None,
     standardise: Sequence[str],
-    float_dtype: str,
+    float_dtype: str | None,
+    categories: Sequence[str],
+    spare: bool,
     held_out: float,
     seed: int,
     split_by: str | None,
@@ -109,10 +116,17 @@ def describe(
         opened = open_source(source, None if columns is None else source_columns(columns) + keys)
     else:
         opened = source
-    made = recipes(opened, columns, float_dtype, standardise) if like is None else recipes_like(like, opened)
+    spared: dict[str, str] | None = {} if spare else None
+    made = recipes(opened, columns, float_dtype, standardise, spared) if like is None else recipes_like(like, opened)
     for name in (ROW_ID,) if group_by is None else (ROW_ID, "length"):
         if any(recipe.name == name for recipe in made):
-            raise UserError(f"the shards keep the column '{name}' for themselves: give yours another name.")
+            sentence = f"the shards keep the column '{name}' for themselves: give yours another name."
+            if spared is None:
+                raise UserError(sentence)
+            made, spared[name] = [recipe for recipe in made if recipe.name != name], sentence
+    if not made and spared:
+        raise UserError(next(iter(spared.values())))
+    mixed = _mixed(opened, made, categories) if like is None else like.meta.get("mixed", {})
     for name in standardise:
         if name not in {recipe.name for recipe in made if recipe.is_dense and recipe.dtype.startswith("float")}:
             raise UserError(f"standardise={name} names no column of floats: name one of columns, or a list of numbers.")
@@ -128,9 +142,17 @@ def describe(
     entry_bytes = sum(opened.fields[r.parts[0]].entries * ENTRY_BYTES for r in made if not r.is_dense)
     table = Table(
         opened.name, opened.num_rows, made, group, split, seed, tuple(standardise), float_dtype,
-        entry_bytes=entry_bytes, **settled,
+        entry_bytes=entry_bytes, mixed=mixed, spared=spared, **settled,
     )  # fmt: skip
     return opened, table
+
+
+def _mixed(source: Source, made: Sequence[Recipe], categories: Sequence[str]) -> dict[str, str]:
+    """What is wrong with columns of text that are numbers in part, and none of ``categories``."""
+    text = {r.name: r.parts[0] for r in made if r.is_dense and r.vocabulary and number_like(r.vocabulary)}
+    text = {name: part for name, part in text.items() if not {name, part} & set(categories)}
+    sentences = mixed_columns(source, text.values())
+    return {name: sentences[part] for name, part in text.items() if part in sentences}
 
 
 def _longest(like: Index) -> int | None:
@@ -154,6 +176,8 @@ class Tally:
     moments: dict[str, Moments] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
     """Of each sparse and ragged column, over all rows."""
+    spared: dict[str, str] = field(default_factory=dict)
+    """Why columns have to be left out, where that is asked for."""
     training: int = 0
     held_out: int = 0
     dropped: int = 0
@@ -164,6 +188,7 @@ class Tally:
             self.moments.setdefault(name, Moments()).merge(moments)
         for name, count in later.entries.items():
             self.entries[name] = self.entries.get(name, 0) + count
+        self.spared = {**later.spared, **self.spared}
         self.training += later.training
         self.held_out += later.held_out
         self.dropped += later.dropped
@@ -193,14 +218,15 @@ class Scatter:
 
     def piece(self, number: int) -> Tally:
         """The rows of one piece. Raises UserError for a missing value, unless these rows are dropped."""
-        tally = Tally({name: Moments() for name in self.table.standardise})
+        followed = (recipe.name for recipe in self.table.recipes if recipe.follows)
+        tally = Tally({name: Moments() for name in (*self.table.standardise, *followed)})
         first_row, stop = self._first_rows[number : number + 2].tolist()
         room = _Room(self.table, min(self._run_rows, stop - first_row))
         for batch in self.source.batches(self._batch_rows, self._names, number):
             count = len(batch[self._names[0]])
             if room.filled + count > room.rows:
                 self._keep(room, tally)
-            rows, keys, missing = self._made(batch, first_row, room.after(count))
+            rows, keys, missing = self._made(batch, first_row, room.after(count), tally)
             rows[ROW_ID][...] = np.arange(first_row, first_row + count)
             exact = {
                 name: codes if (words := self._hashes[name]) is None else words[codes] for name, codes in keys.items()
@@ -217,35 +243,53 @@ class Scatter:
             raise UserError(f"'{self.source.name}' has changed while it was read: pack it again.")
         return tally
 
-    def _made(self, batch: Any, first_row: int, rows: dict[str, Any]) -> tuple[dict[str, Any], dict, np.ndarray]:
+    def _made(
+        self, batch: Any, first_row: int, rows: dict[str, Any], tally: Tally
+    ) -> tuple[dict[str, Any], dict, np.ndarray]:
         """Fills ``rows`` of the recipes; also the keys [B], and which rows miss a value, bool [B]."""
         count = len(batch[self._names[0]])
         absences, keys = [self.table.split.missing(batch)], {}
         for recipe in self.table.recipes:
-            if recipe.is_dense:
-                absences.append(recipe.fill(rows[recipe.name], batch, first_row))
-            else:
-                rows[recipe.name], lacking = recipe.varying(batch, first_row)
+            try:
+                if recipe.is_dense:
+                    lacking = recipe.fill(rows[recipe.name], batch, first_row)
+                else:
+                    rows[recipe.name], lacking = recipe.varying(batch, first_row)
+                if lacking and self.table.spared is not None:
+                    raise self._missing(lacking, first_row)
                 absences.append(lacking)
+            except UserError as error:
+                if self.table.spared is None or not recipe.is_dense:
+                    raise
+                rows[recipe.name][...] = 0
+                tally.spared.setdefault(recipe.name, str(error))
         for name, key in self._keyed.items():
             keys[name] = np.empty(count, np.int64)
             absences.append(key.fill(keys[name], batch, first_row))
         missing = np.zeros(count, bool)
-        for part, absent in ((part, absent) for found in absences for part, absent in found.items() if absent.any()):
-            if not self.table.drop:
-                row = first_row + int(absent.argmax())
-                raise UserError(
-                    f"'{self.table.name}' has no value for '{part}' in row {row} (counted from 0): "
-                    "fill it in, or leave such rows out with missing=drop."
-                )
-            missing |= absent
+        for found in absences:
+            if found and not self.table.drop:
+                raise self._missing(found, first_row)
+            for absent in found.values():
+                missing |= absent
         return rows, keys, missing
+
+    def _missing(self, absences: dict[str, np.ndarray], first_row: int) -> UserError:
+        part, absent = next(iter(absences.items()))
+        row = first_row + int(absent.argmax())
+        return UserError(
+            f"'{self.table.name}' has no value for '{part}' in row {row} (counted from 0): "
+            "fill it in, or leave such rows out with missing=drop."
+        )
 
     def _keep(self, room: "_Room", tally: Tally) -> None:
         rows = room.take()
         held = self.table.split.is_held_out(rows[PLACE])  # type: ignore[arg-type]
         for name, moments in tally.moments.items():
-            moments.add(rows[name][~held])  # type: ignore[arg-type]
+            moments.add(_values(rows[name][~held]))
+            others = Moments()
+            others.add(_values(rows[name][held]))
+            moments.rounding = np.maximum(moments.rounding, others.rounding)
         for name, each in rows.items():
             if isinstance(each, VaryingRows):
                 tally.entries[name] = tally.entries.get(name, 0) + int(each.offsets[-1])
@@ -253,6 +297,10 @@ class Scatter:
         tally.training += int((~held).sum())
         if len(held):
             self.runs.add(rows, held)
+
+
+def _values(rows: Rows) -> np.ndarray:
+    return rows if isinstance(rows, np.ndarray) else rows.entries["values"]
 
 
 class _Room:

@@ -30,7 +30,7 @@ from trainer.errors import UserError
 
 Report = Callable[[int, int | None], None]
 Made = tuple[Shard, dict[str, Moments]]
-_HELD_OUT = 0.1
+_HELD_OUT, _FLOATS = 0.1, ("float32", "float64")
 _LEAST_SHARE, _STRETCH = 1 << 23, 1 << 18  # bytes: of a run that need not be smaller, and of what is read of one
 
 
@@ -69,6 +69,7 @@ def pack(
         try:
             tally = total(scatter(opened, table, runs, range(len(opened.piece_rows)), share, workers, shown))
             check_rows(tally, table.name)
+            table = without_spared(table, tally)
             cut = cut_of(table, tally, runs, share, workers, shown)
             shown.tick(tally.dropped)
             tasks = cut.tasks
@@ -100,7 +101,9 @@ def settle(
     split_by: str | None = None,
     split_time: str | None = None,
     split_after: Any = None,
-    float_dtype: str = "float32",
+    float_dtype: str | None = None,
+    categories: Sequence[str] = (),
+    spare: bool = False,
     like: str | Path | Sequence[str | Path] | None = None,
 ) -> tuple[Source, Table]:
     """Opens ``source`` and says what is to become of it.
@@ -118,6 +121,11 @@ def settle(
     ``group_by``: a source column of integers or text. Rows that share its value become one row, in source order: row
         shape [...] becomes [T, ...], padded by repeating the group's last row; the int64 column "length" counts the
         real ones, and statistics are over these, per element of a source row.
+    ``float_dtype``: of floats; None: float32, or float64 for a column of which float32 would round a value by more than
+        1e-6 of its sd.
+    ``categories``: columns of text in which numbers are names. Of others, ``Index.meta["mixed"]`` keeps what is wrong
+        with one whose words are numbers, some or all.
+    ``spare``: leave out what cannot be packed; ``Index.meta["spared"]`` keeps why, by column.
     ``like``: a packed folder (or several, as for `open_split`) whose columns, codes, shifts, groups and split this
         table gets too, in place of the options that say them; words that it had not get the next codes.
     A block has fewer than ``block_rows`` rows where these would exceed ``shard_bytes``.
@@ -130,7 +138,7 @@ def settle(
         (shard_bytes >= 1, f"shard_bytes={shard_bytes} holds nothing: give a positive number."),
         (block_rows >= 1, f"block_rows={block_rows} holds nothing: give a positive number."),
         (missing in ("error", "drop"), f"missing={missing} is unknown: write missing=error or missing=drop."),
-        (float_dtype in ("float32", "float64"), f"float_dtype={float_dtype} is unknown: write float32 or float64."),
+        (float_dtype in (None, *_FLOATS), f"float_dtype={float_dtype} is unknown: write float32 or float64."),
     ):
         if not good:
             raise UserError(sentence)
@@ -140,6 +148,8 @@ def settle(
         "group_by": group_by,
         "standardise": standardise,
         "float_dtype": float_dtype,
+        "categories": categories,
+        "spare": spare,
         "held_out": held_out,
         "seed": seed,
         "split_by": split_by,
@@ -171,6 +181,15 @@ def _like(place: Any, given: dict[str, Any]) -> dict[str, Any]:
         "float_dtype": shifted[0] if shifted else given["float_dtype"],
         "like": replace(index, shards=()),
     }
+
+
+def without_spared(table: Table, tally: Tally) -> Table:
+    """``table`` without the columns of which the first pass found that they have to be left out."""
+    if table.spared is None:
+        return table
+    kept = [recipe for recipe in table.recipes if recipe.name not in tally.spared]
+    mixed = {name: sentence for name, sentence in table.mixed.items() if name not in tally.spared}
+    return replace(table, recipes=kept, mixed=mixed, spared={**table.spared, **tally.spared})
 
 
 def check_resources(memory_bytes: int, workers: int | None) -> None:
@@ -256,7 +275,9 @@ def write_indexes(cut: Cut, folder: Path, made: Sequence[Sequence[Made]]) -> tup
 
 def _meta(cut: Cut) -> dict[str, Any]:
     table = cut.table
+    told = {"mixed": table.mixed, "spared": table.spared}
     return {
+        **{name: sentences for name, sentences in told.items() if sentences},
         "source": table.name,
         "source_rows": table.rows,
         "dropped": cut.tally.dropped,

@@ -53,7 +53,8 @@ class Split:
         """The rows without a time, bool [B], by its column."""
         if self.time is None:
             return {}
-        return {self.time: _plain(batch[self.time]).is_null(nan_is_null=True).to_numpy(zero_copy_only=False)}
+        absent = _plain(batch[self.time]).is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+        return {self.time: absent} if absent.any() else {}
 
     def is_held_out(self, places: np.ndarray) -> np.ndarray:
         """The side, bool [B], of rows at ``places`` [B]."""

@@ -241,7 +241,7 @@ def _delivered(part: Column, floats: np.dtype | None, kind: str) -> np.dtype:
     stored = _stored(part)
     if floats is None:
         return stored
-    is_float = stored.kind == "f" or (kind == "csr" and part.name.endswith(".values"))
+    is_float = stored.kind in "fb" or (kind == "csr" and part.name.endswith(".values"))
     return np.dtype(floats) if is_float else np.dtype(np.int64)
 
 

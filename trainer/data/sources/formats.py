@@ -17,7 +17,7 @@ import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 
 from trainer.data.address import Place, filesystem, is_address
-from trainer.data.fields import Field, Piece, Raw, arrow_field, choose, numpy_field, pieces_of
+from trainer.data.fields import Field, Piece, Raw, choose, numpy_field, pieces_of, schema_fields
 from trainer.data.sources.h5ad import inspect_h5ad, read_h5ad
 from trainer.data.sources.place import opened
 from trainer.data.sources.text import inspect_csv, inspect_json, inspect_svmlight, read_csv, read_json, read_svmlight
@@ -36,7 +36,7 @@ def _inspect_parquet(file: Place, names: Sequence[str] | None) -> tuple[dict[str
         schema, about = table.schema_arrow, table.metadata
         chosen = choose(names, schema.names, file)
         counts = (about.row_group(i).num_rows for i in range(about.num_row_groups))
-        return {name: arrow_field(schema.field(name).type) for name in chosen}, pieces_of(counts)
+        return schema_fields(schema, chosen), pieces_of(counts)
 
 
 def _read_parquet(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece) -> Iterator[dict[str, Raw]]:
@@ -53,7 +53,7 @@ def _inspect_ipc(file: Place, names: Sequence[str] | None) -> tuple[dict[str, Fi
     with _ipc(file) as stream, pa_ipc.open_file(stream) as table:
         chosen = choose(names, table.schema.names, file)
         pieces = pieces_of(table.get_batch(i).num_rows for i in range(table.num_record_batches))
-        return {name: arrow_field(table.schema.field(name).type) for name in chosen}, pieces
+        return schema_fields(table.schema, chosen), pieces
 
 
 def _read_ipc(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece) -> Iterator[dict[str, Raw]]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from trainer.data.address import Place, is_address
-from trainer.data.fields import Field, Piece, Raw, arrow_field, choose, merge, pieces_of
+from trainer.data.fields import Field, Piece, Raw, choose, merge, pieces_of, schema_fields
 from trainer.data.shards.index import INDEX_NAME
 from trainer.data.sources.formats import FORMATS, Read, open_dataset
 from trainer.data.sources.place import files_at, suffix
@@ -141,7 +141,7 @@ def _open_folder(place: str, names: Sequence[str] | None) -> FolderSource:
     with _reading(place):
         dataset = open_dataset(place)
         chosen = choose(names, dataset.schema.names, place)
-        fields = {name: arrow_field(dataset.schema.field(name).type) for name in chosen}
+        fields = schema_fields(dataset.schema, chosen)
         num_rows = dataset.count_rows()
     if not num_rows:
         raise UserError(f"'{place}' has no rows in Parquet files: check that it is the folder you meant.")

@@ -4,11 +4,13 @@ As in `trainer.data.sources.formats`. Shapes: B rows of a piece, D features.
 """
 
 import io
+import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +18,15 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 
 from trainer.data.address import Place
-from trainer.data.fields import Field, Piece, Raw, arrow_field, choose, merge
+from trainer.data.fields import TWICE, Field, Piece, Raw, arrow_field, choose, merge, object_field
 from trainer.data.sources.place import is_compressed, opened, stamp
 from trainer.errors import UserError
 
 _PIECE = 1 << 24  # bytes that are read at a time, then to the end of the line
 _ARROW = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "text": pa.string()}
+_BLOCK = 1 << 20  # bytes that Arrow takes at a time; no row may be longer
 _LONGEST_CELL = 1 << 24  # bytes
+_LONGEST_LINE = 1 << 29  # bytes
 _MOST_FEATURES = 10_000  # SVMLight rows are packed dense
 _CLOSED = re.compile(rb'(?:[^"]++|"(?<![^,\r\n]")(?:[^"]++|"")*+"|"(?<=[^,\r\n]"))*+')
 """What of a CSV text is no open cell. A quote opens one where a cell begins, and is a quote elsewhere."""
@@ -36,11 +40,19 @@ def texts(stream: IO[bytes], stop: int | None = None, whole: Whole | None = None
     """The rest of a file (to ``stop``) in texts of whole lines, none of them blank, each with its place."""
     at = stream.tell()
     while text := stream.read(_PIECE if stop is None else min(_PIECE, stop - at)):
-        text += stream.readline() if not text.endswith(b"\n") else b""
+        text += _rest_of_line(stream, at + len(text)) if not text.endswith(b"\n") else b""
         text = whole(text, stream) if whole else text
         if text.strip():
             yield at, text
         at += len(text)
+
+
+def _rest_of_line(stream: IO[bytes], at: int) -> bytes:
+    """To the end of the line. Raises ValueError for one that never ends."""
+    rest = stream.readline(_LONGEST_LINE)
+    if len(rest) == _LONGEST_LINE:
+        raise ValueError(f"the line at byte {at:,} is longer than {_LONGEST_LINE >> 20} MB: give a table of short ones")
+    return rest
 
 
 def piece_text(file: Place, piece: Piece) -> bytes:
@@ -80,41 +92,59 @@ def _whole_rows(text: bytes, stream: IO[bytes]) -> bytes:
     return text
 
 
+def _in_blocks(text: bytes, read: Callable[[int], pa.Table]) -> pa.Table:
+    """``read(bytes of a block)`` of ``text``: in blocks of 1 MB, on several threads; in one where a row is longer."""
+    try:
+        return read(min(len(text) + 1, _BLOCK))
+    except pa.ArrowInvalid as error:
+        if "straddling" not in str(error):
+            raise
+    return read(len(text) + 1)
+
+
+def _csv_header(stream: IO[bytes]) -> list[str]:
+    first = stream.readline()
+    if _open_cell(first) < len(first):
+        raise ValueError("its header has a line break within a name")
+    return pa_csv.read_csv(io.BytesIO(first), pa_csv.ReadOptions(block_size=len(first) + 1)).column_names
+
+
 def _csv_tables(
-    file: Place, names: Sequence[str] | None, types: dict[str, pa.DataType], piece: Piece | None = None
+    file: Place, names: Sequence[str], types: dict[str, pa.DataType], piece: Piece | None = None
 ) -> Iterator[tuple[pa.Table, int, int]]:
-    """The file, or its header and a piece, in tables of whole lines, with their places in bytes; the first has no rows.
+    """The columns ``names`` of a file, or of a piece, in tables of whole lines, with their places in bytes.
 
     Types that are not given are those of each table.
     """
+    converting = pa_csv.ConvertOptions(
+        include_columns=names, column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False
+    )
     with opened(file) as stream:
-        first = stream.readline()
-        if _open_cell(first) < len(first):
-            raise ValueError("its header has a line break within a name")
-        header = pa_csv.read_csv(io.BytesIO(first))
-        chosen = choose(names, header.column_names, file)
-        yield header.select(chosen), 0, stream.tell()
-        reading = pa_csv.ReadOptions(column_names=header.column_names)
-        converting = pa_csv.ConvertOptions(
-            include_columns=chosen, column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False
-        )
+        header = _csv_header(stream)
         for at, text in texts(stream, whole=_whole_rows) if piece is None else [(piece.at, piece_text(file, piece))]:
             parsing = pa_csv.ParseOptions(newlines_in_values=b'"' in text)
-            table = pa_csv.read_csv(io.BytesIO(text), reading, parsing, converting)
-            yield table, at, at + len(text)
+
+            def read(block: int, text: bytes = text, parsing: pa_csv.ParseOptions = parsing) -> pa.Table:
+                reading = pa_csv.ReadOptions(column_names=header, block_size=block)
+                return pa_csv.read_csv(io.BytesIO(text), reading, parsing, converting)
+
+            yield _in_blocks(text, read), at, at + len(text)
 
 
 def inspect_csv(file: Place, names: Sequence[str] | None) -> tuple[dict[str, Field], list[Piece]]:
     """Types over all rows: a column of integers with a fraction somewhere is float, with a word somewhere text."""
-    fields: dict[str, Field] = {}
+    with opened(file) as stream:
+        times = Counter(_csv_header(stream))
+    chosen = choose(names, [name for name, count in times.items() for _ in range(min(count, 2))], file)
+    fields = {name: Field("null" if times[name] == 1 else TWICE) for name in chosen}
     pieces = []
-    for table, at, stop in _csv_tables(file, names, {}):
+    for table, at, stop in _csv_tables(file, [name for name in chosen if times[name] == 1], {}):
         if len(table):
             pieces.append(Piece(len(table), at, stop))
         for name, kind in zip(table.column_names, table.schema.types):
             found = arrow_field(kind)
             try:
-                fields[name] = merge(fields.get(name), found, name, file)
+                fields[name] = merge(fields[name], found, name, file)
             except UserError:
                 fields[name] = Field("text")
     return fields, pieces
@@ -128,24 +158,49 @@ def read_csv(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece) 
 
 
 def inspect_json(file: Place, names: Sequence[str] | None) -> tuple[dict[str, Field], list[Piece]]:
-    """One object a line; a key that a line lacks is a missing value."""
+    """One object a line; a key that a line lacks is a missing value. A column of several kinds has none."""
     fields: dict[str, Field] = {}
-    pieces = []
+    pieces: list[Piece] = []
     with opened(file) as stream:
         for at, text in texts(stream):
-            table = pa_json.read_json(io.BytesIO(text))
-            pieces.append(Piece(len(table), at, at + len(text)))
-            for name, kind in zip(table.column_names, table.schema.types):
-                found = Field("null") if pa.types.is_null(kind) else arrow_field(kind)
-                fields[name] = merge(fields.get(name), found, name, file)
+            first = sum(piece.rows for piece in pieces)
+            rows, found = _json_fields(text, first)
+            pieces.append(Piece(rows, at, at + len(text)))
+            for name, field in found.items():
+                try:
+                    fields[name] = merge(fields.get(name), field, name, file)
+                except UserError:
+                    fields[name] = Field(f"{fields[name].kind} and, from row {first} on, {field.kind}")
     return {name: fields[name] for name in choose(names, list(fields), file)}, pieces
+
+
+def _json_table(text: bytes, options: pa_json.ParseOptions | None = None) -> pa.Table:
+    return _in_blocks(
+        text, lambda block: pa_json.read_json(io.BytesIO(text), pa_json.ReadOptions(block_size=block), options)
+    )
+
+
+def _json_fields(text: bytes, first_row: int) -> tuple[int, dict[str, Field]]:
+    """The rows of lines of objects, and the fields of their keys."""
+    try:
+        table = _json_table(text)
+        return len(table), {name: arrow_field(kind) for name, kind in zip(table.column_names, table.schema.types)}
+    except pa.ArrowInvalid:  # a key of two kinds, or no JSON: Python says which, and where
+        rows: list[dict[str, Any]] = []
+        for line in filter(None, map(bytes.strip, text.splitlines())):
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise ValueError(f"row {first_row + len(rows)} (counted from 0) is no JSON object") from None
+        names = dict.fromkeys(name for row in rows for name in row)
+        return len(rows), {name: object_field([row.get(name) for row in rows], first_row) for name in names}
 
 
 def read_json(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece) -> Iterator[dict[str, Raw]]:
     types = {name: _ARROW.get(field.kind) or _time(field.kind) for name, field in fields.items()}
     schema = pa.schema([(name, kind) for name, kind in types.items() if kind is not None])
     options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    table = pa_json.read_json(io.BytesIO(piece_text(file, piece)), parse_options=options)
+    table = _json_table(piece_text(file, piece), options)
     for batch in table.combine_chunks().to_batches(max_chunksize=rows):
         yield {name: batch.column(name) for name in schema.names}
 
