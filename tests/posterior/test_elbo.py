@@ -13,8 +13,8 @@ from trainer.models.linear import LinearRegression, Statistics, exact_posterior
 from trainer.posterior import elbo as elbo_module
 from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row, rough_elbo_per_row
 from trainer.posterior.together import Together
-from trainer.svi.guides import PyroGuide
 from trainer.svi.plates import PlatedModel
+from trainer.svi.pyro_guides import PyroGuide
 
 SIZES = (7, 1, 12, 4)  # rows of the blocks
 

@@ -20,12 +20,13 @@ from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
 from trainer.models.poisson import PoissonRegression
 from trainer.svi.fused import Fused
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
 from trainer.svi.optim import Adam
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.programs import Chunk, Program
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.rows import Csr, Ragged
 from trainer.svi.schedules import Cosine
 from trainer.svi.step import Update

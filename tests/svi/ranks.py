@@ -15,13 +15,14 @@ import torch
 import torch.distributed as distributed
 from pyro.distributions import constraints
 
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.local_steps import LocalSteps
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD, Adam
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.programs import Chunk, Eager
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.schedules import Cosine
 from trainer.svi.step import Update
 

@@ -12,10 +12,11 @@ from svi_problems import F64, batch_of, build, regression
 
 from trainer.errors import UserError
 from trainer.svi.checks import finite_or_raise
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
 from trainer.svi.plates import PlatedModel
+from trainer.svi.pyro_guides import PyroGuide
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = (torch.randn(12, dtype=F64, generator=GENERATOR) for _ in range(2))

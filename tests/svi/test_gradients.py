@@ -11,9 +11,10 @@ import torch
 from pyro import poutine
 from svi_problems import F64, build, grad, noise_of, one_group, with_objective
 
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.noise import element_noise
 from trainer.svi.plates import PlatedModel
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.step import StepBatch, StepNoise
 
 J, SIGMA, M0, S0 = 3, 0.7, 0.4, 1.5

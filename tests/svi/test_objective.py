@@ -22,9 +22,10 @@ from svi_problems import (
     with_objective,
 )
 
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.step import StepBatch
 
 

@@ -14,9 +14,10 @@ from svi_problems import F64, build, grad, noise_of, one_group
 from torch import nn
 
 from trainer.errors import UserError
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.optim import Adam
 from trainer.svi.programs import Chunk, Eager
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.schedules import Cosine
 from trainer.svi.step import Update
 
@@ -179,11 +180,21 @@ def test_flatten_and_unflatten_are_inverse_and_in_order():
     assert list(parameters.shapes) == ["guide.loc", "guide.log_scale", "weight", "bias", "spread"]
 
 
-def test_a_module_that_only_a_closure_holds_is_named():
+def test_a_module_that_only_a_closure_holds_is_found():
     net = Pyronic()
+    direct, _ = build(net, x=X, y=Y)
 
     def model(x, y):
         net(x, y)
+
+    inference, _ = build(model, x=X, y=Y)
+    shapes = [shape for name, shape in direct.parameters.shapes.items() if name.startswith("model")]
+    assert [shape for name, shape in inference.parameters.shapes.items() if name[:6] != "guide."] == shapes
+
+
+def test_a_module_that_is_made_anew_in_every_call_is_named():
+    def model(x, y):
+        Pyronic()(x, y)
 
     with pytest.raises(UserError, match=r"module of parameter .* could not be found"):
         build(model, x=X, y=Y)

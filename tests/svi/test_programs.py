@@ -5,11 +5,11 @@ import pyro.distributions as dist
 import torch
 from svi_problems import F64, build, chunk_of, with_objective
 
-from trainer.svi.guides import PyroGuide
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.optim import SGD
 from trainer.svi.plates import PlatedModel
 from trainer.svi.programs import Eager
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.schedules import Constant
 from trainer.svi.step import Update
 

@@ -28,11 +28,11 @@ from svi_problems import (
 )
 from torch import nn
 
-from trainer.svi.guides import PyroGuide
 from trainer.svi.latents import is_latent
 from trainer.svi.optim import Adam
 from trainer.svi.plates import PlatedModel
 from trainer.svi.programs import Chunk, Eager
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.schedules import Cosine
 from trainer.svi.step import Update
 

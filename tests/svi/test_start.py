@@ -8,9 +8,9 @@ from pyro.infer.autoguide import AutoNormal
 from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
 from torch.distributions import constraints
 
-from trainer.svi.guides import PyroGuide
 from trainer.svi.noise import element_noise
 from trainer.svi.optim import SGD
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.schedules import Constant
 from trainer.svi.start import _factor, laplace_start, whitening_at
 from trainer.svi.step import Update

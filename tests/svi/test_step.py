@@ -11,12 +11,13 @@ from pyro.infer.autoguide import AutoNormal
 from svi_problems import F64, batch_of, build, chunk_of, grad, regression, regression_data, with_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD, Adam, ClippedAdam
 from trainer.svi.plates import PlatedModel
 from trainer.svi.programs import Chunk, Eager
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.schedules import Cosine, OneCycle, RobbinsMonro
 from trainer.svi.step import State, Update
 

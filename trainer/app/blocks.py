@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.lit.module import VariationalModule
 from trainer.lit.strategy import raise_together, sum_over_ranks
 from trainer.posterior.elbo import Block
-from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_product
+from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_hessian, full_product
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.noise import mixed_seed
 from trainer.svi.rows import cat
@@ -85,6 +85,11 @@ class AllRows:
         """float64 [D]: the Hessian of minus the ELBO (nats) by the locations at ``theta``, times ``along`` [D]."""
         module = _module(trainer)
         return full_product(module.inference, theta, along, self._pass(module, trainer))
+
+    def hessian(self, trainer: pl.Trainer, theta: Tensor, size: int) -> Tensor:
+        """float64 [D, D] of minus the ELBO (nats) by the first D = ``size`` parameters at ``theta``."""
+        module = _module(trainer)
+        return full_hessian(module.inference, theta, size, self._pass(module, trainer))
 
     def _pass(self, module: VariationalModule, trainer: pl.Trainer, fresh: bool = False) -> Pass:
         count, size = len(self.folder.block_rows), max(1, _TOGETHER // int(self.folder.block_rows[0]))

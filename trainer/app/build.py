@@ -2,22 +2,22 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pyro.infer.autoguide import AutoGuide
 
 from trainer.app.allowed import imported
 from trainer.errors import UserError
 from trainer.posterior.convergence import Rule
-from trainer.svi.guides import MeanField, PyroGuide
-from trainer.svi.materialise import GuideFactory, guide_factory
+from trainer.svi.guides import MeanField
+from trainer.svi.materialise import GuideFactory, guide_factory, mean_field
 from trainer.svi.objective import Objective
 from trainer.svi.optim import Optimizer
-from trainer.svi.plates import PlatedModel
 from trainer.svi.programs import ProgramFactory
+from trainer.svi.pyro_guides import is_autoguide
 from trainer.svi.schedules import Schedule
 
 
@@ -89,9 +89,10 @@ def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...],
     found = imported(str(node._target_))
     owner = getattr(model, "__self__", None)
     if found is MeanField and owner is not None and _is_pair(owner):
-        return lambda plated, batch: PyroGuide(PlatedModel(owner.guide, columns, plate), plate)
+        return guide_factory(owner.guide, columns, plate)
+    made = make(node, partial=True)
     if found is MeanField:
-        return make(node, partial=True)
-    auto = inspect.isclass(found) and issubclass(found, AutoGuide)
-    made = make(node) if inspect.isclass(found) and not auto else make(node, partial=True)
+        return partial(mean_field, **made.keywords)
+    if inspect.isclass(found) and not is_autoguide(found):
+        made = made()
     return guide_factory(made, columns, plate)

@@ -19,12 +19,13 @@ from trainer.data.store import atomic_write
 from trainer.lit.metrics import MetricsFile
 from trainer.lit.module import VariationalModule
 from trainer.lit.signals import StopOnSignal
+from trainer.lit.strategy import from_rank_zero
+from trainer.posterior.draws import parameters_of
 from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.prior_check import far_from_prior
 from trainer.posterior.summary import summarise, write_summary
 from trainer.posterior.table import closing_table
-from trainer.svi.guides import MeanField
 from trainer.svi.plates import Batch
 
 _METRICS = "metrics.json"
@@ -56,10 +57,12 @@ class Finish(Callback):
         self.shown = shown
         self.headline = float("nan")
         self.metrics: dict[str, Any] = {}
+        self.answer: torch.Tensor | None = None
+        """theta [P] of the posterior, once it is known."""
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
-        seconds = module.seconds
+        seconds, self.answer = module.seconds, self._answer(trainer, module)
         metrics = {**self._evaluate(trainer, module), **self._facts(module, seconds, trainer.world_size)}
         self.metrics = metrics
         self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
@@ -68,8 +71,18 @@ class Finish(Callback):
             numbers = {f"final/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
             self.figures.to_loggers(trainer, numbers, module.step)
 
+    def _answer(self, trainer: pl.Trainer, module: VariationalModule) -> torch.Tensor:
+        """Where training has come to, with what the guide makes of the curvature there."""
+        theta, guide, parameters = module.theta, module.inference.guide, module.inference.parameters
+        if not guide.curved:
+            return theta
+        hessian = self.stop.end_round.rows.hessian(trainer, theta, guide.curved)
+        values = {**parameters.unflatten(theta), **guide.ended(hessian)}
+        return from_rank_zero(parameters.flatten(values).to(theta.dtype))
+
     def _evaluate(self, trainer: pl.Trainer, module: VariationalModule) -> dict[str, Any]:
-        theta, inference = module.theta, module.inference
+        theta, inference = self.answer, module.inference
+        assert theta is not None
         _, whitening, _ = module.update.split(module.state.slots)
         count = len(self.folder.block_rows)
         here, total = together(blocks(self.folder, trainer, self.signals.check))
@@ -105,6 +118,7 @@ class Finish(Callback):
             "world_size": world_size,
             "stop_reason": self.stop.facts.get("stopped") or ("budget" if done else "max_time"),
             "evidence": self.stop.facts.get("evidence"),
+            "guide": module.inference.guide.kind,
         }
 
     def _left_out(self) -> dict[str, Any]:
@@ -122,20 +136,21 @@ class Finish(Callback):
         count = torch.tensor(len(first.row_id), device=module.device)
         rows = Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
         index = dataclasses.replace(self.folder.index, shards=())
-        return Posterior(module.inference, module.theta.detach().clone(), rows, index, self.metrics)
+        theta = module.theta if self.answer is None else self.answer
+        if self.answer is None and module.inference.guide.curved:  # of a run that has ended before
+            theta = torch.load(self.run_dir / "posterior.pt", weights_only=True)["theta"].to(module.device)
+        return Posterior(module.inference, theta.detach().clone(), rows, index, self.metrics)
 
     def _write(self, module: VariationalModule, metrics: dict[str, Any]) -> None:
         posterior = self.posterior(module)
         posterior.save(self.run_dir / "posterior.pt")
-        sites = summarise(module.inference, module.theta, posterior.rows, seed=self.seed)
+        sites = summarise(module.inference, posterior.theta, posterior.rows, seed=self.seed)
         write_summary(self.run_dir / "summary.csv", sites)
         with atomic_write(self.run_dir / _METRICS) as file:
             file.write(json.dumps(metrics, indent=1).encode())
-        for sentence in far_from_prior(module.inference, module.theta, posterior.rows):
+        for sentence in far_from_prior(module.inference, posterior.theta, posterior.rows):
             self.console.print(sentence)
-        parameters = module.inference.parameters
-        own = {n: v for n, v in parameters.constrain(parameters.unflatten(module.theta)).items() if n[:6] != "guide."}
-        self.console.print(closing_table(sites, own if isinstance(module.inference.guide, MeanField) else None))
+        self.console.print(closing_table(sites, parameters_of(module.inference, posterior.theta, posterior.rows)))
         held_out = metrics["held_out_elbo_per_row"]
         self.console.print(
             f"ELBO {metrics['elbo']:,.3f} ± {metrics['elbo_se']:.2g} nats ({metrics['elbo_per_row']:.6g} per row"

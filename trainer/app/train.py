@@ -57,6 +57,7 @@ from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import WEIGHT, Batch
+from trainer.svi.pyro_guides import NO_LATENT
 from trainer.svi.start import has_latents_alone, laplace_start
 from trainer.svi.step import Inference, StepBatch
 
@@ -186,6 +187,10 @@ def _train(
         f"({plan.epochs_at(max(update.horizon, plan.rest.step)):.3g} epochs) · {here.size} rank(s) x "
         f"{threads} thread(s)"
     )
+    if inference.guide.kind == NO_LATENT:
+        console.print(f"no latent site: maximum likelihood of {inference.parameters.size:,} parameters")
+    elif not isinstance(inference.guide, MeanField):
+        console.print(f"guide: {inference.guide.kind}")
     if here.rank == 0:
         _save_config(cfg, run_dir)
     ranks = resume.ranks(plan_facts, here)

@@ -6,7 +6,7 @@ Shapes: B rows of a batch.
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -19,6 +19,7 @@ from trainer.svi.guides import Draw, Noise
 from trainer.svi.latents import Site, is_latent
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.plates import Batch, PlatedModel, inside
+from trainer.svi.pyro_guides import NO_LATENT, PyroGuide
 from trainer.svi.step import Inference
 
 
@@ -57,6 +58,16 @@ def draw(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: i
 def latents_of(drawn: Draw, plate: str) -> dict[str, Site]:
     """The latents outside the data plate, as nodes of the model's trace."""
     return {n: node for n, node in drawn.trace.nodes.items() if is_latent(node) and not inside(node, plate)}
+
+
+def parameters_of(inference: Inference, theta: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """The model's own trained parameters, as the model sees them; of a guide of the user's, none."""
+    parameters, guide = inference.parameters, inference.guide
+    if isinstance(guide, PyroGuide) and guide.kind != NO_LATENT:
+        nodes = draw(inference, theta, batch, 0, 0).trace.nodes
+        return {str(name): cast(Tensor, node["value"]) for name, node in nodes.items() if node["type"] == "param"}
+    values = parameters.constrain(parameters.unflatten(theta.detach()))
+    return {name: value for name, value in values.items() if name[:6] != "guide."}
 
 
 def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int) -> dict[str, Site]:

@@ -19,6 +19,7 @@ from torch.quasirandom import SobolEngine
 
 from trainer.posterior.elbo import Block
 from trainer.svi.noise import chunk_noise, mixed_seed
+from trainer.svi.start import second_derivative
 from trainer.svi.step import Inference, StepBatch, StepNoise
 from trainer.svi.variance import Whitening
 
@@ -30,6 +31,7 @@ class Draws(NamedTuple):
     part_rows: int
 
 
+ONE = Draws(1, 1)
 FEW = Draws(16, 1)
 MANY = Draws(64, 16_384)  # in smaller parts rows are not alike, as a control variate takes them to be
 
@@ -83,6 +85,16 @@ def full_product(inference: Inference, theta: Tensor, along: Tensor, rows: Pass)
         return torch.autograd.grad(slope, at)[0][: len(along)].double()
 
     return _over_parts(inference, theta, rows, FEW, derivative, len(along))
+
+
+def full_hessian(inference: Inference, theta: Tensor, size: int, rows: Pass) -> Tensor:
+    """float64 [D, D]: the second derivative of minus the ELBO (nats) by the first D = ``size`` parameters."""
+
+    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, count: int) -> Tensor:
+        (grad,) = torch.autograd.grad(loss, at, create_graph=True)
+        return second_derivative(grad[:size], at)[:, :size].double().flatten()
+
+    return _over_parts(inference, theta, rows, ONE, derivative, size * size).view(size, size)
 
 
 def _over_parts(

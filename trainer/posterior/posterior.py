@@ -22,10 +22,11 @@ from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
-from trainer.posterior.draws import draw, dtype_of, latents_of, observations
+from trainer.posterior.draws import draw, dtype_of, latents_of, observations, parameters_of
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
 from trainer.posterior.tensors import to_tensor
+from trainer.svi.guides import MeanField
 from trainer.svi.latents import Site
 from trainer.svi.materialise import GuideFactory, guide_factory, materialise
 from trainer.svi.objective import Objective
@@ -82,6 +83,12 @@ class Posterior:
     def summary(self) -> list[SiteSummary]:
         """Mean, sd and quantiles of every latent, and the guide's own location and scale."""
         return summarise(self.inference, self.theta, self.rows)
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The model's own trained parameters (point estimates), as the model sees them: of its modules, and of
+        `pyro.param`."""
+        found = parameters_of(self.inference, self.theta, self.rows)
+        return {name: value.detach().cpu().numpy() for name, value in found.items()}
 
     def predict(
         self, data: Any, num_draws: int = 200, quantiles: Sequence[float] = _LEVELS, seed: int = 0
@@ -238,7 +245,9 @@ class Posterior:
     def __repr__(self) -> str:
         console = Console(width=100, color_system=None, force_jupyter=False)
         with console.capture() as captured:
-            console.print(closing_table(self.summary()))
+            console.print(closing_table(self.summary(), parameters_of(self.inference, self.theta, self.rows)))
+            if not isinstance(self.inference.guide, MeanField):
+                console.print(f"guide: {self.inference.guide.kind}")
         return captured.get()
 
 

@@ -115,8 +115,13 @@ def _from_model(
         return []
     first = {name: node["value"] for name, node in _latents(inference, theta, batch, seed, 0, 1.0).items()}
     names = list(first) if names is None else names
+    if not names:
+        return []
     held = sum(first[name].numel() for name in names)
-    pairs = _pairs(max(held, inference.guide.noise_size[0] // 5))  # noise is not held, but it takes its time
+    still = inference.guide.still and not inference.guide.curved
+    pairs = (
+        1 if still else _pairs(max(held, inference.guide.noise_size[0] // 5))
+    )  # noise is not held, but it takes its time
     draws: dict[str, list[Tensor]] = {name: [] for name in names}
     for pair in range(pairs):
         for sign in (1.0, -1.0):

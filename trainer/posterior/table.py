@@ -33,13 +33,14 @@ def closing_table(
             numbers = [float(each[index]) for each in (site.mean, site.sd, *site.quantiles[[0, 2]])]
             table.add_row(name, ",".join(map(str, index)), *_aligned(float(site.sd.min()), numbers))
             name = ""
+    tables = [table] if shown else []
     if not parameters:
-        return Group("", table, "")
+        return Group("", *tables, "")
     points = _table("model parameters (point estimates)", "name", "shape", "value")
     for name, value in parameters.items():
         text = f"{value.min():.4g} to {value.max():.4g}" if value.numel() > 1 else f"{value.item():.4g}"
         points.add_row(name, _size(tuple(value.shape)), text)
-    return Group("", table, "", points, "")
+    return Group("", *(each for one in tables for each in (one, "")), points, "")
 
 
 def _table(title: str, name: str, place: str, *numbers: str) -> Table:
@@ -62,4 +63,4 @@ def _aligned(sd: float, numbers: list[float]) -> list[str]:
         decimals = max(1 - math.floor(math.log10(sd)), 0)
         if decimals <= 6:
             return [f"{number:,.{decimals}f}" for number in numbers]
-    return [f"{number:.3g}" for number in numbers]
+    return [f"{number:.5g}" if sd == 0 else f"{number:.3g}" for number in numbers]

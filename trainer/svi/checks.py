@@ -115,7 +115,13 @@ def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batc
         return
 
     def at(index: torch.Tensor) -> torch.Tensor:
-        return torch.stack([term.value for term in evaluate(batch.at(index)).values() if term.scaled]).sum()
+        terms = [term.value for term in evaluate(batch.at(index)).values() if term.scaled]
+        if not terms:
+            raise UserError(
+                "no site of the model stands in its data plate, so no row would count: put the observed sites into "
+                '`with pyro.plate("data", len(x)):`, and name in global_sites only what is no row of the data.'
+            )
+        return torch.stack(terms).sum()
 
     index = torch.arange(rows, device=batch.valid.device)
     whole, turned = at(index), at(index.flip(0).roll(rows // 3))

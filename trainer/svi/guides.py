@@ -1,7 +1,8 @@
 """Guides: what q(z) is, how it is drawn from given noise, and what it adds to the ELBO.
 
 A guide has one method beyond its parameters, `draw(model, params, noise, batch, kl) -> Draw`: the model's trace at
-z ~ q, with the entropy terms of q by site. `MeanField` is ours; `PyroGuide` carries Pyro's autoguides and users' own.
+z ~ q, with the entropy terms of q by site. `MeanField` stands here, Pyro's autoguides and users' own in `pyro_guides`,
+Laplace's approximation in `laplace`.
 
 Mean-field Gaussian in unconstrained space: Kucukelbir, Tran, Ranganath, Gelman and Blei, "Automatic differentiation
 variational inference", JMLR 18 (2017), eq. 6. Sticking the landing: Roeder, Wu and Duvenaud (NeurIPS 2017).
@@ -14,11 +15,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import transforms
 
@@ -28,13 +27,11 @@ from trainer.svi.latents import (
     FromUnconstrained,
     LatentSite,
     Site,
-    is_latent,
     refuse_latent,
     total,
-    total_log_prob,
 )
-from trainer.svi.noise_mode import NoiseLayout, NoiseMode, measure_noise
-from trainer.svi.plates import Batch, PlatedModel, inside
+from trainer.svi.noise_mode import NoiseMode, measure_noise
+from trainer.svi.plates import Batch, PlatedModel
 
 KL = Literal["analytic", "monte_carlo", "sticking_the_landing"]
 LOG_2PI = math.log(2 * math.pi)
@@ -67,7 +64,29 @@ class Guide(Protocol):
     noise_size: tuple[int, int]
     """(E, n): normals an evaluation takes, without an axis over the rows and per row; the model's own among them."""
 
+    kind: str
+    """Its name for reports, with what a reader has to know of the answer."""
+
+    still: bool
+    """Whether nothing is drawn: its ELBO is a number, without noise."""
+    curved: int
+    """How many parameters, from the first, the answer needs the curvature by: `ended` takes it; 0: none."""
+
+    @property
+    def callables(self) -> tuple[Any, ...]:
+        """Callables of the user's, whose modules are trained."""
+        ...
+
+    def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
+        """The guide's own parameters at their start, once it knows the model. Raises UserError if it cannot hold it."""
+        ...
+
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw: ...
+
+    def ended(self, hessian: Tensor) -> dict[str, Tensor]:
+        """The parameters of the answer that training leaves open, by the ``hessian`` [curved, curved] of minus the ELBO
+        over all rows."""
+        ...
 
 
 class MeanField:
@@ -75,6 +94,8 @@ class MeanField:
 
     Supports may depend on other latents: the transform is taken from the site as the model reaches it.
     """
+
+    kind, callables, curved, still = "mean-field", (), 0, False
 
     def __init__(self, model: PlatedModel, batch: Batch, init_scale: float = 0.1):
         if not init_scale > 0:
@@ -93,6 +114,12 @@ class MeanField:
         with FromUnconstrained(self.by_site(torch.zeros(self.size, dtype=self.dtype, device=self.device))):
             self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)
         self.noise_size = (self.size + self.models.elements, self.models.per_row)
+
+    def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
+        return self.init()
+
+    def ended(self, hessian: Tensor) -> dict[str, Tensor]:
+        return {}
 
     def init(self) -> dict[str, Tensor]:
         """{"guide.loc": zeros [D], "guide.log_scale": log(init_scale) [D]}."""
@@ -163,72 +190,3 @@ def _expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | 
     loc, scale = q
     each = -0.5 * (((loc - fn.loc) ** 2 + scale**2) / fn.scale**2) - fn.scale.log() - 0.5 * LOG_2PI
     return each.sum(tuple(range(-event_dims, 0))) if event_dims else each
-
-
-class PyroGuide:
-    """An autoguide of Pyro's, or the user's own guide: any callable of a batch with reparameterised sample sites.
-
-    Its random numbers are replaced by the given noise (:class:`NoiseMode`), so that antithetic pairs, ranks and resumed
-    runs work as with the mean-field guide.
-    """
-
-    def __init__(self, guide: Any, plate: str = "data"):
-        self.guide, self.plate = guide, plate
-        self.layout = NoiseLayout((), 0, 0, False)
-        self.noise_size = (0, 0)
-
-    def measure(self, model: PlatedModel, batch: Batch) -> None:
-        """Runs guide and model to learn how many normals they take. Raises UserError for sites it cannot hold."""
-        if isinstance(self.guide, AutoGuide):
-            self._make_autoguide(batch)
-        for site in poutine.trace(self.guide).get_trace(batch).nodes.values():
-            if is_latent(site):
-                refuse_latent(site, self.plate, can_be_local=True)
-                if not site["fn"].has_rsample:
-                    raise UserError(
-                        f'the guide\'s site "{site["name"]}" ({type(site["fn"]).__name__}) has no reparameterised '
-                        "gradient: use a distribution with rsample."
-                    )
-        self.layout = measure_noise(lambda rows: self._traces(model, rows), batch)
-        self.noise_size = (self.layout.elements, self.layout.per_row)
-
-    def _traces(self, model: PlatedModel, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
-        """The guide's, and the model's at its draw."""
-        q = poutine.trace(self.guide).get_trace(batch)
-        return q, poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
-
-    def _make_autoguide(self, batch: Batch) -> None:
-        """An autoguide makes its parameters in its first call, from a run of the model that it hides from handlers."""
-        with pyro.settings.context(validate_poutine=False):
-            self.guide(batch)
-        for site in self.guide.prototype_trace.nodes.values():
-            if is_latent(site):
-                refuse_latent(site, self.plate, can_be_local=False)
-        for kept in self.guide._pyro_context.param_state.values():
-            kept.clear()  # the model's own `pyro.param`s of that run: `Parameters` holds the true ones
-
-    def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
-        if kl == "sticking_the_landing":
-            raise UserError(
-                "objective.kl=sticking_the_landing needs guide=mean_field: use kl=monte_carlo with this guide."
-            )
-        with NoiseMode(self.layout, noise.elements, noise.rows, noise.seed):
-            q, trace = self._traces(model, batch)
-        entropy, log_prior = {}, {}
-        for name, site in q.nodes.items():
-            if is_latent(site):
-                entropy[name] = -total_log_prob(site)
-        for name, site in trace.nodes.items():
-            if is_latent(site):
-                if name not in q.nodes:
-                    raise UserError(
-                        f'latent site "{name}" of the model is missing from the guide: sample it there too.'
-                    )
-                if inside(site, self.plate) != inside(q.nodes[name], self.plate):
-                    raise UserError(
-                        f'site "{name}" stands inside plate "{self.plate}" in only one of model and guide: '
-                        "declare the plate in both."
-                    )
-                log_prior[name] = total_log_prob(site)
-        local = frozenset(name for name in entropy if inside(q.nodes[name], self.plate))
-        return Draw(trace, entropy, log_prior, local)

@@ -4,11 +4,13 @@ z = biject_to(support)(u). Shapes: D unconstrained scalars in all.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from trainer.errors import UserError
-from trainer.svi.plates import inside
+from trainer.svi.plates import Batch, inside
 
 Site = Any
 """A node of a Pyro trace, or a message on its way there."""
@@ -62,6 +64,12 @@ class AtZero(Messenger):
 def is_latent(site: Site) -> bool:
     """Whether a message or trace node is a latent sample site (a plate's index site is not)."""
     return site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
+
+
+def has_latents(model: Callable[[Batch], Any], batch: Batch) -> bool:
+    """Whether a model has anything for a guide to hold."""
+    with AtZero(batch.dtype, batch.valid.device):
+        return any(is_latent(site) for site in poutine.trace(model).get_trace(batch).nodes.values())
 
 
 def is_discrete(fn: Any) -> bool:

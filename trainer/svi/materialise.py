@@ -7,33 +7,58 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.svi.checks import check_exchangeable, check_finite, check_model, on_the_first_batch
-from trainer.svi.guides import Guide, MeanField, Noise, PyroGuide
+from trainer.svi.guides import Guide, MeanField, Noise
+from trainer.svi.laplace import Laplace
+from trainer.svi.latents import has_latents
 from trainer.svi.objective import Objective, elbo_terms
 from trainer.svi.parameters import Parameters
 from trainer.svi.plates import Batch, PlatedModel
+from trainer.svi.pyro_guides import PyroGuide, is_autoguide, no_guide, own_copy
 from trainer.svi.step import Inference
 
 GuideFactory = Callable[[PlatedModel, Batch], Guide]
 
+_NOTHING = (
+    "the model has neither a latent site nor a parameter: add a pyro.sample without obs=, or a pyro.param.",
+    "neither guide nor model has a parameter to train: give the guide a pyro.param.",
+)
+
+
+def mean_field(plated: PlatedModel, batch: Batch, **options: Any) -> Guide:
+    """The default guide: mean-field, or the empty one where the model has no latent: maximum likelihood."""
+    if has_latents(plated, batch):
+        return MeanField(plated, batch, **options)
+    return PyroGuide(PlatedModel(no_guide, (), plated.plate), plated.plate)
+
 
 def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> GuideFactory:
-    """What makes the guide: "mean_field", a class of Pyro's autoguides, or a guide of the user's, any callable.
+    """What makes the guide: "mean_field", a guide of Pyro's (a class or an instance), or the user's, any callable.
 
     Raises UserError for another name.
     """
     if guide in ("mean_field", MeanField):
-        return MeanField
+        return mean_field
     if isinstance(guide, str) or not callable(guide):
         raise UserError(f"guide={guide} is unknown: give mean_field, one of pyro.infer.autoguide, or your own guide.")
     made = guide.func if isinstance(guide, functools.partial) else guide
-    if inspect.isclass(made) and issubclass(made, AutoGuide):
-        return lambda plated, batch: PyroGuide(guide(plated), plate)
+    guide = made if isinstance(guide, functools.partial) and not (guide.args or guide.keywords) else guide
+    if inspect.isclass(made) and is_autoguide(made):
+        return lambda plated, batch: _of_autoguide(guide(plated.fn), plated.fn, columns, plate)
+    if is_autoguide(guide):
+        return lambda plated, batch: _of_autoguide(own_copy(guide), guide.model, columns, plate)
     return lambda plated, batch: PyroGuide(PlatedModel(guide, columns, plate), plate)
+
+
+def _of_autoguide(made: Any, model: Any, columns: Iterable[str], plate: str) -> Guide:
+    """The guide of an object of `pyro.infer.autoguide`, which takes the columns that ``model`` takes."""
+    if isinstance(made, AutoLaplaceApproximation):
+        return Laplace(made)
+    return PyroGuide(PlatedModel(made, columns, plate, like=model), plate)
 
 
 def materialise(
@@ -59,16 +84,12 @@ def materialise(
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
         derived.extend(check_model(plated, batch, tuple(global_sites)))
         made.append(guide(plated, batch))
-        if isinstance(made[0], PyroGuide):
-            made[0].measure(plated, batch)
-            inner = made[0].guide
-            return {}, (model, inner.fn if isinstance(inner, PlatedModel) else inner)
-        return (made[0].init() if isinstance(made[0], MeanField) else {}), (model,)
+        return made[0].setup(plated, batch), (model, *made[0].callables)
 
     with pyro.validation_enabled(True), on_the_first_batch():
         parameters = Parameters.capture(run)
         if not parameters.shapes:
-            raise UserError("neither guide nor model has a parameter to train: give the guide a pyro.param.")
+            raise UserError(_NOTHING[has_latents(plated, batch)])
         theta = parameters.flatten(parameters.initial).to(batch.dtype)
         fitted = made[0]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.nn.module import _Context
+from pyro.nn.module import PyroModule, _Context
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from torch.distributions import constraints, transform_to
 
 from trainer.errors import UserError
 
+_LOST = (
+    'the module of parameter "{}" could not be found: make it once, outside the model, and pass it as the model, or '
+    "register it in every call with pyro.module(...), with `import pyro`."
+)
 _OF_MODULE = "$$$"  # Pyro's mark between a module's name and its parameter's in `pyro.module`
 
 
@@ -47,18 +51,18 @@ class Parameters:
         """
         modules = nn.ModuleDict()
         recorder = _Record()
-        with _settings(), _recording_modules(modules), recorder:
+        with _settings(), _recording_modules(modules), modules_read() as owners, recorder:
             guide_params, callables = run()
         for fn, name in zip(callables, ("model", "guide")):
             _add_module(modules, fn, name)
+        for ident in recorder.of_modules.values():
+            if ident in owners and ident not in {id(value) for value in modules.parameters()}:
+                _add_module(modules, owners[ident], type(owners[ident]).__name__)
         owned = {name: value.detach().clone() for name, value in modules.named_parameters() if value.requires_grad}
         known = {id(value) for value in modules.parameters()}
         for name, ident in recorder.of_modules.items():
             if ident not in known:
-                raise UserError(
-                    f'the module of parameter "{name}" could not be found: pass the module itself as the model, or '
-                    "register it in every call with pyro.module(...), with `import pyro`."
-                )
+                raise UserError(_LOST.format(name))
         return cls({**guide_params, **owned, **recorder.initial}, modules, recorder.constraints)
 
     @property
@@ -113,6 +117,27 @@ class _NoState:
 
     def __get__(self, context: Any, owner: Any = None) -> dict[str, Any]:
         return {"params": {}, "constraints": {}}
+
+
+@contextmanager
+def modules_read() -> Iterator[dict[int, PyroModule]]:
+    """{id of a parameter: the outermost PyroModule through which it was read} in the time of the context.
+
+    So an autoguide is found that a guide calls, which need not register it.
+    """
+    owners: dict[int, PyroModule] = {}
+    original = PyroModule.__getattr__
+
+    def noting(module: PyroModule, name: str) -> Any:
+        for parameter in module.parameters() if "_parameters" in vars(module) else ():
+            owners.setdefault(id(parameter), module)
+        return original(module, name)
+
+    PyroModule.__getattr__ = noting  # type: ignore[method-assign]
+    try:
+        yield owners
+    finally:
+        PyroModule.__getattr__ = original  # type: ignore[method-assign]
 
 
 def _add_module(modules: nn.ModuleDict, fn: Any, name: str) -> None:
@@ -196,7 +221,7 @@ class _Answer(Messenger):
     def _pyro_param(self, msg: Message) -> None:
         name = str(msg["name"])
         if _of_module(msg):  # swapped in its module already
-            value = msg["args"][1]
+            value = _swapped(name, msg["args"][1])
         elif name in self.constrained:
             value = transform_to(self.constrained[name])(self.values[name])
         elif len(msg["args"]) < 2:  # a module's own attribute, swapped in its module already
@@ -204,3 +229,15 @@ class _Answer(Messenger):
         else:
             raise UserError(f'pyro.param("{name}") appears only after the first batch: declare it on every call.')
         msg["value"], msg["done"] = value, True
+
+    def _pyro_post_param(self, msg: Message) -> None:
+        unconstrained = getattr(msg["value"], "unconstrained", None)
+        if len(msg["args"]) < 2 and unconstrained is not None:
+            _swapped(str(msg["name"]), unconstrained())
+
+
+def _swapped(name: str, value: Any) -> Any:
+    """``value``, which the module of parameter ``name`` holds. Raises UserError where it is not the trained one."""
+    if isinstance(value, nn.Parameter) and value.requires_grad:  # of a module that is made anew in every call
+        raise UserError(_LOST.format(name))
+    return value

@@ -9,10 +9,11 @@ Shapes: B rows of a batch (padding included), the first `valid` of which count.
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, _bound_partial, _context_wrap
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -147,13 +148,20 @@ class PlatedModel:
     """A model (or guide) as a callable of one :class:`Batch`, under the data plate's handler.
 
     A column `weight` that the callable does not take for itself says how many observations a row stands for: what is
-    inside the data plate counts that many times.
+    inside the data plate counts that many times. ``like``: the callable whose arguments it takes, where its own do not
+    tell them.
     """
 
-    def __init__(self, fn: Callable[..., Any], columns: Iterable[str], plate: str = "data"):
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        columns: Iterable[str],
+        plate: str = "data",
+        like: Callable[..., Any] | None = None,
+    ):
         columns = tuple(columns)
         self.fn, self.plate = fn, plate
-        self.own = arguments(fn, columns)
+        self.own = arguments(like or fn, columns)
         self.weighted = WEIGHT in columns and WEIGHT not in self.own
         self.arguments = (*self.own, WEIGHT) if self.weighted else self.own
         """The columns that a batch has to hold."""
@@ -169,6 +177,7 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]
     Raises UserError for a required argument that is no column.
     """
     columns = tuple(columns)
+    fn = _unwrapped(fn)
     call = fn.forward if isinstance(fn, torch.nn.Module) else fn
     taken: list[str] = []
     for name, parameter in inspect.signature(call).parameters.items():
@@ -184,6 +193,13 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]
                 f"pack it with columns.{name}=..., or give it with model.{name}=..."
             )
     return tuple(taken)
+
+
+def _unwrapped(fn: Any) -> Any:
+    """What handlers of `pyro.poutine` were put around."""
+    while isinstance(fn, _bound_partial) or (isinstance(fn, partial) and fn.func is _context_wrap):
+        fn = fn.func if isinstance(fn, _bound_partial) else fn.args[1]
+    return fn
 
 
 def inside(site: Message | dict[str, Any], plate: str) -> bool:

@@ -175,9 +175,14 @@ def _hessian(loss: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
     """The Hessian [D, D] of ``loss``, 0 for what it does not depend on."""
     at = where.clone().requires_grad_()
     (grad,) = torch.autograd.grad(loss(at), at, create_graph=True)
-    unit = torch.eye(len(at), dtype=at.dtype, device=at.device)
+    return second_derivative(grad, at)
+
+
+def second_derivative(grad: Tensor, at: Tensor) -> Tensor:
+    """The derivative [K, D] of ``grad`` [K] by ``at`` [D], 0 where it does not depend on it."""
+    unit = torch.eye(len(grad), dtype=grad.dtype, device=at.device)
     if not grad.requires_grad:
-        return torch.zeros_like(unit)
+        return at.new_zeros(len(grad), len(at))
 
     def rows(directions: Tensor) -> Tensor:
         return torch.autograd.grad(grad, at, directions, retain_graph=True, is_grads_batched=True)[0]
@@ -185,7 +190,7 @@ def _hessian(loss: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
     try:
         return torch.cat([rows(some) for some in unit.split(_TOGETHER)])
     except RuntimeError:  # an operation that cannot be batched
-        return torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in grad])
+        return torch.stack([torch.autograd.grad(grad, at, each, retain_graph=True)[0] for each in unit])
 
 
 def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tensor:

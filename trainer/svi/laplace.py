@@ -1,0 +1,76 @@
+"""Laplace's approximation: the mode first, then a full normal by the curvature there, in unconstrained space.
+
+What `pyro.infer.autoguide.AutoLaplaceApproximation` is for, here in one run: training sees a point, and its answer has
+the inverse Hessian of minus the log joint over all rows as its covariance (Kass and Raftery 1995, section 4.1).
+
+Shapes: D unconstrained scalars.
+"""
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.svi.guides import KL, LOG_2PI, Draw, Noise
+from trainer.svi.latents import AtZero, FromUnconstrained, refuse_latent
+from trainer.svi.noise_mode import NoiseMode, measure_noise
+from trainer.svi.plates import Batch, PlatedModel
+
+
+class Laplace:
+    """u = loc + L eps; a row of zeros in L is a point, whose entropy counts as 0. ``auto``: Pyro's guide, which starts
+    it."""
+
+    kind, callables = "AutoLaplaceApproximation (normal by the curvature at the mode)", ()
+
+    def __init__(self, auto: Any):
+        self.auto, self.curved, self.still = auto, 0, False
+
+    def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
+        """{"guide.loc": where its init function says [D], "guide.factor": zeros [D, D]}."""
+        zero = AtZero(batch.dtype, batch.valid.device)
+        with zero:
+            trace = poutine.trace(model).get_trace(batch)
+        self.sites, self.size = tuple(zero.sites), zero.end
+        self.curved = self.size
+        for site in self.sites:
+            refuse_latent(trace.nodes[site.name], model.plate, can_be_local=False)
+        self.auto._setup_prototype(**{name: batch.columns[name] for name in model.own})
+        loc = self.auto.loc.detach().to(batch.dtype)
+        with FromUnconstrained(self._by_site(loc)):
+            self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)
+        self.still = self.models.empty  # while it trains
+        self.noise_size = (self.size + self.models.elements, self.models.per_row)
+        return {"guide.loc": loc.clone(), "guide.factor": loc.new_zeros(self.size, self.size)}
+
+    def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
+        loc, factor, normals = params["guide.loc"], params["guide.factor"].detach(), noise.elements[: self.size]
+        own = NoiseMode(self.models, noise.elements[self.size :], noise.rows, noise.seed)
+        with FromUnconstrained(self._by_site(loc + factor @ normals)) as latents, own:
+            trace = poutine.trace(model).get_trace(batch)
+        width = factor.diagonal()
+        point = width == 0
+        each = torch.where(point, 1.0, width).log() + torch.where(point, 0.0, 0.5 * (normals**2 + LOG_2PI))
+        entropy = {name: part.sum(dtype=torch.float64) for name, part in self._by_site(each).items()}
+        log_prior = {name: latents.log_prior(trace.nodes[name]) for name in entropy}
+        return Draw(trace, entropy, log_prior, frozenset())
+
+    def ended(self, hessian: Tensor) -> dict[str, Tensor]:
+        """The parameters that the ``hessian`` [D, D] of minus the log joint changes. Raises UserError where it has no
+        inverse that is a covariance."""
+        scale = hessian.diagonal().clamp(min=1e-300).rsqrt()
+        root, failed = torch.linalg.cholesky_ex(scale[:, None] * hessian * scale)
+        if failed or not torch.isfinite(root).all():
+            raise UserError(
+                "the log joint does not curve down in all directions at the end of training, so that Laplace's "
+                "approximation has no covariance there: train longer (max_steps=), give proper priors, or take "
+                "guide=mean_field."
+            )
+        covariance = scale[:, None] * torch.cholesky_inverse(root) * scale
+        return {"guide.factor": torch.linalg.cholesky(covariance)}
+
+    def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([site.size for site in self.sites])
+        return {site.name: part.view(site.shape) for site, part in zip(self.sites, parts, strict=True)}

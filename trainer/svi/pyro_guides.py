@@ -1,0 +1,183 @@
+"""Pyro's autoguides and users' own guides, under given noise.
+
+A guide is any callable with reparameterised sample sites: a function, one of `pyro.infer.autoguide` as a class or an
+instance, or a function that calls such an instance beside sites of its own. Its random numbers are replaced by the
+given noise (:class:`NoiseMode`), so that antithetic pairs, ranks and resumed runs work as with the mean-field guide.
+
+Shapes: B rows.
+"""
+
+import weakref
+from typing import Any, cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from pyro.nn import PyroModule
+from pyro.nn.module import _Context
+from pyro.poutine.guide import GuideMessenger
+from torch import Tensor, nn
+
+from trainer.errors import UserError
+from trainer.svi.guides import KL, Draw, Noise
+from trainer.svi.latents import Site, is_latent, refuse_latent, total_log_prob
+from trainer.svi.noise_mode import NoiseLayout, NoiseMode, measure_noise
+from trainer.svi.parameters import modules_read
+from trainer.svi.plates import Batch, PlatedModel, inside
+
+NO_LATENT = "none (no latent site: maximum likelihood)"
+
+
+class PyroGuide:
+    """``guide``: a callable of a :class:`Batch`."""
+
+    curved = 0
+
+    def __init__(self, guide: Any, plate: str = "data"):
+        self.guide, self.plate = guide, plate
+        self.layout = NoiseLayout((), 0, 0, False)
+        self.noise_size = (0, 0)
+        self.kind, self.still = "", False
+
+    @property
+    def callables(self) -> tuple[Any, ...]:
+        """What the user gave, whose modules are trained."""
+        return (self.guide.fn if isinstance(self.guide, PlatedModel) else self.guide,)
+
+    def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
+        """Runs guide and model to learn how many normals they take. Raises UserError for sites it cannot hold."""
+        # An autoguide makes its parameters in its first call, from a run of the model that it hides from handlers.
+        with pyro.settings.context(validate_poutine=False):
+            with modules_read() as parts:
+                q = self._first(batch)
+            for part in {id(part): part for part in parts.values()}.values():
+                _settle(part, q, self.plate)
+            q, trace = self._traces(model, batch)
+            for site in q.nodes.values():
+                self._check(site, trace)
+            own = measure_noise(lambda rows: poutine.trace(self.guide).get_trace(rows), batch)
+            self.layout = measure_noise(lambda rows: self._traces(model, rows), batch)
+        self.noise_size = (self.layout.elements, self.layout.per_row)
+        self.still = self.layout.empty
+        self.kind = _kind(self.callables[0], own.empty, any(is_latent(site) for site in q.nodes.values()))
+        return {}
+
+    def ended(self, hessian: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def _first(self, batch: Batch) -> poutine.Trace:
+        try:
+            return poutine.trace(self.guide).get_trace(batch)
+        except NotImplementedError as error:  # what an autoguide says of a model that it cannot hold
+            raise UserError(f"the guide cannot hold this model: {str(error).splitlines()[0]}") from error
+
+    def _check(self, site: Site, trace: poutine.Trace) -> None:
+        """Raises UserError for a ``site`` of the guide that no gradient passes; ``trace``: the model's."""
+        name, fn, nodes = str(site["name"]), site.get("fn"), cast(dict[str, Site], trace.nodes)
+        if is_latent(site):
+            refuse_latent(site, self.plate, can_be_local=True)
+            if not fn.has_rsample:
+                raise UserError(
+                    f'the guide\'s site "{name}" ({type(fn).__name__}) has no reparameterised gradient: use a '
+                    "distribution with rsample."
+                )
+        elif isinstance(fn, dist.Unit):
+            if name in nodes and not torch.equal(fn.log_factor, nodes[name]["fn"].log_factor):
+                raise UserError(f'pyro.factor "{name}" stands in model and guide: give the guide\'s another name.')
+            if name not in nodes and not fn.has_rsample:
+                raise UserError(
+                    f'the guide\'s pyro.factor "{name}" has no reparameterised gradient: write '
+                    f'pyro.factor("{name}", ..., has_rsample=True), if it is a function of draws that have one.'
+                )
+
+    def _traces(self, model: PlatedModel, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
+        """The guide's, and the model's at its draw."""
+        q = poutine.trace(self.guide).get_trace(batch)
+        return q, poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
+
+    def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
+        if kl == "sticking_the_landing":
+            raise UserError(
+                "objective.kl=sticking_the_landing needs guide=mean_field: use kl=monte_carlo with this guide."
+            )
+        with NoiseMode(self.layout, noise.elements, noise.rows, noise.seed):
+            q, trace = self._traces(model, batch)
+        entropy, log_prior = {}, {}
+        for name, site in q.nodes.items():
+            if is_latent(site) or _is_factor_of(site, trace):
+                entropy[name] = -total_log_prob(site)
+        for name, site in trace.nodes.items():
+            if is_latent(site):
+                if name not in q.nodes:
+                    raise UserError(
+                        f'latent site "{name}" of the model is missing from the guide: sample it there too.'
+                    )
+                if inside(site, self.plate) != inside(q.nodes[name], self.plate):
+                    raise UserError(
+                        f'site "{name}" stands inside plate "{self.plate}" in only one of model and guide: '
+                        "declare the plate in both."
+                    )
+                log_prior[name] = total_log_prob(site)
+        local = frozenset(name for name in entropy if inside(q.nodes[name], self.plate))
+        return Draw(trace, entropy, log_prior, local)
+
+
+def no_guide() -> None:
+    """The guide of a model without latents: what is left is maximum likelihood."""
+
+
+def is_autoguide(guide: Any) -> bool:
+    """Whether ``guide`` is an object or a class of `pyro.infer.autoguide`."""
+    return issubclass(guide if isinstance(guide, type) else type(guide), (AutoGuide, GuideMessenger))
+
+
+def own_copy(module: nn.Module, context: Any = None) -> Any:
+    """An autoguide like ``module`` whose lazy parameters are its own, so that the user's object stays as it was.
+
+    Everything else is shared, the model inside too. (Pyro's own way to copy one empties the original.)
+    """
+    context = context or _Context()
+    copied, state = object.__new__(type(module)), dict(vars(module))
+    for name in ("_parameters", "_buffers", "_pyro_params", "_pyro_samples"):
+        if name in state:
+            state[name] = type(state[name])(state[name])
+    if "_pyro_context" in state:
+        state["_pyro_context"] = context
+    state["_modules"] = {name: child and own_copy(child, context) for name, child in state["_modules"].items()}
+    copied.__dict__.update(state)
+    for child in state["_modules"].values():
+        if isinstance(child, AutoGuide):
+            child._update_master(weakref.ref(copied))
+    return copied
+
+
+def _settle(part: nn.Module, q: poutine.Trace, plate: str) -> None:
+    """Readies an autoguide after its first call. Raises UserError where it holds a value for each row."""
+    if not isinstance(part, PyroModule):
+        return
+    for kept in cast(dict[str, Any], part._pyro_context.param_state).values():
+        kept.clear()  # the model's own `pyro.param`s of that call: `Parameters` holds the true ones
+    for guide in part.modules():
+        if isinstance(guide, AutoGuide) and guide.prototype_trace is not None:
+            sites = [q.nodes[name] for name in guide.prototype_trace.nodes if name in q.nodes]
+            latents = [site for site in sites if is_latent(site)]
+            if not isinstance(guide, (AutoGuideList, AutoCallable)):
+                for site in latents:
+                    refuse_latent(site, plate, can_be_local=False)
+            if not any(inside(site, plate) for site in latents):  # it would be declared with that call's rows
+                guide._prototype_frames.pop(plate, None)
+
+
+def _is_factor_of(site: Site, trace: poutine.Trace) -> bool:
+    """Whether ``site`` is a `pyro.factor` of the guide, not of the model that a guide runs within itself."""
+    return isinstance(site.get("fn"), dist.Unit) and site["name"] not in trace.nodes
+
+
+def _kind(guide: Any, drawn_nothing: bool, has_latents: bool) -> str:
+    """In words, what answer a guide gives."""
+    if not has_latents:
+        return NO_LATENT
+    name = type(guide).__name__ if is_autoguide(guide) else getattr(guide, "__name__", type(guide).__name__)
+    return f"{name} (points, no spread)" if drawn_nothing else name
