@@ -149,7 +149,7 @@ def counts(x, y):
         (nothing_latent, "no latent site"),
         (logarithm, 'on its first batch after site "data": Expected parameter log_factor'),
         (infinite, "not finite at the start, at site\\(s\\) y"),
-        (counts, 'site "y" has no density at its value: .*Poisson'),
+        (counts, 'site "y" observes .* in row 0 .row_id., outside the support of Poisson .whole numbers from 0.'),
     ],
     ids=lambda value: getattr(value, "__name__", "") or None,
 )

@@ -115,7 +115,12 @@ def _groups(
     try:
         for numbers, stored in zip(mine, thread.ahead(partial(_read, folder, module, numbers) for numbers in mine)):
             check()
-            yield _joined([_made(number, each, module) for number, each in zip(numbers, stored)])
+            joined = _joined([_made(number, each, module) for number, each in zip(numbers, stored)])
+            if module.first_pass is not None:
+                module.first_pass.of_block(folder, joined)
+            yield joined
+        if module.first_pass is not None and sum(map(len, groups)) == len(folder.block_rows):
+            module.first_pass.done(folder)
     finally:
         thread.close()
 

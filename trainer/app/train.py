@@ -27,6 +27,7 @@ from trainer.app.budget import update_of
 from trainer.app.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.app.data import cache_of, held_out_split, places, training_split
 from trainer.app.finish import Finish, is_finished
+from trainer.app.first_rows import MOST, first_pass, first_rows, one_group
 from trainer.app.launch import is_restarted, memory_share
 from trainer.app.loggers import make_loggers
 from trainer.app.quarantine import without_damage
@@ -37,7 +38,6 @@ from trainer.app.shard import shards_of
 from trainer.app.steer import EndRound, MoveAnchor
 from trainer.app.stop import Stop
 from trainer.app.tracking import Tracked
-from trainer.data.fields import concatenate
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.store import atomic_write
@@ -59,10 +59,9 @@ from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.pyro_guides import NO_LATENT
 from trainer.svi.start import has_latents_alone, laplace_start
-from trainer.svi.step import Inference, StepBatch
+from trainer.svi.step import Inference
 
 _CHECK_ROWS = 1024
-_START_ROWS = 65_536
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -134,7 +133,7 @@ def train(
         if cfg.data.on_corrupt == "quarantine":
             folder = without_damage(folder, run_dir, here, console)
             held_out = held_out and without_damage(held_out, run_dir, here, console)
-        cfg.dtype = cfg.dtype or ("float64" if folder.num_rows <= _START_ROWS else "float32")
+        cfg.dtype = cfg.dtype or ("float64" if folder.num_rows <= MOST else "float32")
         torch.set_default_dtype(_dtype(cfg.dtype))
         return _train(cfg, run_dir, here, threads, console, signals, given, folder, held_out)
 
@@ -156,7 +155,9 @@ def _train(
     inference, theta = infer(cfg, folder, given)
     for line in precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()):
         console.print(line)
-    sample, began = _sample(folder, inference), time.monotonic()
+    began, first = time.monotonic(), first_rows(folder, inference.model.arguments)
+    checked = first_pass(folder, first, held_out, inference, theta, plan.step_after(1.0))
+    sample = one_group(first)
     doubts: list[str] = []
     start = laplace_start(inference, theta, sample, doubts.append) if cfg.start == "laplace" else None
     for sentence in doubts:
@@ -195,7 +196,7 @@ def _train(
         _save_config(cfg, run_dir)
     ranks = resume.ranks(plan_facts, here)
     program = build.program(cfg.program)(inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks)
-    module = VariationalModule(inference, update, program, state, seconds, console.print)
+    module = VariationalModule(inference, update, program, state, seconds, console.print, checked)
     with_row_id = bool(inference.guide.noise_size[1] or cfg.data.log_rows)
     every = int(cfg.checkpoint.every_n_steps or 0)
     for name, count in (("checkpoint.every_n_steps", every), ("slots", int(cfg.slots or 0))):
@@ -260,8 +261,8 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS], dtype) for n in (*columns, "row_id")}
     count = len(rows["row_id"])
-    if WEIGHT in rows and not (isinstance(rows[WEIGHT], torch.Tensor) and (rows[WEIGHT] >= 0).all()):
-        raise UserError('column "weight" holds a negative number, or several: a row stands for 0 observations or more.')
+    if WEIGHT in rows and not (isinstance(rows[WEIGHT], torch.Tensor) and rows[WEIGHT].dim() == 1):
+        raise UserError('column "weight" holds several numbers a row: a row stands for 0 observations or more.')
     batch = Batch(
         {name: rows[name] for name in columns},
         torch.tensor(count),
@@ -281,20 +282,6 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
     )
     refuse_mixed_numbers(folder.index, inference, theta, batch)
     return inference, theta
-
-
-def _sample(folder: ShardFolder, inference: Inference) -> StepBatch:
-    """The first rows (which packing has shuffled), as one lane group."""
-    dtype, blocks, count = torch.get_default_dtype(), 0, 0
-    for rows in folder.block_rows.tolist():
-        if count and count + rows > _START_ROWS:
-            break
-        blocks, count = blocks + 1, count + rows
-    columns = {
-        name: to_tensor(concatenate([folder.read_block(b, name) for b in range(blocks)]), dtype)[None]
-        for name in inference.model.arguments
-    }
-    return StepBatch(columns, torch.tensor([count]), torch.tensor(count), None)
 
 
 def _anchored(cfg: DictConfig, inference: Inference) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.lit.datamodule import ChunkData
+from trainer.lit.first_pass import FirstPass
 from trainer.lit.strategy import from_rank_zero, gathered, max_over_ranks, raise_together, same_on_all_ranks
 from trainer.svi.checks import finite_or_raise
 from trainer.svi.culprits import culprits
@@ -29,7 +30,8 @@ _COMPARE_EVERY = 64  # chunks: some seconds
 class VariationalModule(pl.LightningModule):
     """Trains ``theta`` of an `Inference` with a `Program`; `last` holds the newest chunk's figures.
 
-    ``seconds``: those of the start, or before a resume; ``say``: tells the user a sentence.
+    ``seconds``: those of the start, or before a resume; ``say``: tells the user a sentence; ``first_pass``: checks
+    rows as they come.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class VariationalModule(pl.LightningModule):
         state: State,
         seconds: float = 0.0,
         say: Callable[[str], None] = print,
+        first_pass: FirstPass | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.say = say
+        self.say, self.first_pass = say, first_pass
         self.inference, self.update, self.program, self.state = inference, update, program, state
         self.seconds_before = seconds
         self.last: dict[str, float] = {}
@@ -115,7 +118,7 @@ class VariationalModule(pl.LightningModule):
         self._started = self._previous = time.monotonic()
 
     def training_step(self, chunk: Chunk | UserError, batch_idx: int) -> None:
-        raise_together(chunk if isinstance(chunk, UserError) else None, self.device)
+        raise_together(chunk if isinstance(chunk, UserError) else self._checked(chunk), self.device)
         assert isinstance(chunk, Chunk)
         steps = len(chunk.batch_rows)
         result = self.program.run(self.state, chunk, steps)
@@ -126,6 +129,11 @@ class VariationalModule(pl.LightningModule):
         if self._chunks % _COMPARE_EVERY == 0:
             self.compare_ranks()
         self._advance_lightning(steps)
+
+    def _checked(self, chunk: Chunk) -> UserError | None:
+        """What is wrong with rows that come for the first time."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return None if self.first_pass is None else self.first_pass.of_chunk(chunk, self.step, data.row_ids)
 
     def compare_ranks(self) -> None:
         """Raises UserError on all ranks where their states, made by the same updates, are not the same to the bit."""

@@ -97,7 +97,7 @@ def held_out_elbo_per_row(
     ``blocks``, ``num_blocks`` and ``reduce`` as in :func:`full_elbo`, of the held-out rows.
     """
     likelihood, _, rows, _ = _likelihood(Together(inference, theta, _own(seed)), blocks, num_blocks, reduce)
-    return likelihood / rows - fitted.kl / fitted.rows
+    return likelihood / rows - fitted.kl / fitted.rows if rows else math.nan
 
 
 def rough_elbo_per_row(

@@ -5,7 +5,7 @@ Every check raises `UserError` with the site's name and what to write instead.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from trainer.errors import UserError
 from trainer.svi.dependence import check_outside
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
 from trainer.svi.objective import Term
+from trainer.svi.observed import RowCheck
 from trainer.svi.plates import Batch, PlatedModel, WrongSize, inside
 
 _CHECK_ROWS = 256
@@ -36,10 +37,12 @@ def on_the_first_batch() -> Iterator[None]:
 
 
 def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> tuple[str, ...]:
-    """Every observed site stands in the data plate, or counts once; no latent is discrete.
+    """Every observed site stands in the data plate, or counts once, and has values that it can; no latent is discrete.
 
     Returns the deterministic sites that `check_outside` does.
     """
+    with suppress(WrongSize):  # of which the first trace says more
+        RowCheck(model).refuse(batch)
     with AtZero(batch.dtype, batch.valid.device):
         trace = _first_trace(model, batch)
     plate = model.plate

@@ -125,9 +125,10 @@ class DataPlate(Messenger):
         declared = (frame.full_size or frame.size) / frame.size  # what Pyro has put into the scale already
         msg["scale"] = msg["scale"] * (self.batch.scale / declared)
         along = (-1,) + (1,) * (-frame.dim - 1)
+        mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(along)
         if self.weight is not None:
             msg["scale"] = msg["scale"] * self.weight.view(along)
-        mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(along)
+            mask = mask & (self.weight > 0).view(along)  # 0 times an infinite density is no number
         msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
 
 

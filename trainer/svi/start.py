@@ -33,6 +33,11 @@ _NO_MAXIMUM = (
     "hierarchy; with separable data or an improper prior the answer lies at infinity, so give it a proper prior."
 )
 
+_NOT_FINITE = (
+    "the search for a start met values that are not finite, so training starts where the guide does: look for extreme "
+    "values in the data, or priors that are too wide."
+)
+
 
 def laplace_start(
     inference: Inference, theta: Tensor, rows: StepBatch, say: Callable[[str], None] = print
@@ -74,6 +79,9 @@ def _settled(
     """The mode [D] and the Hessian [D, D] there, if that looks like a Gaussian's."""
     loss = _joint(inference, rows)
     loc, settled = _mode(loss, guide.size, device)
+    if not torch.isfinite(loc).all() or not torch.isfinite(loss(loc)):
+        say(_NOT_FINITE)
+        return None
     if not settled:
         say(_NO_MAXIMUM.format(guide.latent_name(int(loc.abs().argmax()))))
         return None
@@ -161,7 +169,10 @@ def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> 
             value.backward()
             return value
 
-        optimizer.step(closure)
+        try:
+            optimizer.step(closure)
+        except IndexError:  # its line search has no step left to take where all that it tried are not finite
+            return torch.full_like(loc, math.nan).detach(), False
         now = float(loss(loc.detach()))
         if not (math.isfinite(now) and bool(torch.isfinite(loc).all())):
             break

@@ -1,0 +1,66 @@
+"""Rows are checked as they come for the first time: in the first epoch's chunks, and in passes over all rows."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from trainer.data.shards.folder import ShardFolder
+from trainer.errors import UserError
+from trainer.posterior.elbo import Block
+from trainer.svi.observed import RowCheck
+from trainer.svi.plates import Batch
+from trainer.svi.programs import Chunk
+from trainer.svi.rows import Column, Varying, cat
+
+
+class FirstPass:
+    """Refuses wrong rows by ``check``: in chunks of ``folder`` before step ``until``, in blocks of any folder that is
+    not `done`."""
+
+    def __init__(self, check: RowCheck, folder: ShardFolder, until: int):
+        self.check, self.folder, self.until = check, folder, until
+        self._done: list[ShardFolder] = []
+
+    def done(self, folder: ShardFolder) -> None:
+        """All rows of ``folder`` are right."""
+        self._done.append(folder)
+        self.until = 0 if folder is self.folder else self.until
+
+    def of_chunk(self, chunk: Chunk, step: int, row_ids: Callable[[int], np.ndarray]) -> UserError | None:
+        """The error of a chunk that begins at ``step``; ``row_ids(step)``: [A, B] of a step."""
+        if step >= self.until or self.check.is_right(chunk.columns):
+            return None
+        slots, groups = chunk.valid.shape
+        columns = {name: _flat(column, slots, groups) for name, column in chunk.columns.items()}
+        count = len(next(iter(columns.values())))
+        size = count // (slots * groups)
+
+        def of_places(places: list[int]) -> list[int]:
+            each = [(place // size // groups, place // size % groups, place % size) for place in places]
+            return [int(row_ids(step + k)[a, b]) for k, a, b in each if b < int(chunk.valid[k, a])]
+
+        try:
+            self.check.refuse(_batch(columns, chunk.valid.new_tensor(count), None), of_places)
+        except UserError as error:
+            return error
+        return None
+
+    def of_block(self, folder: ShardFolder, block: Block) -> None:
+        """Raises UserError for a wrong row."""
+        if any(each is folder for each in self._done):
+            return
+        if folder is not self.folder or not self.check.is_right(block.columns):  # bounds are those of this folder
+            count = torch.tensor(len(block.row_id), device=block.row_id.device)
+            self.check.refuse(_batch(block.columns, count, block.row_id))
+
+
+def _flat(column: Column, slots: int, groups: int) -> Column:
+    """[K, A, B, ...] as [K * A * B, ...]."""
+    if isinstance(column, Varying):
+        return cat([column[k][a] for k in range(slots) for a in range(groups)])
+    return column.flatten(0, 2)
+
+
+def _batch(columns: dict[str, Column], count: torch.Tensor, row_id: torch.Tensor | None) -> Batch:
+    return Batch(columns, count, torch.ones((), dtype=torch.float64, device=count.device), row_id)

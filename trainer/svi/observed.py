@@ -1,0 +1,323 @@
+"""Checks each row once: observed values lie in the support of their distributions, indices in the tables they index.
+
+The model is evaluated without a gradient, with every latent at the image of u = 0. Where that is more than is needed,
+since values and indices are columns as they stand, the columns alone are checked, or only their least and greatest
+numbers. What a mask or a weight of 0 takes out of the likelihood may be anything.
+
+Shapes: B rows of a batch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from trainer.errors import UserError, first_line
+from trainer.svi.indices import Lookup, WatchIndices, always_fits
+from trainer.svi.latents import AtZero, Site, is_deterministic, log_prob
+from trainer.svi.plates import WEIGHT, Batch, PlatedModel, inside
+from trainer.svi.rows import Column
+from trainer.svi.step import Inference
+from trainer.svi.supports import holds, in_words, innermost, is_interval, supported, tensors_of
+
+_ROWS = 16_384  # evaluated at once
+_LEARN_ROWS, _PROBE_ROWS = 4096, 64
+_FEW = 5
+
+
+class Fault(NamedTuple):
+    """What is wrong with some rows of a batch."""
+
+    rows: list[int]
+    """Their places in the batch, the first few."""
+    what: str
+    """Of the first of them."""
+    why: str
+    remedy: str
+
+    def sentence(self, row_id: Sequence[int]) -> str:
+        """With the number of each of ``rows``."""
+        first, *more = dict.fromkeys(row_id)
+        others = f", and so in row{'s' * (len(more) > 1)} {', '.join(map(str, more))}" if more else ""
+        return f"{self.what} in row {first} (row_id){self.why}{others}: {self.remedy}."
+
+
+Call = Callable[[Callable[[], poutine.Trace], bool], poutine.Trace]
+"""Calls a function with the model's parameters in place, which require a gradient where the flag says so."""
+
+
+def with_parameters(inference: Inference, theta: Tensor) -> Call:
+    """The parameters of ``theta`` [P]."""
+
+    def call(run: Callable[[], poutine.Trace], with_gradient: bool) -> poutine.Trace:
+        values = inference.parameters.unflatten(theta.detach().requires_grad_(with_gradient))
+        return inference.parameters.call(values, lambda _: run())
+
+    return call
+
+
+RowIds = Callable[[list[int]], list[int]]
+"""The row ids of rows at places in a batch."""
+
+
+class RowCheck:
+    """Refuses rows that cannot be right, by their row ids.
+
+    ``bounds``: the least and the greatest number of each column that has them, over all rows.
+    """
+
+    def __init__(
+        self,
+        model: PlatedModel,
+        call: Call = lambda run, _: run(),
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+    ):
+        self.model, self.call, self.bounds = model, call, bounds or {}
+        self._varying: set[str] | None = None
+        self._filters: dict[str, list[Callable[[Column], bool]]] | None = None
+
+    def refuse(self, batch: Batch, row_id: RowIds | None = None, density: bool = False) -> None:
+        """Raises UserError for the first row of ``batch`` that is wrong; ``row_id``: of rows at places in the batch,
+        where it does not have them.
+
+        ``density``: also where the log density of what is observed is not finite.
+        """
+        for first in range(0, batch.size, _ROWS):
+            for fault in self.faults(_rows(batch, slice(first, first + _ROWS)), density):
+                places = [first + row for row in fault.rows]
+                known = places if batch.row_id is None else batch.row_id[places].tolist()
+                raise UserError(fault.sentence(row_id(places) if row_id else known))
+
+    def learn(self, batch: Batch) -> None:
+        """Finds out, from rows that are right, which columns of other rows have to be looked at, and how."""
+        batch = _rows(batch, slice(0, _LEARN_ROWS))
+        trace, lookups = self._evaluate(batch)
+        filters: dict[str, list[Callable[[Column], bool]]] = {}
+        for site in _observed(trace, self.model.plate):
+            support = innermost(site["fn"]).support
+            name = _column_of(site["value"], batch.columns)
+            if name is None or any(True for _ in tensors_of(support)):
+                return  # the model has to be evaluated
+            if not self._known(name, support, batch):
+                filters.setdefault(name, []).append(partial(_all_hold, support))
+        for lookup in lookups:
+            name = lookup.column(batch.columns)
+            if always_fits(lookup, None if name is None else batch.columns[name]):
+                continue
+            if name is None or not isinstance(batch.columns[name], Tensor):
+                return
+            low, high = self.bounds.get(name, (-1, lookup.size))
+            if low < 0 or high >= lookup.size:
+                filters.setdefault(name, []).append(partial(_all_within, 0, lookup.size - 1))
+        if self.model.weighted and not self.bounds.get(WEIGHT, (-1, 0))[0] >= 0:
+            filters.setdefault(WEIGHT, []).append(partial(_all_within, 0, math.inf))
+        self._filters = filters
+
+    def is_right(self, columns: Mapping[str, Column]) -> bool:
+        """Whether the columns alone tell that all rows are right, however their rows are arranged."""
+        if self._filters is None:
+            return False
+        return all(check(columns[name]) for name, checks in self._filters.items() for check in checks)
+
+    def faults(self, batch: Batch, density: bool = False) -> Iterator[Fault]:
+        """What is wrong with rows of ``batch``, one kind after the other."""
+        if self.model.weighted:
+            yield from _of_weight(batch.columns[WEIGHT])
+        try:
+            trace, lookups = self._evaluate(batch)
+        except (IndexError, RuntimeError, ValueError) as error:
+            yield self._failing(batch, error)
+            return
+        used = torch.zeros(batch.size, dtype=torch.bool, device=batch.valid.device)
+        sites = list(_observed(trace, self.model.plate))
+        for site in sites:
+            dim = _row_dim(site, self.model.plate)
+            counts = _counts(site)
+            used |= _by_row(counts, dim, batch.size).any(1)
+            for fault in _outside(site, counts, supported(site["fn"], site["value"]), dim, batch.size):
+                if site["name"] not in self._of_latents(batch):
+                    yield fault
+        for lookup in lookups:
+            yield from _of_lookup(lookup, used if sites else ~used, batch.columns)
+        for site in sites if density else ():
+            for fault in _without_density(site, _row_dim(site, self.model.plate), batch.size):
+                if site["name"] not in self._of_latents(batch):
+                    yield fault
+
+    def _evaluate(self, batch: Batch, with_gradient: bool = False) -> tuple[poutine.Trace, list[Lookup]]:
+        device = batch.valid.device
+        zero = AtZero(batch.dtype, device)
+        zero.options["requires_grad"] = with_gradient
+
+        def run() -> poutine.Trace:
+            with zero:
+                return poutine.trace(self.model).get_trace(batch)
+
+        kept = torch.random.fork_rng([] if device.type == "cpu" else [device])
+        watch = WatchIndices(batch.columns)
+        with kept, torch.set_grad_enabled(with_gradient), pyro.validation_enabled(False), watch:
+            return self.call(run, with_gradient), watch.found
+
+    def _of_latents(self, batch: Batch) -> set[str]:
+        """The sites whose support depends on latents: a value that is outside it here may be inside elsewhere."""
+        if self._varying is None:
+            trace, _ = self._evaluate(_rows(batch, slice(0, _PROBE_ROWS)), with_gradient=True)
+            self._varying = {
+                site["name"]
+                for site in _observed(trace, self.model.plate)
+                if any(each.requires_grad for each in tensors_of(getattr(innermost(site["fn"]), "support", None)))
+            }
+        return self._varying
+
+    def _failing(self, batch: Batch, error: Exception) -> Fault:
+        """The first row at which the model cannot be evaluated. Raises ``error`` where it is not for some rows."""
+        rows = list(range(batch.size))
+        if self._error(batch, rows[:1]) and self._error(batch, rows[-1:]):
+            raise error
+        while len(rows) > 1:
+            half = rows[: len(rows) // 2]
+            rows = half if self._error(batch, half) else rows[len(half) :]
+        alone = self._error(batch, rows)
+        if alone is None:
+            raise error
+        return Fault(rows, "the model cannot be evaluated", f" ({first_line(alone)})", "correct the row, or drop it")
+
+    def _error(self, batch: Batch, rows: list[int]) -> Exception | None:
+        try:
+            self._evaluate(_rows(batch, torch.tensor(rows)))
+        except (IndexError, RuntimeError, ValueError) as error:
+            return error
+        return None
+
+    def _known(self, name: str, support: Any, batch: Batch) -> bool:
+        """Whether the least and the greatest number of a column tell that all of it lies in ``support``."""
+        if name not in self.bounds or not is_interval(support):
+            return False
+        if support.is_discrete and batch.columns[name].is_floating_point():
+            return False
+        return bool(holds(support, torch.tensor(self.bounds[name], dtype=torch.float64)).all())
+
+
+def _observed(trace: poutine.Trace, plate: str) -> Iterator[Site]:
+    """The sites inside the data plate whose values are data."""
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or not site["is_observed"] or isinstance(site["fn"], _Subsample):
+            continue
+        if inside(site, plate) and not is_deterministic(site) and torch.as_tensor(site["value"]).numel():
+            yield site
+
+
+def _counts(site: Site) -> Tensor:
+    """Whether mask and scale let an element of the batch shape count."""
+    value = site["value"]
+    counts = value.new_ones(site["fn"].batch_shape, dtype=torch.bool)
+    mask, scale = site["mask"], torch.as_tensor(site["scale"], device=value.device)
+    counts = counts & (scale > 0)
+    return counts if mask is None else counts & torch.as_tensor(mask, device=value.device)
+
+
+def _row_dim(site: Site, plate: str) -> int:
+    """The dimension of the batch shape, from the right, that is the rows'."""
+    return int(next(frame.dim for frame in site["cond_indep_stack"] if frame.name == plate))
+
+
+def _by_row(values: Tensor, dim: int, rows: int, inner: int = 0) -> Tensor:
+    """``values`` [batch shape + ``inner`` dimensions] as [B, ...], everything else flattened."""
+    dim = dim - inner
+    shape = torch.broadcast_shapes(values.shape, (rows, *(1,) * (-dim - 1)))
+    return values.expand(shape).movedim(dim, 0).reshape(rows, -1)
+
+
+def _all_hold(support: Any, column: Tensor) -> bool:
+    return bool(holds(support, column).all())
+
+
+def _all_within(low: float, high: float, column: Tensor) -> bool:
+    return bool(((column >= low) & (column <= high)).all())
+
+
+def _of_weight(weight: Tensor) -> Iterator[Fault]:
+    where = (~((weight >= 0) & torch.isfinite(weight))).nonzero()[:_FEW, 0].tolist()
+    if where:
+        what = f'column "{WEIGHT}" is {float(weight[where[0]]):g}'
+        yield Fault(where, what, "", "a row stands for 0 observations or more")
+
+
+def _outside(site: Site, counts: Tensor, right: Tensor, dim: int, rows: int) -> Iterator[Fault]:
+    """Values that count and are not ``right`` [batch shape + a few dimensions of an event]."""
+    shape = site["fn"].batch_shape
+    value = site["value"].expand(torch.broadcast_shapes(site["value"].shape, shape + site["fn"].event_shape))
+    inner = max(right.dim() - len(shape), 0)
+    bad = _by_row(counts.reshape(*counts.shape, *(1,) * inner) & ~right, dim, rows, inner)
+    where = bad.any(1).nonzero()[:_FEW, 0].tolist()
+    if not where:
+        return
+    of_event = value.dim() - len(shape)
+    each = _by_row(value, dim, rows, of_event)[where[0]].reshape(bad.shape[1], -1)[int(bad[where[0]].int().argmax())]
+    fn = innermost(site["fn"])
+    yield Fault(
+        where,
+        f'site "{site["name"]}" observes {_shown(each)}',
+        f", outside the support of {type(fn).__name__} ({in_words(fn.support)})",
+        "correct it, drop the row, or take it out of the likelihood with poutine.mask",
+    )
+
+
+def _of_lookup(lookup: Lookup, used: Tensor, columns: Mapping[str, Column]) -> Iterator[Fault]:
+    """Indices that torch refuses, and, of the rows that are ``used`` [B], those that it would count from the end."""
+    rows, at = lookup.outside(lookup.low)
+    if not len(rows):
+        rows, at = lookup.outside(0)
+        kept = rows < len(used)  # entries that no row has are not of any
+        rows, at = rows[kept], at[kept]
+        rows, at = rows[used[rows]], at[used[rows]]
+    if len(rows):
+        name = lookup.column(dict(columns))
+        yield Fault(
+            list(dict.fromkeys(rows.tolist()))[:_FEW],
+            f'{f"""column "{name}" """ if name else "an index made from the columns "}is {int(at[0])}',
+            f", where the model indexes a table of {lookup.size:,} (0 to {lookup.size - 1:,})",
+            "number the levels from 0, or give the table a place for each",
+        )
+
+
+def _without_density(site: Site, dim: int, rows: int) -> Iterator[Fault]:
+    density = log_prob(site)
+    bad = _by_row(_counts(site) & ~torch.isfinite(density), dim, rows)
+    where = bad.any(1).nonzero()[:_FEW, 0].tolist()
+    if where:
+        there = _by_row(density, dim, rows)[where[0]][bad[where[0]]][0]
+        yield Fault(
+            where,
+            f'the log density of site "{site["name"]}" is {float(there):g}',
+            " where training starts",
+            "look for extreme values in the row, and for a model that divides by zero or takes the log of it there",
+        )
+
+
+def _column_of(value: Tensor, columns: Mapping[str, Column]) -> str | None:
+    """The column that an observed value is."""
+    for name, column in columns.items():
+        flat = column.reshape(-1) if isinstance(column, Tensor) else value.new_empty(0)
+        if len(flat) == value.numel() and bool((flat == value.reshape(-1)).all()):
+            return name
+    return None
+
+
+def _rows(batch: Batch, rows: Any) -> Batch:
+    """Some rows of a batch."""
+    columns = {name: column[rows] for name, column in batch.columns.items()}
+    count = len(next(iter(columns.values())))
+    row_id = None if batch.row_id is None else batch.row_id[rows]
+    return Batch(columns, batch.valid.new_tensor(count), batch.scale, row_id)
+
+
+def _shown(values: Tensor) -> str:
+    each = [f"{value:.6g}" for value in values.tolist()[:4]]
+    return each[0] if len(values) == 1 else f"[{', '.join(each)}{', …' if len(values) > 4 else ''}]"

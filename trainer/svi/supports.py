@@ -1,0 +1,85 @@
+"""Whether values lie in the support of a distribution, element by element, and the support in words."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Independent, constraints
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution without what expands, masks or joins it."""
+    while isinstance(fn, (dist.MaskedDistribution, Independent, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def supported(fn: Any, value: Tensor) -> Tensor:
+    """Whether each element of ``value`` lies in the support; where ``fn`` masks it, it does.
+
+    Its shape is the batch shape of the `innermost` distribution, as far as ``value`` has it.
+    """
+    if isinstance(fn, dist.MaskedDistribution):
+        mask = torch.as_tensor(fn._mask, device=value.device)
+        inside = supported(fn.base_dist, value)
+        return inside | ~mask.reshape(*mask.shape, *(1,) * (inside.dim() - len(fn.batch_shape)))
+    if isinstance(fn, (Independent, dist.ExpandedDistribution)):
+        return supported(fn.base_dist, value)
+    try:
+        return holds(fn.support, value)
+    except (NotImplementedError, AttributeError):  # it does not say
+        return value.new_ones(value.shape[: value.dim() - len(fn.event_shape)], dtype=torch.bool)
+
+
+def holds(constraint: Any, value: Tensor) -> Tensor:
+    """Whether each element of ``value`` satisfies it."""
+    if constraint is constraints.simplex:  # torch allows 1e-6, which shares in float32 need not keep
+        return (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < 1e-4)
+    return constraint.check(value.long() if value.dtype == torch.bool else value)
+
+
+def tensors_of(constraint: Any) -> Iterator[Tensor]:
+    """The tensors that a constraint is made of."""
+    for part in vars(constraint).values() if hasattr(constraint, "__dict__") else ():
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, constraints.Constraint):
+            yield from tensors_of(part)
+        elif isinstance(part, list | tuple):
+            for each in part:
+                yield from [each] if isinstance(each, Tensor) else tensors_of(each)
+
+
+def is_interval(constraint: Any) -> bool:
+    """Whether scalars between two of its values have it too, if they are whole where the constraint is discrete."""
+    known = type(constraint).__module__ == constraints.__name__ and not constraint.event_dim
+    return known and not any(True for _ in tensors_of(constraint))
+
+
+def in_words(constraint: Any) -> str:
+    """What lies in it: "0 or 1", "whole numbers from 0"."""
+    while isinstance(getattr(constraint, "base_constraint", None), constraints.Constraint):
+        constraint = constraint.base_constraint
+    low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
+    whole = "whole numbers " if getattr(constraint, "is_discrete", False) else ""
+    low, high = _number(low), _number(high)
+    if constraint is constraints.boolean:
+        return "0 or 1"
+    if constraint is constraints.real:
+        return "numbers"
+    if low and high:
+        return f"{whole}from {low} to {high}"
+    if low:
+        above = isinstance(constraint, type(constraints.positive))
+        return f"{whole}{'above' if above else 'from'} {low}"
+    if high:
+        return f"{whole}up to {high}"
+    return str(constraint).removesuffix("()")
+
+
+def _number(bound: Any) -> str:
+    if isinstance(bound, Tensor):
+        return f"{bound.min().item():g}" if bound.numel() and bound.min() == bound.max() else "the row's own bound"
+    return "" if bound is None else f"{bound:g}"
