@@ -157,9 +157,9 @@ TABLES = {
 }
 
 
-def levels(level, y, take=TABLES["indexing"]):
+def levels(level, y, take=TABLES["indexing"], known=True):
     e = pyro.sample("e", dist.Normal(torch.zeros(5, dtype=F64), 1.0).to_event(1))
-    with pyro.plate("data", len(y)):
+    with pyro.plate("data", len(y)), poutine.mask(mask=known):
         pyro.sample("y", dist.Normal(take(e, level), 1.0), obs=y)
 
 
@@ -181,8 +181,7 @@ def test_an_index_outside_its_table_is_named_with_its_row(how, wrong):
 
 def test_an_index_that_wraps_around_may_be_where_the_row_does_not_count():
     def model(level, y):
-        with poutine.mask(mask=level >= 0):
-            levels(level, y)
+        levels(level, y, known=level >= 0)
 
     check = check_of(model, {"level": LEVEL, "y": X})
     spoilt = LEVEL.clone()

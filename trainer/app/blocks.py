@@ -117,7 +117,7 @@ def _groups(
             check()
             joined = _joined([_made(number, each, module) for number, each in zip(numbers, stored)])
             if module.first_pass is not None:
-                module.first_pass.of_block(folder, joined)
+                module.first_pass.of_block(folder, joined, module.step)
             yield joined
         if module.first_pass is not None and sum(map(len, groups)) == len(folder.block_rows):
             module.first_pass.done(folder)

@@ -46,9 +46,9 @@ class FirstPass:
             return error
         return None
 
-    def of_block(self, folder: ShardFolder, block: Block) -> None:
-        """Raises UserError for a wrong row."""
-        if any(each is folder for each in self._done):
+    def of_block(self, folder: ShardFolder, block: Block, step: int) -> None:
+        """Raises UserError for a wrong row of a block that is met at ``step``."""
+        if any(each is folder for each in self._done) or (folder is self.folder and step >= self.until):
             return
         if folder is not self.folder or not self.check.is_right(block.columns):  # bounds are those of this folder
             count = torch.tensor(len(block.row_id), device=block.row_id.device)

@@ -84,7 +84,8 @@ class VariationalModule(pl.LightningModule):
             )
         try:
             most = data.most_slots(self.program.sync_every)
-            error, chunk = None, self.transfer_batch_to_device(data.trial_chunk(_TRIAL_SLOTS), device, 0)
+            chunk = self.transfer_batch_to_device(data.trial_chunk(_TRIAL_SLOTS), device, 0)
+            error = self._checked(chunk)
         except UserError as found:
             error = found
         raise_together(error, device)
