@@ -132,7 +132,7 @@ def test_a_resumed_run_reads_what_an_uninterrupted_one_would_have(folder: ShardF
                 chunk.batch_rows[k],
                 chunk.row_id[k].copy(),  # type: ignore[index]
             )
-            for chunk in reader.chunks(spans(first, last, slots, every=((5, 0),)))
+            for chunk in reader.chunks(spans(first, last, lambda: slots, every=((5, 0),)))
             for k in range(len(chunk.valid))
         ]
         reader.close()
@@ -149,7 +149,7 @@ def test_a_chunk_stays_as_it_is_until_the_second_after_it_is_asked_for(folder: S
     plan, seen = plan_of(folder), []
     reader = Reader(folder, plan, list(TABLE), [list(range(8))], with_row_id=True)
     held: list[tuple[ChunkArrays, bytes]] = []
-    for chunk in reader.chunks(spans(0, 40, 3)):
+    for chunk in reader.chunks(spans(0, 40, lambda: 3)):
         assert chunk.row_id is not None
         held = [*held[-1:], (chunk, chunk.row_id.tobytes())]
         assert all(each.row_id is not None and each.row_id.tobytes() == bits for each, bits in held)
@@ -173,9 +173,17 @@ def test_values_come_in_the_types_that_are_trained_on(folder: ShardFolder) -> No
 
 
 def test_chunks_end_where_something_else_happens() -> None:
-    assert list(spans(3, 20, 4, ((5, 0), (7, 0)))) == [(3, 2), (5, 2), (7, 3), (10, 4), (14, 1), (15, 4), (19, 1)]
-    assert list(spans(3, 20, 9, ((6, 14),), (10,))) == [(3, 5), (8, 2), (10, 4), (14, 6)]
-    assert list(spans(5, 5, 4)) == []
+    assert list(spans(3, 20, lambda: 4, ((5, 0), (7, 0)))) == [
+        (3, 2),
+        (5, 2),
+        (7, 3),
+        (10, 4),
+        (14, 1),
+        (15, 4),
+        (19, 1),
+    ]
+    assert list(spans(3, 20, lambda: 9, ((6, 14),), (10,))) == [(3, 5), (8, 2), (10, 4), (14, 6)]
+    assert list(spans(5, 5, lambda: 4)) == []
 
 
 def test_a_reader_gives_only_the_columns_asked_for(folder: ShardFolder) -> None:
@@ -219,7 +227,7 @@ def test_every_block_is_read_once_a_process(folder: ShardFolder) -> None:
     folder.read_block = lambda block, name: reads.update([(block, name)]) or inner(block, name)  # type: ignore[method-assign,func-returns-value]
     plan = plan_of(folder)
     reader = Reader(folder, plan, ["int8", "float32"], Ranks(1, 0, 8, 1).lanes_by_group)
-    assert len(list(reader.chunks(spans(0, 3 * plan.steps_per_epoch, 2)))) == 9
+    assert len(list(reader.chunks(spans(0, 3 * plan.steps_per_epoch, lambda: 2)))) == 9
     reader.close()
     assert reads == dict.fromkeys(((block, name) for block in range(len(BLOCKS)) for name in ("int8", "float32")), 1)
 
@@ -255,7 +263,7 @@ def test_the_next_chunk_is_read_while_the_caller_uses_this_one(folder: ShardFold
         return inner(first, *more)
 
     reader.chunk = chunk  # type: ignore[method-assign]
-    chunks = reader.chunks(spans(0, 8, 2))
+    chunks = reader.chunks(spans(0, 8, lambda: 2))
     next(chunks)
     assert started[2].wait(60)  # a deadlock's end, not a measure
     assert not started[4].is_set()
@@ -355,7 +363,7 @@ def test_damage_ahead_is_raised_when_its_turn_comes(folder: ShardFolder) -> None
     reader = Reader(folder, plan, ["int32"], [[0]])
     given = []
     with pytest.raises(UserError, match=rf'\.tar, block {last}, column "int32" does not match its hash: copy .*\.$'):
-        given.extend(reader.chunks(spans(0, plan.steps_per_epoch, 1)))
+        given.extend(reader.chunks(spans(0, plan.steps_per_epoch, lambda: 1)))
     reader.close()
     clean = [last not in plan.pieces(t, 0).block for t in range(plan.steps_per_epoch)]
     assert len(given) == clean.index(False) > 3

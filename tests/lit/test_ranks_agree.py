@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,32 @@ from trainer.lit import module as lit_module
 from trainer.lit.metrics import is_kept
 from trainer.lit.module import VariationalModule
 from trainer.lit.strategy import same_on_all_ranks
+from trainer.svi.tracing import Untraceable
+
+
+class OnRankZeroAlone:
+    """A program that rank 1 cannot compile."""
+
+    eager = "eager"
+
+    def __init__(self, rank: int):
+        self.rank, self.abandoned = rank, False
+
+    def prepare(self, *_: object) -> None:
+        if self.rank:
+            raise Untraceable("no compiler")
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+
+def prepared(rank: int) -> list[object]:
+    """What becomes of that program on ``rank``."""
+    said: list[str] = []
+    program = OnRankZeroAlone(rank)
+    module = SimpleNamespace(program=program, state=None, say=said.append, device=torch.device("cpu"))
+    VariationalModule._prepare(module, None)  # type: ignore[arg-type]
+    return [module.program, program.abandoned, len(said)]
 
 
 def compare(rank: int, folder: str) -> None:
@@ -21,13 +48,14 @@ def compare(rank: int, folder: str) -> None:
     nearly = [torch.arange(5.0) * (1 + 1e-7 * rank), torch.tensor(3)]
     negative_zero = [torch.tensor([0.0 if rank else -0.0])]
     found = [same_on_all_ranks(each) for each in (same, nearly, negative_zero)]
-    (Path(folder) / str(rank)).write_text(str(found))
+    (Path(folder) / str(rank)).write_text(f"{found} {prepared(rank)}")
     dist.destroy_process_group()
 
 
-def test_a_bit_that_differs_is_seen_on_both_ranks(tmp_path: Path) -> None:
+def test_a_bit_that_differs_and_a_step_that_one_cannot_compile_are_seen_on_both_ranks(tmp_path: Path) -> None:
     multiprocessing.spawn(compare, (str(tmp_path),), nprocs=2)
-    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[True, False, False]"] * 2
+    found = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
+    assert found == [f"[True, False, False] ['eager', True, 1]" for rank in (0, 1)]
 
 
 def test_one_rank_agrees_with_itself() -> None:

@@ -20,7 +20,7 @@ LIST = (
     "trainer.models",
     *(
         f"trainer.svi.{name}"
-        for name in ("fused", "guides", "local_steps", "objective", "optim", "programs", "schedules")
+        for name in ("auto", "fused", "guides", "local_steps", "objective", "optim", "programs", "schedules")
     ),
     "trainer.posterior.convergence",
     "pyro.distributions",

@@ -207,7 +207,7 @@ def _train(
                      cfg.slots and int(cfg.slots), _cuts(plan, every, update.anchored),
                      tuple(end for each in update.rounds for end in (each.horizon, *segment_ends(
                          each, plan.steps_per_epoch, program.sync_every)))
-                     + tuple(end for each in report for end in each.ends),
+                     + tuple(end for each in report for end in each.ends) + program.stages,
                      int(cfg.data.memory or memory_share(here.local_size)))  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     bar = ProgressBar(console, update.horizon)
@@ -235,7 +235,10 @@ def _train(
     if (facts.get("stopped") and rule is not None) or data.first >= data.last:
         data.last = data.first  # what was cut short at the end, if anything, is all there is to do
     if data.first < data.last or not is_finished(run_dir, data.first):
-        _trainer(cfg, run_dir, here, callbacks).fit(module, data)
+        try:
+            _trainer(cfg, run_dir, here, callbacks).fit(module, data)
+        finally:
+            module.program.abandon()
     elif facts.get("stopped"):
         console.print(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
     else:

@@ -1,6 +1,6 @@
 """Chunks of consecutive steps from a shard folder, as tensors; they end wherever something else happens."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,8 @@ class Ranks:
 class ChunkData(pl.LightningDataModule):
     """Streams the training chunks of this rank from step ``first`` to ``last``.
 
-    ``slots``: steps of a chunk, set before the first is asked for. A chunk also ends where `spans` says.
+    ``slots``: steps of a chunk, set before the first is asked for; another number holds for those that are not read
+    yet. A chunk also ends where `spans` says.
     ``memory``: bytes of rows that are held at a time, at the most.
     """
 
@@ -108,7 +109,7 @@ class ChunkData(pl.LightningDataModule):
         assert self.slots is not None
         reader = self._reader()
         try:
-            for arrays in reader.chunks(spans(self.first, self.last, self.slots, self.every, self.ends)):
+            for arrays in reader.chunks(spans(self.first, self.last, lambda: self.slots or 1, self.every, self.ends)):
                 yield self._chunk(arrays)
         except UserError as error:
             yield error
@@ -129,12 +130,17 @@ class ChunkData(pl.LightningDataModule):
 
 
 def spans(
-    first: int, last: int, slots: int, every: tuple[tuple[int, int], ...] = (), ends: tuple[int, ...] = ()
+    first: int,
+    last: int,
+    slots: Callable[[], int],
+    every: tuple[tuple[int, int], ...] = (),
+    ends: tuple[int, ...] = (),
 ) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps) of each chunk: at most ``slots``, none across any of ``ends`` (of rounds) or, for
-    each (n, place) in ``every`` (checkpoints, epochs), across a step that is a multiple of n from ``place``."""
+    """(first step, number of steps) of each chunk: at most what ``slots`` gives when it is asked for, none across any
+    of ``ends`` (of rounds) or, for each (n, place) in ``every`` (checkpoints, epochs), across a step that is a multiple
+    of n from ``place``."""
     while first < last:
         cuts = (first + n - (first - place) % n for n, place in every)
-        steps = min(first + slots, last, *cuts, *(end for end in ends if end > first)) - first
+        steps = min(first + slots(), last, *cuts, *(end for end in ends if end > first)) - first
         yield first, steps
         first += steps

@@ -89,11 +89,18 @@ class VariationalModule(pl.LightningModule):
         except UserError as found:
             error = found
         raise_together(error, device)
+        self._most, self._chosen = most, data.slots
+        self._get_ready(data, chunk)
+
+    def _get_ready(self, data: ChunkData, chunk: Chunk) -> None:
+        """Prepares the program for what comes, and chooses the size of chunks by its speed."""
+        self._ready_at = self.step
         self._prepare(chunk)
-        data.slots = min(most, self._slots(chunk) if data.slots is None else data.slots)
+        slots = self._chosen or self._slots(chunk.part(0, min(_TRIAL_SLOTS, len(chunk.batch_rows))))
+        data.slots = min(self._most, slots)
 
     def _prepare(self, chunk: Chunk) -> None:
-        """Compiles the program, or falls back on the eager one, on all ranks alike."""
+        """Prepares the program, or falls back on the eager one, on all ranks alike."""
         failed = False
         try:
             self.program.prepare(self.state, chunk, self.say)
@@ -101,6 +108,9 @@ class VariationalModule(pl.LightningModule):
             failed = True
             self.say(f"training with program=eager, since the step cannot be compiled ({error})")
         if max_over_ranks(int(failed), self.device):
+            if not failed:
+                self.say("training with program=eager, since another rank cannot compile the step")
+            self.program.abandon()
             self.program = self.program.eager
 
     def _slots(self, chunk: Chunk) -> int:
@@ -121,6 +131,8 @@ class VariationalModule(pl.LightningModule):
     def training_step(self, chunk: Chunk | UserError, batch_idx: int) -> None:
         raise_together(chunk if isinstance(chunk, UserError) else self._checked(chunk), self.device)
         assert isinstance(chunk, Chunk)
+        if self.step in self.program.stages and self.step != self._ready_at:
+            self._get_ready(self.trainer.datamodule, chunk)  # type: ignore[attr-defined]
         steps = len(chunk.batch_rows)
         result = self.program.run(self.state, chunk, steps)
         self._refuse_not_finite(result, chunk)

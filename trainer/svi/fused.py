@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ class Fused:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = alone
     """Sums over the ranks by a functional collective, which a graph can hold."""
-    sync_every = 1
+    sync_every: ClassVar[int] = 1
+    stages: ClassVar[tuple[int, ...]] = ()
     _call: Section | None = field(default=None, init=False, repr=False)
     _constants: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
     _coming: Callable[[], Section] | None = field(default=None, init=False, repr=False)

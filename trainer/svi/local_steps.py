@@ -10,6 +10,7 @@ Shapes: as in `trainer.svi.programs`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class LocalSteps:
     reduce: Callable[[Tensor], Tensor] = alone
     sync_every: int = 16
     program: Callable[..., Program] = Fused
+    stages: ClassVar[tuple[int, ...]] = ()
     local: Program = field(init=False)
 
     def __post_init__(self) -> None:

@@ -60,6 +60,11 @@ class Program(Protocol):
         ...
 
     @property
+    def stages(self) -> tuple[int, ...]:
+        """Steps at which a chunk begins and it has to be prepared again, since it then runs otherwise."""
+        ...
+
+    @property
     def eager(self) -> "Reference":
         """The reference that this program must equal."""
         ...
@@ -110,6 +115,7 @@ class Eager:
     world_size: int = 1
     reduce: Callable[[Tensor], Tensor] = alone
     sync_every: ClassVar[int] = 1
+    stages: ClassVar[tuple[int, ...]] = ()
 
     @property
     def eager(self) -> "Eager":
