@@ -55,7 +55,7 @@ def compare(rank: int, folder: str) -> None:
 def test_a_bit_that_differs_and_a_step_that_one_cannot_compile_are_seen_on_both_ranks(tmp_path: Path) -> None:
     multiprocessing.spawn(compare, (str(tmp_path),), nprocs=2)
     found = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
-    assert found == [f"[True, False, False] ['eager', True, 1]" for rank in (0, 1)]
+    assert found == ["[True, False, False] ['eager', True, 1]" for rank in (0, 1)]
 
 
 def test_one_rank_agrees_with_itself() -> None:
