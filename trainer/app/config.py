@@ -1,12 +1,16 @@
 """Where the configs lie, the nodes of them that are open, and a config composed from Python."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.errors import UserError
@@ -38,6 +42,30 @@ def composed(verb: str, chosen: Mapping[str, Any]) -> DictConfig:
 
     Raises UserError for a name that is neither.
     """
+    with _hydra_kept():
+        return _composed(verb, chosen)
+
+
+@contextmanager
+def _hydra_kept() -> Iterator[None]:
+    """Leaves a Hydra program of the caller's as it was: what it has composed, its stored configs, its version base."""
+    instances, stored = dict(Singleton._instances), _copied(ConfigStore.instance().repo)
+    base = VersionBase.instance().getbase()
+    Singleton._instances.pop(GlobalHydra, None)
+    try:
+        yield
+    finally:
+        ConfigStore.instance().repo = stored
+        VersionBase.instance().version_base = base
+        Singleton._instances.clear()
+        Singleton._instances.update(instances)
+
+
+def _copied(repo: dict[str, Any]) -> dict[str, Any]:
+    return {name: _copied(node) if isinstance(node, dict) else node for name, node in repo.items()}
+
+
+def _composed(verb: str, chosen: Mapping[str, Any]) -> DictConfig:
     register_open_nodes()
     folder = config_folder()
     groups = [f"{name}={value}" for name, value in chosen.items() if (folder / name).is_dir()]

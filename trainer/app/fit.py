@@ -1,13 +1,12 @@
 """`fit`: from a table in memory, on disk or in shards to a posterior, in one call."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from trainer.data.sources.source import open_source
 from trainer.errors import Stopped, UserError
 from trainer.lit.signals import StopOnSignal
 from trainer.posterior.posterior import Posterior, between_seeds
+from trainer.svi.process import own_state
 
 _AGREE = 1.05
 
@@ -70,7 +70,7 @@ def fit(
     chosen = {**{name: value for name, value in given.items() if value is not None}, **(options or {})}
     names = typed([f"{name}={value}" for name, value in chosen.items()])
     console = Console(quiet=not progress, highlight=False)
-    with contextlib.ExitStack() as opened:
+    with own_state(), contextlib.ExitStack() as opened:
         keep = run_dir is not None
         folder = Path(run_dir or opened.enter_context(TemporaryDirectory(prefix="svi-run-")))
         packing = {"standardise": standardise, "categories": categories, "missing": missing, "held_out": held_out}
@@ -124,7 +124,7 @@ def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> P
     here = world(cfg.trainer)
     if here.size > 1:
         raise UserError("fit works in this process alone: for several ranks, use svi train.")
-    with _process_kept():
+    with own_state(int(cfg.seed)):
         threads = share_threads(1, cfg.threads)
         quiet_lightning()
         try:
@@ -134,14 +134,3 @@ def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> P
         except Stopped:
             raise KeyboardInterrupt from None
         return finish.posterior(module)
-
-
-@contextlib.contextmanager
-def _process_kept() -> Iterator[None]:
-    """Puts the default dtype and the number of threads back."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)

@@ -31,6 +31,7 @@ from trainer.svi.latents import Site
 from trainer.svi.materialise import GuideFactory, guide_factory, materialise
 from trainer.svi.objective import Objective
 from trainer.svi.plates import Batch, arguments
+from trainer.svi.process import each_in_own_state, own_state
 from trainer.svi.rows import of_plain, plain
 from trainer.svi.step import Inference
 
@@ -66,6 +67,7 @@ class Posterior:
     rhat: dict[str, np.ndarray] = field(default_factory=dict)
     """Between seeds, for every latent, where several were fitted (`between_seeds`)."""
 
+    @own_state()
     def sample(self, num_draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
         """Independent draws [R, ...] of every latent outside the data plate, in the model's own (constrained) space.
 
@@ -80,6 +82,7 @@ class Posterior:
                 drawn.setdefault(name, []).append(node["value"].detach().cpu().numpy())
         return {name: np.stack(values) for name, values in drawn.items()}
 
+    @own_state()
     def summary(self) -> list[SiteSummary]:
         """Mean, sd and quantiles of every latent, and the guide's own location and scale."""
         return summarise(self.inference, self.theta, self.rows)
@@ -120,6 +123,16 @@ class Posterior:
 
         ``progress(rows_done, rows_total)`` is called after each.
         """
+        return each_in_own_state(self._predictions(data, num_draws, quantiles, seed, progress))
+
+    def _predictions(
+        self,
+        data: Any,
+        num_draws: int,
+        quantiles: Sequence[float],
+        seed: int,
+        progress: Callable[[int, int | None], None] | None,
+    ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
         total, tables = self._columns(data)
         done = 0
         for batch in self._batches(tables):
@@ -174,6 +187,7 @@ class Posterior:
         packed = {column.name for column in self.index.columns}
         return [name for name, each in parameters.items() if name in packed and each.default is each.empty]
 
+    @own_state()
     def save(self, path: str | Path) -> None:
         """Writes one file, whole or not at all: the parameters, the few rows, the columns' description, the metrics."""
         inference = self.inference
@@ -206,6 +220,7 @@ class Posterior:
         return cls.of_factory(path, model, lambda columns, plate: guide_factory(guide, columns, plate))
 
     @classmethod
+    @own_state()
     def of_factory(
         cls, path: str | Path, model: Callable[..., Any], factory: Callable[[tuple[str, ...], str], GuideFactory]
     ) -> "Posterior":

@@ -30,7 +30,7 @@ from trainer.svi.plates import Batch
 from trainer.svi.step import Inference
 
 _QUANTILES = (0.05, 0.5, 0.95)
-_NODES = torch.linspace(-9, 9, 181, dtype=torch.float64)
+_NODES = torch.linspace(-9, 9, 181, dtype=torch.float64, device="cpu")  # whatever the default is at import
 _STREAM = 0x5077  # this file's noise is nobody else's
 _DRAWS = 4_000
 _FEWEST_DRAWS = 200
