@@ -87,6 +87,7 @@ class Posterior:
         """Mean, sd and quantiles of every latent, and the guide's own location and scale."""
         return summarise(self.inference, self.theta, self.rows)
 
+    @own_state()
     def parameters(self) -> dict[str, np.ndarray]:
         """The model's own trained parameters (point estimates), as the model sees them: of its modules, and of
         `pyro.param`."""
