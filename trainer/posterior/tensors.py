@@ -20,14 +20,15 @@ def shared(rows: Rows) -> Any:
 
 
 def to_tensor(rows: Rows, dtype: torch.dtype) -> Any:
-    """Floats, and the values of sparse rows, as ``dtype``; everything else as int64."""
+    """Floats, and the values of sparse rows, as ``dtype``; truth values as they are; other numbers as int64."""
     if isinstance(rows, CsrRows):
         rows = CsrRows(rows.offsets, rows.indices.astype(np.int64), rows.values.astype(np.float64), rows.width)
     elif isinstance(rows, np.ndarray):
         rows = np.ascontiguousarray(rows)
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        number = tensor.is_floating_point() or tensor.dtype == torch.bool
-        return tensor.to(dtype if number else torch.int64)
+        if tensor.dtype == torch.bool:
+            return tensor
+        return tensor.to(dtype if tensor.is_floating_point() else torch.int64)
 
     return each_tensor(shared(rows), cast)

@@ -28,6 +28,13 @@ def on_the_first_batch() -> Iterator[None]:
     """What validation finds inside the model (a distribution refuses its parameters) as one sentence with the site."""
     try:
         yield
+    except IndexError as error:
+        if "shape of the mask" not in str(error):
+            raise
+        raise UserError(
+            f"the model indexes with a column of truth values, which selects rows ({str(error).splitlines()[0]}): "
+            "write effect[treated.long()] to look up a value for each row, or torch.where to choose between two."
+        ) from error
     except ValueError as error:
         reached = re.findall(r"^ *(\S+) dist\b", str(error), re.MULTILINE)  # the table that Pyro adds to an error
         where = f' after site "{reached[-1]}"' if reached else ""

@@ -140,17 +140,32 @@ class FromUnconstrained(Messenger):
 
 def log_prob(site: Site) -> Tensor:
     """log p of a site's value [batch shape], before scale and mask."""
-    fn, value = site["fn"], site["value"]
+    first, *other = _as_taken(site["fn"], site["value"])
     try:
         try:
-            return fn.log_prob(value, *site["args"], **site["kwargs"])
-        except (RuntimeError, TypeError):
-            if not isinstance(value, Tensor) or value.is_floating_point():
+            return site["fn"].log_prob(first, *site["args"], **site["kwargs"])
+        except (RuntimeError, IndexError, TypeError):
+            if not other:
                 raise
-        # Labels and counts as integers or truth values, where the likelihood computes with floats.
-        return fn.log_prob(value.to(torch.get_default_dtype()), *site["args"], **site["kwargs"])
+        return site["fn"].log_prob(other[0], *site["args"], **site["kwargs"])
     except ValueError as error:  # a value outside the support, found by validation at the start
         raise UserError(f'site "{site["name"]}" has no density at its value: {str(error).splitlines()[0]}') from error
+
+
+def _as_taken(fn: Any, value: Any) -> list[Any]:
+    """``value`` as a distribution takes it: whole numbers and truth values as floats, unless it indexes with them.
+
+    A class of the user's may do either, so it has a second choice.
+    """
+    if not isinstance(value, Tensor) or value.is_floating_point():
+        return [value]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    floats = value.to(torch.get_default_dtype())
+    if isinstance(fn, torch.distributions.Categorical):
+        return [value]
+    known = type(fn).__module__.startswith(("torch.distributions.", "pyro.distributions."))
+    return [floats, value] if known else [value, floats]
 
 
 def total(site: Site, values: Tensor) -> Tensor:

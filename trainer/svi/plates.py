@@ -9,6 +9,7 @@ Shapes: B rows of a batch (padding included), the first `valid` of which count.
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.svi.promotion import Promoting
 from trainer.svi.rows import Column
 
 WEIGHT = "weight"
@@ -168,8 +170,12 @@ class PlatedModel:
         """The columns that a batch has to hold."""
 
     def __call__(self, batch: Batch) -> Any:
-        with DataPlate(self.plate, batch, batch.columns.get(WEIGHT) if self.weighted else None):
-            return self.fn(**{name: batch.columns[name] for name in self.own})
+        own = {name: batch.columns[name] for name in self.own}
+        whole = any(isinstance(column, Tensor) and not column.is_floating_point() for column in own.values())
+        weight = batch.columns.get(WEIGHT) if self.weighted else None
+        # A mode is a detour for every operation, so only a model with such columns gets one.
+        with DataPlate(self.plate, batch, weight), Promoting() if whole else nullcontext():
+            return self.fn(**own)
 
 
 def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]:
