@@ -222,3 +222,32 @@ def test_nothing_is_left_behind_in_pyros_store_or_between_two_builds():
         fit(inference, theta, 3)
     assert torch.equal(*thetas)
     assert not list(pyro.get_param_store().keys())
+
+
+class Twice(nn.Module):
+    """A module that is reached by three names, and a parameter that stands in two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(2, 2, dtype=F64)
+        self.again, self.tied = self.one, nn.Linear(2, 2, dtype=F64)
+        self.tied.weight = self.one.weight
+
+    def model(self, x, y):
+        pyro.module("inner", self.one)
+        body((self.tied(x) + self.again(x)).sum(-1), 1.0, y)
+
+
+def test_a_module_holds_its_own_parameters_again_after_each_call():
+    net = Twice()
+    before = dict(net.named_parameters())
+    inference, theta = build(net.model, x=X, y=Y)
+    assert {name: value is before[name] for name, value in net.named_parameters()} == dict.fromkeys(before, True)
+    assert net.tied.weight is net.one.weight is net.again.weight
+    slope = grad(inference, theta, noise_of(torch.zeros(1, 1, 1, dtype=F64)), one_group(x=X, y=Y))
+    by_name = inference.parameters.unflatten(slope)
+    (bias,) = (value for name, value in by_name.items() if name.endswith("tied.bias"))
+    (other,) = (value for name, value in by_name.items() if name.endswith("inner.bias"))
+    assert torch.equal(bias, other)
+    residual = Y - (net.tied(X) + net.again(X)).sum(-1).detach()
+    torch.testing.assert_close(bias, residual.sum().expand(2), rtol=1e-12, atol=0)

@@ -27,9 +27,10 @@ from trainer.app.budget import update_of
 from trainer.app.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.app.data import cache_of, held_out_split, places, training_split
 from trainer.app.finish import Finish, is_finished
-from trainer.app.first_rows import MOST, first_pass, first_rows, one_group
+from trainer.app.first_rows import first_pass, first_rows, one_group
 from trainer.app.launch import is_restarted, memory_share
 from trainer.app.loggers import make_loggers
+from trainer.app.precision import in_its_precision
 from trainer.app.quarantine import without_damage
 from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
 from trainer.app.run_folder import save_words
@@ -133,8 +134,6 @@ def train(
         if cfg.data.on_corrupt == "quarantine":
             folder = without_damage(folder, run_dir, here, console)
             held_out = held_out and without_damage(held_out, run_dir, here, console)
-        cfg.dtype = cfg.dtype or ("float64" if folder.num_rows <= MOST else "float32")
-        torch.set_default_dtype(_dtype(cfg.dtype))
         return _train(cfg, run_dir, here, threads, console, signals, given, folder, held_out)
 
 
@@ -152,7 +151,9 @@ def _train(
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
     plan = resume.plan_of(plan_facts, folder)
-    inference, theta = infer(cfg, folder, given)
+    cfg.dtype, (inference, theta) = in_its_precision(
+        cfg.dtype, folder.num_rows, lambda: infer(cfg, folder, given), console.print
+    )
     for line in precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()):
         console.print(line)
     began, first = time.monotonic(), first_rows(folder, inference.model.arguments)
@@ -359,9 +360,3 @@ def _report(
     from trainer.app.trial import Report  # Optuna, which only sweeps need
 
     return [Report(cfg.trial, folder, int(cfg.seed), horizon, unit, facts, signals.check)]
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in ("float32", "float64"):
-        raise UserError(f"dtype={name} is not supported: use float32 or float64.")
-    return getattr(torch, name)

@@ -3,8 +3,8 @@
 Shapes: B rows of a batch.
 """
 
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,18 +20,12 @@ from trainer.svi.latents import Site, is_latent
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.pyro_guides import NO_LATENT, PyroGuide
-from trainer.svi.step import Inference
+from trainer.svi.step import Inference, in_dtype
 
 
-@contextmanager
-def dtype_of(theta: Tensor) -> Iterator[None]:
+def dtype_of(theta: Tensor) -> AbstractContextManager[None]:
     """torch's default dtype as while training, for models that make tensors of their own."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(theta.dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    return in_dtype(theta.dtype)
 
 
 def draw(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int, sign: float = 1.0) -> Draw:

@@ -115,6 +115,19 @@ def check_finite(terms: dict[str, Term]) -> None:
         )
 
 
+def refuse_batch_norm(modules: torch.nn.Module) -> None:
+    """Raises UserError for a layer that normalises by the rows that come together."""
+    for name, module in modules.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise UserError(
+                f'module "{name}" is a {type(module).__name__} in training mode, so the model is not exchangeable over '
+                "rows: what it makes of a row depends on the others of its batch; take LayerNorm or leave it out, or "
+                "give it in evaluation mode (.eval()) with the statistics that it has learnt."
+            )
+
+
 def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batch) -> None:
     """At a fixed z the batch's log-likelihood is the sum of its halves' and does not change when rows are permuted.
 

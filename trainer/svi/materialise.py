@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.svi.checks import check_exchangeable, check_finite, check_model, on_the_first_batch
+from trainer.svi.checks import check_exchangeable, check_finite, check_model, on_the_first_batch, refuse_batch_norm
 from trainer.svi.guides import Guide, MeanField, Noise
 from trainer.svi.laplace import Laplace
 from trainer.svi.latents import has_latents
@@ -19,7 +19,7 @@ from trainer.svi.objective import Objective, elbo_terms
 from trainer.svi.parameters import Parameters
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.pyro_guides import PyroGuide, is_autoguide, no_guide, own_copy
-from trainer.svi.step import Inference
+from trainer.svi.step import Inference, in_dtype
 
 GuideFactory = Callable[[PlatedModel, Batch], Guide]
 
@@ -88,23 +88,37 @@ def materialise(
 
     with pyro.validation_enabled(True), on_the_first_batch():
         parameters = Parameters.capture(run)
+        refuse_batch_norm(parameters.modules)
         if not parameters.shapes:
             raise UserError(_NOTHING[has_latents(plated, batch)])
         theta = parameters.flatten(parameters.initial).to(batch.dtype)
         fitted = made[0]
 
-        def evaluate(at: Batch) -> Any:
+        def evaluate(at: Batch, dtype: torch.dtype = theta.dtype) -> Any:
             def terms(values: dict[str, Tensor]) -> Any:
-                return elbo_terms(plated, fitted, values, _quiet_noise(fitted, at, theta), at, objective.kl)
+                return elbo_terms(plated, fitted, values, _quiet_noise(fitted, at, theta.to(dtype)), at, objective.kl)
 
-            return parameters.call(parameters.unflatten(theta), terms)
+            return parameters.call(parameters.unflatten(theta.to(dtype)), terms)
 
         with torch.no_grad():
             first = evaluate(batch)
             check_finite(first)
             check_exchangeable(evaluate, batch)
+        wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)
     kinds = tuple(term.kind for term in first.values())
-    return Inference(plated, fitted, parameters, objective, float(num_obs), tuple(first), kinds, tuple(derived)), theta
+    found = Inference(plated, fitted, parameters, objective, float(num_obs), tuple(first), kinds, wide, tuple(derived))
+    return found, theta
+
+
+def _computes_wide(evaluate: Callable[..., Any], batch: Batch) -> bool:
+    """Whether the model can be evaluated in float64: not where a matrix of its own is float32."""
+    columns = {name: c.double() if c.is_floating_point() else c for name, c in batch.columns.items()}
+    try:
+        with in_dtype(torch.float64), torch.no_grad(), torch.random.fork_rng(devices=()):
+            evaluate(batch._replace(columns=columns), torch.float64)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _quiet_noise(guide: Guide, batch: Batch, theta: Tensor) -> Noise:

@@ -41,7 +41,14 @@ class Parameters:
     def __init__(self, initial: dict[str, Tensor], modules: nn.ModuleDict, constrained: dict[str, Any]):
         self.initial, self.modules, self.constrained = initial, modules, constrained
         self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
-        self._in_modules = {name for name, _ in modules.named_parameters()}
+        names = {id(value): name for name, value in modules.named_parameters()}
+        # A module may be reached by several names, and a parameter stand in several modules.
+        self._places = [
+            (module._parameters, key, names[id(value)])
+            for module in modules.modules()
+            for key, value in module._parameters.items()
+            if value is not None and names[id(value)] in initial
+        ]
 
     @classmethod
     def capture(cls, run: Callable[[], tuple[dict[str, Tensor], tuple[Any, ...]]]) -> "Parameters":
@@ -80,10 +87,15 @@ class Parameters:
 
     def call(self, values: dict[str, Tensor], fn: Callable[[dict[str, Tensor]], Any]) -> Any:
         """``fn(values)`` with every module and every `pyro.param` holding ``values`` for the time of the call."""
-        own = {name: values[name] for name in self._in_modules if name in values}
-        with _settings(), _module_statement(_known_module), _Answer(values, self.constrained):
-            swapped = {f"inner.{name}": value for name, value in own.items()}
-            return torch.func.functional_call(_Scope(self.modules), swapped, (fn, values))
+        before = [held[key] for held, key, _ in self._places]
+        try:
+            for held, key, name in self._places:
+                held[key] = values[name]  # type: ignore[assignment]
+            with _settings(), _module_statement(_known_module), _Answer(values, self.constrained):
+                return fn(values)
+        finally:
+            for (held, key, _), value in zip(self._places, before):
+                held[key] = value
 
     def constrain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The values as the model sees them."""
@@ -91,17 +103,6 @@ class Parameters:
             name: transform_to(self.constrained[name])(value) if name in self.constrained else value
             for name, value in values.items()
         }
-
-
-class _Scope(nn.Module):
-    """A module whose forward is any function, so that functional_call can swap the parameters below it."""
-
-    def __init__(self, modules: nn.ModuleDict):
-        super().__init__()
-        self.inner = modules
-
-    def forward(self, fn: Callable[[Any], Any], values: Any) -> Any:
-        return fn(values)
 
 
 @contextmanager

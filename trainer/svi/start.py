@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.svi.guides import KL, MeanField
 from trainer.svi.noise import element_noise
-from trainer.svi.step import Inference, StepBatch, StepNoise
+from trainer.svi.step import Inference, StepBatch, StepNoise, in_dtype
 from trainer.svi.variance import Whitening
 
 MOST_LATENTS = 256
@@ -52,7 +52,7 @@ def laplace_start(
     guide = inference.guide
     if not isinstance(guide, MeanField) or not has_latents_alone(inference) or guide.size > MOST_LATENTS:
         return None
-    with _double():
+    with _exact(inference):
         mode = _settled(inference, rows, guide, theta.device, say)
         if mode is None:
             plain = torch.eye(guide.size, dtype=theta.dtype, device=theta.device)
@@ -116,7 +116,7 @@ def whitening_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Whiten
     def mean(at: Tensor) -> Tensor:
         return torch.stack([joint(at + scale * each) for each in where]).mean()
 
-    with _double():
+    with _exact(inference):
         made = Whitening(_factor(_hessian(mean, loc), scale), _of_draws(inference, rows, loc, scale))
     return Whitening(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
 
@@ -140,11 +140,12 @@ def _of_draws(inference: Inference, rows: StepBatch, loc: Tensor, scale: Tensor)
 
 
 def _minus_terms(inference: Inference, kl: KL, rows: StepBatch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
-    """Minus the ELBO's terms (nats) at one draw, in float64."""
+    """Minus the ELBO's terms (nats) at one draw, summed in float64."""
+    dtype = _dtype(inference)
     problem = replace(inference, objective=replace(inference.objective, kl=kl, antithetic=False, pairs=1))
-    columns = {n: c.double() if c.is_floating_point() else c for n, c in rows.columns.items()}
-    values = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": log_scale})
-    noise = StepNoise(eps[None, None], None, ((0,),))
+    columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in rows.columns.items()}
+    values = inference.parameters.flatten({"guide.loc": loc.to(dtype), "guide.log_scale": log_scale.to(dtype)})
+    noise = StepNoise(eps[None, None].to(dtype), None, ((0,),))
     return -problem.terms(values, noise, rows._replace(columns=columns), share=1.0).sum()
 
 
@@ -234,12 +235,11 @@ def _tell_of_ridge(guide: MeanField, correlation: Tensor, say: Callable[[str], N
 
 
 @contextmanager
-def _double() -> Iterator[None]:
-    """float64 for what the model makes itself."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def _exact(inference: Inference) -> Iterator[None]:
+    """The arithmetic of the start: float64 wherever the model can."""
+    with in_dtype(_dtype(inference)), torch.enable_grad():
+        yield
+
+
+def _dtype(inference: Inference) -> torch.dtype:
+    return torch.float64 if inference.wide else torch.float32

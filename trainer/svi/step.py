@@ -7,7 +7,8 @@ rank holds, at scale N / (rows of the global batch). Robbins and Monro (1951); H
 Shapes: P parameters, S sites, A lane groups of this rank, R = pairs draws per group, B rows of a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,17 @@ from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.rows import Column
 from trainer.svi.schedules import Schedule
 from trainer.svi.variance import Anchor, Whitening
+
+
+@contextmanager
+def in_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default floating type, for models that make tensors of their own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class State(NamedTuple):
@@ -72,6 +84,8 @@ class Inference:
     sites: tuple[str, ...]
     """The names of the terms, in order."""
     kinds: tuple[Kind, ...]
+    wide: bool = True
+    """Whether the model can be evaluated in float64."""
     derived: tuple[str, ...] = ()
     """Deterministic sites that latents outside the data plate alone decide."""
 

@@ -48,8 +48,8 @@ class ChunkArrays(NamedTuple):
 class Reader:
     """Chunks of the lanes of this rank: ``groups`` lists the lanes of each draw's group, all of the same number.
 
-    ``floats``: deliver floats, and the values of csr columns, as this type and everything else as int64; None: as they
-    are stored. The memory of `chunks` is that of three chunks, as stored and as delivered: 3 `step_bytes` a step.
+    ``floats``: deliver floats, and the values of csr columns, as this type, truth values as bool and everything else
+    as int64; None: as they are stored. The memory of `chunks` is that of three chunks, as stored and as delivered: 3 `step_bytes` a step.
     """
 
     def __init__(
@@ -239,9 +239,9 @@ def _stored(column: Column) -> np.dtype:
 
 def _delivered(part: Column, floats: np.dtype | None, kind: str) -> np.dtype:
     stored = _stored(part)
-    if floats is None:
+    if floats is None or stored.kind == "b":
         return stored
-    is_float = stored.kind in "fb" or (kind == "csr" and part.name.endswith(".values"))
+    is_float = stored.kind == "f" or (kind == "csr" and part.name.endswith(".values"))
     return np.dtype(floats) if is_float else np.dtype(np.int64)
 
 

@@ -1,0 +1,80 @@
+"""Which floating type a run computes in: the model's own, where it has one."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainer.app.first_rows import MOST
+from trainer.errors import UserError
+from trainer.svi.step import Inference
+
+_TYPES = {"float32": torch.float32, "float64": torch.float64}
+_SPEAKS_OF_TYPES = re.compile(
+    r"dtype|scalar type|same type|type should be|should be the same|\bdouble\b", re.IGNORECASE
+)
+
+Problem = tuple[Inference, Tensor]
+
+
+def in_its_precision(
+    wanted: str | None, rows: int, infer: Callable[[], Problem], say: Callable[[str], None]
+) -> tuple[str, Problem]:
+    """The floating type's name and what ``infer()`` makes in it; torch's default type is it from here on.
+
+    Without ``wanted`` float64 for few rows, else float32; the other one where the model cannot compute in that, since
+    modules and tensors of its own are of the other type. Raises UserError where none is possible.
+    """
+    if wanted is not None and wanted not in _TYPES:
+        raise UserError(f"dtype={wanted} is not supported: use float32 or float64.")
+    names = ["float64", "float32"] if rows <= MOST else ["float32", "float64"]
+    names = names if wanted is None else [wanted]
+    refused = ""
+    for name in names:
+        torch.set_default_dtype(_TYPES[name])
+        try:
+            problem = infer()
+        except (RuntimeError, UserError) as error:
+            refused = _mixture(error)
+            if not refused:
+                raise
+            if name == names[-1]:
+                raise UserError(_sentence(wanted, refused)) from error
+            continue
+        if refused:
+            say(f"computing in {name}: {_reason(problem[0], name, refused)}")
+        return name, problem
+    raise AssertionError
+
+
+def _mixture(error: BaseException) -> str:
+    """The first line of an error that says that two types meet, else nothing."""
+    found = error.__cause__ if isinstance(error, UserError) else error
+    if not isinstance(found, (RuntimeError, ValueError)):
+        return ""
+    line = (str(found).strip().splitlines() or [""])[0]
+    return line if _SPEAKS_OF_TYPES.search(line) else ""
+
+
+def _sentence(wanted: str | None, refused: str) -> str:
+    if wanted is None:
+        return f"the model computes neither in float64 nor in float32 ({refused}): make its tensors of one type."
+    return (
+        f"dtype={wanted} cannot be, since the model holds modules or tensors of another type ({refused}): leave dtype= "
+        "out, or convert them."
+    )
+
+
+def _reason(inference: Inference, name: str, refused: str) -> str:
+    """What is of this type: modules, else what torch said."""
+    held = {n: m for n, m in inference.parameters.modules.items() if _holds(m, _TYPES[name])}
+    named = [f'"{each}"' for each in held if each.split("_")[0] not in ("model", "guide")]  # by pyro.module
+    found = named or sorted({f'"{type(module).__name__}"' for module in held.values()})
+    if not found:
+        return f"the model holds a tensor of that type ({refused})"
+    return f"module{'s' * (len(found) > 1)} {', '.join(found)} hold{'s' * (len(found) == 1)} {name} parameters"
+
+
+def _holds(module: torch.nn.Module, dtype: torch.dtype) -> bool:
+    return any(each.dtype == dtype for each in (*module.parameters(), *module.buffers()))
