@@ -167,7 +167,7 @@ def test_values_come_in_the_types_that_are_trained_on(folder: ShardFolder) -> No
         chunk = reader.chunk(0, 3)
         reader.close()
         for name, values in stored.columns.items():
-            wanted = floats if values.dtype.kind in "fb" else np.dtype(np.int64)
+            wanted = {"f": floats, "b": np.dtype(bool)}.get(values.dtype.kind, np.dtype(np.int64))
             assert chunk.columns[name].dtype == wanted
             assert chunk.columns[name].tobytes() == values.astype(wanted).tobytes()
 

@@ -49,7 +49,8 @@ class Reader:
     """Chunks of the lanes of this rank: ``groups`` lists the lanes of each draw's group, all of the same number.
 
     ``floats``: deliver floats, and the values of csr columns, as this type, truth values as bool and everything else
-    as int64; None: as they are stored. The memory of `chunks` is that of three chunks, as stored and as delivered: 3 `step_bytes` a step.
+    as int64; None: as they are stored. The memory of `chunks` is that of three chunks, as stored and as delivered: 3
+    `step_bytes` a step.
     """
 
     def __init__(
