@@ -15,13 +15,16 @@ from trainer.data.shards.folder import is_packed
 from trainer.data.table import table_writer
 from trainer.errors import UserError
 from trainer.posterior.posterior import Posterior
+from trainer.posterior.predictive import Prediction
 
 POSTERIOR = "posterior.pt"
 """The file of a run folder that holds its answer."""
+_MOST_CLASSES = 1000  # of which each has a column
 
 
 def run(cfg: DictConfig, run_dir: Path) -> float:
-    """Writes a row for each row of the data: its number, and mean, sd and quantiles of every observed site.
+    """Writes a row for each row of the data: its number, and of every observed site mean, sd and quantiles, or the
+    most likely class and the probability of each.
 
     Returns the number of rows.
     """
@@ -39,15 +42,26 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     data = training_split(cfg.data) if packed[0] else several[0]
     rows, console, draws = 0, Console(highlight=False, soft_wrap=True), int(cfg.draws)
     with table_writer(out) as write, Watch(console, "predicting") as watch:
-        for row_id, found in posterior.predictions(data, draws, levels, int(cfg.seed), watch.show):
+        for row_id, found in posterior.predictions(data, draws, levels, int(cfg.seed), watch.show, console.print):
             columns: dict[str, np.ndarray] = {"row_id": row_id}
             for site, each in found.items():
-                columns |= {f"{site}_mean": each.mean, f"{site}_sd": each.sd}
-                columns |= {f"{site}_q{100 * level:02g}": values for level, values in zip(levels, each.quantiles)}
+                columns |= _columns(site, each, levels)
             write(columns)
             rows += len(row_id)
     console.print(f"{out}: {rows:,} rows, {draws} draws each")
     return float(rows)
+
+
+def _columns(site: str, found: Prediction, levels: Sequence[float]) -> dict[str, np.ndarray]:
+    """Of classes the most likely one and their probabilities, else mean, sd and quantiles."""
+    likely, probabilities = found.most_likely, found.probabilities
+    if likely is None or probabilities is None:
+        quantiles = {f"{site}_q{100 * level:02g}": values for level, values in zip(levels, found.quantiles)}
+        return {f"{site}_mean": found.mean, f"{site}_sd": found.sd, **quantiles}
+    if probabilities.shape[-1] > _MOST_CLASSES:
+        return {f"{site}_class": likely, f"{site}_p": probabilities.max(-1)}
+    names = [f"p_{word}" for word in found.words] if found.words else [f"p{k}" for k in range(probabilities.shape[-1])]
+    return {f"{site}_class": likely, **{f"{site}_{name}": probabilities[..., k] for k, name in enumerate(names)}}
 
 
 def posterior_of(folder: Path, allow: Sequence[str] = ()) -> Posterior:

@@ -44,9 +44,10 @@ def table_writer(path: Path) -> Iterator[Writer]:
 
 
 def _column(values: np.ndarray, kind: str) -> pa.Array:
+    """What is no number is left blank."""
     if values.ndim == 1:
-        return pa.array(values)
+        return pa.array(values, from_pandas=True)
     if kind == ".csv":
         raise UserError("a CSV file holds one number per row and column: write .parquet for sites of several.")
     flat = values.reshape(len(values), -1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel(), from_pandas=True), flat.shape[1])

@@ -5,10 +5,11 @@ Shapes: N rows, R draws, Q quantiles.
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,15 @@ from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
-from trainer.posterior.draws import draw, dtype_of, latents_of, observations, parameters_of
+from trainer.posterior.draws import draw, dtype_of, latents_of, parameters_of
+from trainer.posterior.predictive import Prediction, joined, predicted, rows_together
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MeanField
-from trainer.svi.latents import Site
 from trainer.svi.materialise import GuideFactory, guide_factory, materialise
 from trainer.svi.objective import Objective
+from trainer.svi.observed import column_of
 from trainer.svi.plates import Batch, arguments
 from trainer.svi.process import each_in_own_state, own_state
 from trainer.svi.rows import of_plain, plain
@@ -38,17 +40,6 @@ from trainer.svi.step import Inference
 FORMAT = 1
 _ROWS = 2048  # predicted at a time
 _LEVELS = (0.05, 0.5, 0.95)
-
-
-class Prediction(NamedTuple):
-    """An observed site at new rows."""
-
-    mean: np.ndarray
-    """[N, ...]."""
-    sd: np.ndarray
-    """[N, ...]: of a new observation, the posterior's uncertainty included."""
-    quantiles: np.ndarray
-    """[Q, N, ...]."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,14 +94,7 @@ class Posterior:
         for _, found in self.predictions(data, num_draws, quantiles, seed):
             for name, each in found.items():
                 parts.setdefault(name, []).append(each)
-        return {
-            name: Prediction(
-                np.concatenate([each.mean for each in every]),
-                np.concatenate([each.sd for each in every]),
-                np.concatenate([each.quantiles for each in every], axis=1),
-            )
-            for name, every in parts.items()
-        }
+        return {name: joined(every) for name, every in parts.items()}
 
     def predictions(
         self,
@@ -119,10 +103,12 @@ class Posterior:
         quantiles: Sequence[float] = _LEVELS,
         seed: int = 0,
         progress: Callable[[int, int | None], None] | None = None,
+        say: Callable[[str], None] = warnings.warn,
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
-        """`predict` a few thousand rows at a time, with their row numbers [N]: memory does not grow with N.
+        """`predict` a few thousand rows at a time, fewer of many numbers, with their row numbers [N]: memory does not
+        grow with N.
 
-        ``progress(rows_done, rows_total)`` is called after each.
+        ``progress(rows_done, rows_total)`` is called after each; ``say`` is told of a site that has no mean.
         """
         return each_in_own_state(self._predictions(data, num_draws, quantiles, seed, progress))
 
@@ -135,30 +121,35 @@ class Posterior:
         progress: Callable[[int, int | None], None] | None,
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
         total, tables = self._columns(data)
-        done = 0
+        words, done, doubted = self._words(), 0, set[str]()
         for batch in self._batches(tables):
-            assert batch.row_id is not None
-            yield batch.row_id.numpy(), self._predict(batch, num_draws, quantiles, seed)
-            done += len(batch.row_id)
-            if progress is not None:
-                progress(done, total)
+            with dtype_of(self.theta):
+                together = rows_together(self.inference, self.theta, batch, num_draws, seed)
+            for rows in torch.arange(batch.size).split(together):
+                part = batch.at(rows)
+                found = predicted(self.inference, self.theta, part, num_draws, quantiles, seed)
+                for name, each in found.items():
+                    if name not in doubted and np.isnan(each.mean).any():
+                        say(
+                            f'site "{name}" has no mean: mean and sd are blank there, its quantiles tell where it lies.'
+                        )
+                        doubted.add(name)
+                assert part.row_id is not None
+                yield part.row_id.numpy(), {name: each.named(words.get(name)) for name, each in found.items()}
+                done += part.size
+                if progress is not None:
+                    progress(done, total)
 
-    def _predict(self, batch: Batch, num_draws: int, quantiles: Sequence[float], seed: int) -> dict[str, Prediction]:
-        """Means and variances are averaged over the draws where the distribution has them, else taken of samples."""
-        values: dict[str, list[Tensor]] = {}
-        moments: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for number in range(num_draws):
-            for name, site in observations(self.inference, self.theta, batch, seed, number).items():
-                values.setdefault(name, []).append(site["value"].double())
-                moments.setdefault(name, []).append(_moments(site))
+    def _words(self) -> dict[str, tuple[str, ...]]:
+        """What the classes of observed sites are called that observe categorical columns."""
+        nodes = draw(self.inference, self.theta, self.rows, 0, 0).trace.nodes
         found = {}
-        for name, drawn in values.items():
-            samples = torch.stack(drawn)
-            means, variances = (torch.stack(each) for each in zip(*moments[name]))
-            sd = (variances.mean(0) + means.var(0, correction=0)).sqrt()
-            levels = torch.tensor(quantiles, dtype=torch.float64)
-            at = torch.quantile(samples, levels, dim=0)
-            found[name] = Prediction(means.mean(0).numpy(), sd.numpy(), at.numpy())
+        for name, kind in zip(self.inference.sites, self.inference.kinds):
+            value = nodes[name]["value"] if kind == "likelihood" else None
+            column = column_of(value, self.rows.columns) if isinstance(value, Tensor) else None
+            vocabulary = None if column is None else self.index.column(column).vocabulary
+            if vocabulary is not None:
+                found[name] = tuple(map(str, vocabulary))
         return found
 
     def _batches(self, tables: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
@@ -278,16 +269,6 @@ def between_seeds(summaries: Sequence[list[SiteSummary]]) -> dict[str, np.ndarra
         between = np.var([site.mean for site in every], axis=0, ddof=1)
         found[every[0].name] = np.sqrt(1 + between / np.maximum(within, np.finfo(float).tiny))
     return found
-
-
-def _moments(site: Site) -> tuple[Tensor, Tensor]:
-    """Mean and variance of an observed site's distribution; its sample and 0 where it does not tell them."""
-    try:
-        mean, variance = site["fn"].mean, site["fn"].variance
-    except (NotImplementedError, AttributeError):
-        mean, variance = site["value"], torch.zeros_like(site["value"])
-    shape = site["value"].shape
-    return mean.double().expand(shape), variance.double().expand(shape)
 
 
 def _packed(folder: ShardFolder, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:

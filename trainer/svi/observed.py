@@ -10,7 +10,7 @@ Shapes: B rows of a batch.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
@@ -26,6 +26,7 @@ from trainer.svi.rows import Column
 from trainer.svi.step import Inference
 from trainer.svi.supports import holds, in_words, innermost, is_interval, supported, tensors_of
 
+R = TypeVar("R")
 _ROWS = 16_384  # evaluated at once
 _LEARN_ROWS, _PROBE_ROWS = 4096, 64
 _FEW = 5
@@ -101,7 +102,7 @@ class RowCheck:
         filters: dict[str, list[Callable[[Column], bool]]] = {}
         for site in _observed(trace, self.model.plate):
             support = innermost(site["fn"]).support
-            name = _column_of(site["value"], batch.columns)
+            name = column_of(site["value"], batch.columns)
             if name is None or any(True for _ in tensors_of(support)):
                 return  # the model has to be evaluated
             if not self._known(name, support, batch):
@@ -132,7 +133,7 @@ class RowCheck:
         try:
             trace, lookups = self._evaluate(batch)
         except (IndexError, RuntimeError, ValueError) as error:
-            yield self._failing(batch, error)
+            yield _failing(self._evaluate, batch, error)
             return
         used = torch.zeros(batch.size, dtype=torch.bool, device=batch.valid.device)
         sites = list(_observed(trace, self.model.plate))
@@ -175,26 +176,6 @@ class RowCheck:
             }
         return self._varying
 
-    def _failing(self, batch: Batch, error: Exception) -> Fault:
-        """The first row at which the model cannot be evaluated. Raises ``error`` where it is not for some rows."""
-        rows = list(range(batch.size))
-        if self._error(batch, rows[:1]) and self._error(batch, rows[-1:]):
-            raise error
-        while len(rows) > 1:
-            half = rows[: len(rows) // 2]
-            rows = half if self._error(batch, half) else rows[len(half) :]
-        alone = self._error(batch, rows)
-        if alone is None:
-            raise error
-        return Fault(rows, "the model cannot be evaluated", f" ({first_line(alone)})", "correct the row, or drop it")
-
-    def _error(self, batch: Batch, rows: list[int]) -> Exception | None:
-        try:
-            self._evaluate(_rows(batch, torch.tensor(rows)))
-        except (IndexError, RuntimeError, ValueError) as error:
-            return error
-        return None
-
     def _known(self, name: str, support: Any, batch: Batch) -> bool:
         """Whether the least and the greatest number of a column tell that all of it lies in ``support``."""
         if name not in self.bounds or not is_interval(support):
@@ -202,6 +183,43 @@ class RowCheck:
         if support.is_discrete and batch.columns[name].is_floating_point():
             return False
         return bool(holds(support, torch.tensor(self.bounds[name], dtype=torch.float64)).all())
+
+
+def with_lookups_checked(evaluate: Callable[[Batch], R], batch: Batch) -> R:
+    """``evaluate(batch)``. Raises UserError for the first row whose index is out of range, or that fails alone."""
+    try:
+        with WatchIndices(batch.columns) as watch:
+            made = evaluate(batch)
+        every = torch.ones(batch.size, dtype=torch.bool, device=batch.valid.device)
+        found = (fault for lookup in watch.found for fault in _of_lookup(lookup, every, batch.columns))
+        fault = next(found, None)
+    except (IndexError, RuntimeError, ValueError) as error:
+        fault = _failing(evaluate, batch, error)
+    if fault is not None:
+        raise UserError(fault.sentence([row if batch.row_id is None else int(batch.row_id[row]) for row in fault.rows]))
+    return made
+
+
+def _failing(evaluate: Callable[[Batch], Any], batch: Batch, error: Exception) -> Fault:
+    """The first row at which the model cannot be evaluated. Raises ``error`` where it is not for some rows."""
+
+    def fails(rows: list[int]) -> Exception | None:
+        try:
+            evaluate(batch.at(torch.tensor(rows, device=batch.valid.device)))
+        except (IndexError, RuntimeError, ValueError) as found:
+            return found
+        return None
+
+    rows = list(range(batch.size))
+    if fails(rows[:1]) and fails(rows[-1:]):
+        raise error
+    while len(rows) > 1:
+        half = rows[: len(rows) // 2]
+        rows = half if fails(half) else rows[len(half) :]
+    alone = fails(rows)
+    if alone is None:
+        raise error
+    return Fault(rows, "the model cannot be evaluated", f" ({first_line(alone)})", "correct the row, or drop it")
 
 
 def _observed(trace: poutine.Trace, plate: str) -> Iterator[Site]:
@@ -301,7 +319,7 @@ def _without_density(site: Site, dim: int, rows: int) -> Iterator[Fault]:
         )
 
 
-def _column_of(value: Tensor, columns: Mapping[str, Column]) -> str | None:
+def column_of(value: Tensor, columns: Mapping[str, Column]) -> str | None:
     """The column that an observed value is."""
     for name, column in columns.items():
         flat = column.reshape(-1) if isinstance(column, Tensor) else value.new_empty(0)

@@ -1,0 +1,149 @@
+"""New observations: moments, quantiles and class probabilities of the observed sites at a few rows.
+
+Moments are averaged over the draws of the latents where a site's distribution has them, which is more exact than those
+of its samples. Shapes: B rows, R draws, Q quantiles, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Multinomial, OneHotCategorical
+
+from trainer.posterior.draws import observations
+from trainer.svi.latents import Site
+from trainer.svi.observed import with_lookups_checked
+from trainer.svi.plates import Batch
+from trainer.svi.step import Inference
+from trainer.svi.supports import innermost
+
+MOST_NUMBERS = 2**24
+"""Draws times numbers of a row times rows that are held at a time. Fixed, so that a sample does not depend on memory:
+draws are seeded by the first of the rows that are drawn together."""
+_SORTED = 2**20  # numbers that are sorted at a time
+
+
+class Prediction(NamedTuple):
+    """An observed site at new rows."""
+
+    mean: np.ndarray
+    """[N, ...]; of a Categorical that of its codes; nan where the distribution has none (Cauchy)."""
+    sd: np.ndarray
+    """[N, ...]: of a new observation, the posterior's uncertainty included."""
+    quantiles: np.ndarray
+    """[Q, N, ...]."""
+    probabilities: np.ndarray | None = None
+    """[N, ..., K] of a Categorical, OneHotCategorical, OrderedLogistic or Multinomial; None for others."""
+    words: tuple[str, ...] | None = None
+    """What the classes are called, where they are those of a categorical column."""
+
+    @property
+    def most_likely(self) -> np.ndarray | None:
+        """[N, ...]: the class of the greatest probability, its word where it has one."""
+        if self.probabilities is None:
+            return None
+        codes = self.probabilities.argmax(-1)
+        return codes if self.words is None else np.array(self.words)[codes]
+
+    def named(self, words: Sequence[str] | None) -> "Prediction":
+        """With what the classes are called, where there is a word for each."""
+        if self.probabilities is None or words is None or self.probabilities.shape[-1] > len(words):
+            return self
+        return self._replace(words=tuple(words[: self.probabilities.shape[-1]]))
+
+
+def joined(parts: Sequence[Prediction]) -> Prediction:
+    """The rows of ``parts``, one after another."""
+    first, classes = parts[0], [each.probabilities for each in parts if each.probabilities is not None]
+    return Prediction(
+        np.concatenate([each.mean for each in parts]),
+        np.concatenate([each.sd for each in parts]),
+        np.concatenate([each.quantiles for each in parts], axis=1),
+        np.concatenate(classes) if classes else None,
+        first.words,
+    )
+
+
+def rows_together(inference: Inference, theta: Tensor, batch: Batch, num_draws: int, seed: int) -> int:
+    """How many rows can be drawn at a time. Raises UserError for rows at which the model cannot be evaluated."""
+    found = with_lookups_checked(lambda rows: observations(inference, theta, rows, seed, 0), batch)
+    of_row = sum(site["value"].numel() for site in found.values()) / batch.size
+    return max(1, min(batch.size, int(MOST_NUMBERS / max(num_draws * of_row, 1))))
+
+
+def predicted(
+    inference: Inference, theta: Tensor, batch: Batch, num_draws: int, levels: Sequence[float], seed: int
+) -> dict[str, Prediction]:
+    """Every observed site at the rows of ``batch``, from ``num_draws`` draws of the latents."""
+    gathered: dict[str, _Gathered] = {}
+    for number in range(num_draws):
+        for name, site in observations(inference, theta, batch, seed, number).items():
+            if name not in gathered:
+                gathered[name] = _Gathered(site, num_draws)
+            gathered[name].add(number, site)
+    return {name: each.prediction(levels) for name, each in gathered.items()}
+
+
+class _Gathered:
+    """A site over the draws: sums for its moments and probabilities, samples for its quantiles."""
+
+    def __init__(self, site: Site, num_draws: int):
+        value = site["value"]
+        self.samples = value.new_empty(num_draws, *value.shape)
+        self.mean, self.within, self.between = (torch.zeros(value.shape, dtype=torch.float64) for _ in range(3))
+        self.probabilities: Tensor | None = None
+
+    def add(self, number: int, site: Site) -> None:
+        """Draw ``number``. Moments by Welford (1962): the variance is that within the draws and that between."""
+        self.samples[number] = site["value"]
+        mean, variance = _moments(site)
+        step = torch.where(mean == self.mean, 0.0, mean - self.mean)  # two infinite ones differ by nothing
+        self.mean = self.mean + step / (number + 1)
+        self.between += torch.where(step == 0, 0.0, step * (mean - self.mean))
+        self.within += variance
+        classes = _probabilities(site)
+        if classes is not None:
+            self.probabilities = classes if self.probabilities is None else self.probabilities + classes
+
+    def prediction(self, levels: Sequence[float]) -> Prediction:
+        count = len(self.samples)
+        classes = None if self.probabilities is None else (self.probabilities / count).numpy()
+        sd = ((self.within + self.between) / count).sqrt()
+        return Prediction(
+            self.mean.numpy(), torch.where(self.mean.isinf(), torch.inf, sd).numpy(), self._quantiles(levels), classes
+        )
+
+    def _quantiles(self, levels: Sequence[float]) -> np.ndarray:
+        count, shape = len(self.samples), self.samples.shape[1:]
+        at = torch.tensor(levels, dtype=torch.float64)
+        some = self.samples.reshape(count, -1).split(max(1, _SORTED // count), dim=1)
+        return torch.cat([each.double().quantile(at, dim=0) for each in some], dim=1).reshape(-1, *shape).numpy()
+
+
+def _moments(site: Site) -> tuple[Tensor, Tensor]:
+    """Mean and variance of an observed site's distribution; its sample and 0 where it does not tell them."""
+    value = site["value"].double()
+    fn = innermost(site["fn"])
+    if isinstance(fn, Categorical):
+        codes = torch.arange(fn.probs.shape[-1], dtype=torch.float64)
+        mean = fn.probs.double() @ codes
+        variance = fn.probs.double() @ codes**2 - mean**2
+    else:
+        try:
+            mean, variance = site["fn"].mean.double(), site["fn"].variance.double()
+        except (NotImplementedError, AttributeError):
+            return value, torch.zeros_like(value)
+        if getattr(fn.support, "is_discrete", False):  # of classes within a mixture
+            mean, variance = torch.where(mean.isnan(), value, mean), torch.where(mean.isnan(), 0.0, variance)
+    return mean.expand(value.shape), variance.expand(value.shape)
+
+
+def _probabilities(site: Site) -> Tensor | None:
+    """float64 [B, ..., K] where the site is one of classes."""
+    fn: Any = innermost(site["fn"])
+    if not isinstance(fn, (Categorical, OneHotCategorical, Multinomial)):
+        return None
+    shape = site["value"].shape if fn.event_shape else (*site["value"].shape, fn.probs.shape[-1])
+    return fn.probs.double().expand(shape)
