@@ -9,7 +9,9 @@ from app_tools import config, svi
 
 from trainer import Posterior
 from trainer.app import predict
+from trainer.data.table import table_writer
 from trainer.errors import UserError
+from trainer.posterior.predictive import Prediction
 
 
 @pytest.fixture
@@ -35,6 +37,26 @@ def test_a_table_and_shards_give_the_same_rows(run_dir, table, shards, tmp_path)
     assert sorted([*held_out["row_id"], *of_shards["row_id"]]) == list(range(3000))
     posterior = Posterior.load(run_dir / "posterior.pt", linear)
     np.testing.assert_array_equal(posterior.predict(table, 7)["y"].mean, of_table["y_mean"])
+
+
+def test_classes_are_columns_of_their_own():
+    """The most likely one and the probability of each, by its word where it has one."""
+    numbers, shares = np.zeros((2, 1)), np.array([[0.3, 0.7], [0.6, 0.4]])
+    of_codes = predict._columns("y", Prediction(numbers, numbers, numbers, shares), [0.5])
+    assert {name: column.tolist() for name, column in of_codes.items()} == {
+        "y_class": [1, 0], "y_p0": [0.3, 0.6], "y_p1": [0.7, 0.4]
+    }  # fmt: skip
+    of_words = predict._columns("y", Prediction(numbers, numbers, numbers, shares, ("no", "yes")), [0.5])
+    assert list(of_words) == ["y_class", "y_p_no", "y_p_yes"]
+    assert of_words["y_class"].tolist() == ["yes", "no"]
+    many = predict._columns("y", Prediction(numbers, numbers, numbers, np.full((2, 1001), 1 / 1001)), [0.5])
+    assert list(many) == ["y_class", "y_p"]
+
+
+def test_what_is_no_number_is_left_blank(tmp_path):
+    with table_writer(tmp_path / "a.csv") as write:
+        write({"row_id": np.array([0, 1]), "y_mean": np.array([np.nan, 2.0])})
+    assert (tmp_path / "a.csv").read_text().splitlines()[1:] == ["0,", "1,2"]
 
 
 def test_what_cannot_be_is_said_in_a_sentence(run_dir, table, tmp_path):

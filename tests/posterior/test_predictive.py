@@ -80,6 +80,10 @@ def test_classes_have_the_words_of_their_column():
     assert predict(posterior_of(family, y, [too_few])).words is None
 
 
+def of_two(a, x):
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(len(a), 2)), dist.Categorical(torch.ones(len(a), 2, 3)))
+
+
 ONES, COUNTS = torch.ones(N, dtype=F64), CODES.to(F64)
 OTHERS = [
     (lambda a, x: dist.Bernoulli(logits=a + x), (CODES > 1).to(F64)),
@@ -91,7 +95,7 @@ OTHERS = [
     (lambda a, x: dist.StudentT(5.0, a, 1.0), X),
     (lambda a, x: dist.VonMises(a, 2.0), X),
     (lambda a, x: dist.Dirichlet(torch.ones(len(a), 3, dtype=F64)), torch.full((N, 3), 1 / 3, dtype=F64)),
-    (lambda a, x: dist.MixtureSameFamily(dist.Categorical(torch.ones(len(a), 2)), dist.Categorical(torch.ones(len(a), 2, 3))), CODES),
+    (of_two, CODES),
     (lambda a, x: dist.Normal(a[:, None], torch.ones(2, dtype=F64)).to_event(1), torch.stack([X, X], 1)),
     (lambda a, x: dist.TransformedDistribution(dist.Normal(a, 1.0), dist.transforms.SigmoidTransform()), 0.5 * ONES),
     (lambda a, x: dist.LogNormal(a, 1.0).mask(x > 0), ONES),
