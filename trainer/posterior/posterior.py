@@ -110,7 +110,7 @@ class Posterior:
 
         ``progress(rows_done, rows_total)`` is called after each; ``say`` is told of a site that has no mean.
         """
-        return each_in_own_state(self._predictions(data, num_draws, quantiles, seed, progress))
+        return each_in_own_state(self._predictions(data, num_draws, quantiles, seed, progress, say))
 
     def _predictions(
         self,
@@ -119,20 +119,18 @@ class Posterior:
         quantiles: Sequence[float],
         seed: int,
         progress: Callable[[int, int | None], None] | None,
+        say: Callable[[str], None],
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
         total, tables = self._columns(data)
         words, done, doubted = self._words(), 0, set[str]()
         for batch in self._batches(tables):
-            with dtype_of(self.theta):
-                together = rows_together(self.inference, self.theta, batch, num_draws, seed)
+            together = rows_together(self.inference, self.theta, batch, num_draws, seed)
             for rows in torch.arange(batch.size).split(together):
                 part = batch.at(rows)
                 found = predicted(self.inference, self.theta, part, num_draws, quantiles, seed)
                 for name, each in found.items():
                     if name not in doubted and np.isnan(each.mean).any():
-                        say(
-                            f'site "{name}" has no mean: mean and sd are blank there, its quantiles tell where it lies.'
-                        )
+                        say(f'site "{name}" has no mean: mean and sd are blank; its quantiles tell where it lies.')
                         doubted.add(name)
                 assert part.row_id is not None
                 yield part.row_id.numpy(), {name: each.named(words.get(name)) for name, each in found.items()}
