@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+_NO_STEP = 0xFFFFFFF0  # from here on: the batch script, the interactive step and their kin (slurm.h)
+
 
 def launched_rank() -> int:
     """The rank that a launcher gave this process, 0 where none did; needs no config."""
@@ -16,9 +18,16 @@ def launched_rank() -> int:
 
 
 def in_slurm_step() -> bool:
-    """Whether srun started this process as one of several tasks."""
-    env = os.environ
-    return "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and env.get("SLURM_STEP_ID", "").isdigit()
+    """Whether srun started this process as one of several tasks: not where it was typed into a shell that has the
+    allocation's variables.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in os.environ and step.isdigit() and int(step) < _NO_STEP and slurm_tasks() > 1
+
+
+def slurm_tasks() -> int:
+    """The tasks of this process's step, else those of its job."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1")
 
 
 def usable_cores() -> int:

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from trainer.app.launch import in_slurm_step, usable_cores
+from trainer.app.launch import in_slurm_step, slurm_tasks, usable_cores
 from trainer.errors import UserError
+from trainer.lit.waiting import interruptible
 from trainer.svi.process import is_fork
 
 Answer = TypeVar("Answer")
@@ -31,7 +32,7 @@ def world(trainer: DictConfig) -> World:
     if "TORCHELASTIC_RUN_ID" in env:
         return World(int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]), int(env["RANK"]), True)
     if in_slurm_step():
-        size, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
+        size, nodes = slurm_tasks(), int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
         if size % nodes:
             raise UserError(f"SLURM_NTASKS={size} is no multiple of the {nodes} nodes: give --ntasks-per-node.")
         return World(size, size // nodes, int(env["SLURM_PROCID"]), True)
@@ -77,22 +78,32 @@ def agree_on(text: str, world: World, backend: str, timeout: timedelta | None = 
     if not world.external:
         return text
     if not dist.is_initialized():
-        env = os.environ
-        if "MASTER_PORT" not in env:
-            from pytorch_lightning.plugins.environments import SLURMEnvironment  # svi doctor does without
-
-            slurm = SLURMEnvironment(auto_requeue=False)
-            env["MASTER_ADDR"], env["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
-        env.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))
+        _set_meeting(world)
         if backend == "nccl":  # objects travel by way of the current device
-            local = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0")))
+            local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
             torch.cuda.set_device(local % torch.cuda.device_count())
-        wait = timeout or dist.distributed_c10d.default_pg_timeout
-        store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=wait))
-        life = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store, and its addresses of the dead
-        store = dist.PrefixStore(f"life {life}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+        interruptible(lambda: _meet(world, backend, timeout or dist.distributed_c10d.default_pg_timeout))
     return of_all(text, world)[0]
+
+
+def _set_meeting(world: World) -> None:
+    """Where the ranks meet: as the environment says, else as Slurm's variables do."""
+    env = os.environ
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        from trainer.lit.strategy import SlurmStep  # Lightning, which svi doctor does without
+
+        slurm = SlurmStep(world.size)
+        env["MASTER_ADDR"], env["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
+    if not env["MASTER_PORT"].isdigit():
+        raise UserError(f"MASTER_PORT={env['MASTER_PORT']} is no port: set it to a free one, as 29500.")
+    env.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))
+
+
+def _meet(world: World, backend: str, wait: timedelta) -> None:
+    store, rank, size = next(dist.rendezvous("env://", world.rank, world.size, timeout=wait))
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may keep the store, and addresses of the dead
+    store = dist.PrefixStore(f"life {life}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 def of_all(value: Answer, world: World) -> list[Answer]:
@@ -103,5 +114,5 @@ def of_all(value: Answer, world: World) -> list[Answer]:
     if not world.external or world.size == 1:
         return [value]
     box: list[Any] = [None] * world.size
-    dist.all_gather_object(box, value)
+    interruptible(lambda: dist.all_gather_object(box, value))
     return box

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from rich.console import Console
 
 from trainer.app import build, resume, secrets
@@ -52,7 +52,7 @@ from trainer.lit.module import VariationalModule
 from trainer.lit.progress import ProgressBar
 from trainer.lit.row_log import RowLog
 from trainer.lit.signals import StopOnSignal
-from trainer.lit.strategy import RankStrategy, sum_over_ranks
+from trainer.lit.strategy import RankStrategy, SlurmStep, sum_over_ranks
 from trainer.posterior.convergence import segment_ends
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MeanField
@@ -309,13 +309,13 @@ def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Cal
     timeout = timedelta(seconds=float(options.pop("timeout")))
     options.update(devices=here.local_size, num_nodes=here.size // here.local_size)
     plugins: list[Any] = []
+    if not here.external:  # also within an allocation, whose variables Lightning takes for those of ranks
+        plugins.append(LightningEnvironment())
+    elif "TORCHELASTIC_RUN_ID" not in os.environ:
+        plugins.append(SlurmStep(here.size))
     if here.size > 1:
         child = [sys.executable, "-m", "trainer", "child", str(run_dir)]
         options["strategy"] = RankStrategy(child, timeout=timeout)
-        if not here.external:  # also within a job of one task, which Lightning takes for all ranks
-            plugins.append(LightningEnvironment())
-        elif "TORCHELASTIC_RUN_ID" not in os.environ:
-            plugins.append(SLURMEnvironment(auto_requeue=False))
     ours: dict[str, Any] = {
         "plugins": plugins or None,
         "callbacks": callbacks,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from trainer.errors import RankLost, Stopped, UserError, exit_code
+from trainer.lit.waiting import interruptible
 
 _GRACE = 3.0  # seconds for the others to say that they wait, or to read what was told
 _ANSWER = 5.0  # seconds for the store to answer
@@ -63,7 +64,7 @@ def leave_group(together: bool) -> None:
         return
     store, others, rank = _get_default_store(), dist.get_world_size() - 1, dist.get_rank()
     if together:
-        dist.barrier()
+        interruptible(dist.barrier)
     dist.destroy_process_group()
     if not together and rank == 0:
         until = time.monotonic() + _GRACE

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import xxhash
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from trainer.errors import Stopped, UserError
 from trainer.lit.failure import explained, leave_group
+from trainer.lit.waiting import interruptible
 
 _NOTICE = 5.0  # seconds for a rank to notice by itself that another has failed
 _LEAVE = 10.0  # seconds for ranks to leave by themselves
@@ -47,15 +49,40 @@ class RankStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         pass
 
+    def setup_distributed(self) -> None:
+        interruptible(super().setup_distributed)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        interruptible(lambda: super(RankStrategy, self).barrier(*args, **kwargs))
+
     def on_exception(self, exception: BaseException) -> None:
         self.failed = not (isinstance(exception, Stopped) and exception.agreed)
         super().on_exception(exception)
 
     def teardown(self) -> None:
         super().teardown()
+        met = dist.is_initialized()
         leave_group(together=not self.failed)
         assert isinstance(self._launcher, _Launcher)
-        self._launcher.end_children()
+        self._launcher.end_children(_LEAVE if met else 0.0)  # those who have met nobody wait for us
+
+
+class SlurmStep(SLURMEnvironment):
+    """The ``size`` tasks that srun started, counted and checked already (Lightning wants --ntasks-per-node as well)."""
+
+    def __init__(self, size: int):
+        self.size = size
+        super().__init__(auto_requeue=False)
+
+    @staticmethod
+    def _validate_srun_variables() -> None:
+        pass
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        pass
+
+    def world_size(self) -> int:
+        return self.size
 
 
 class _Launcher(_SubprocessScriptLauncher):
@@ -154,7 +181,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return value
     tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    interruptible(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
     return int(tensor)
 
 
@@ -176,7 +203,7 @@ def gathered(value: Any) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    interruptible(lambda: dist.all_gather_object(values, value))
     return values
 
 
@@ -196,5 +223,5 @@ def raise_together(error: UserError | None, device: torch.device) -> None:
 def from_rank_zero(tensor: Tensor) -> Tensor:
     """Rank 0's ``tensor``, on every rank."""
     if dist.is_available() and dist.is_initialized():
-        dist.broadcast(tensor, src=0)
+        interruptible(lambda: dist.broadcast(tensor, src=0))
     return tensor
