@@ -1,10 +1,14 @@
 """`program=auto` in a run: the switch, on both sides of which a run may be cut; chunks whose size follows its speed."""
 
+import os
+import signal
+
 import pytest
 import torch
 from app_tools import final_state
 
 from trainer.app import budget
+from trainer.errors import Stopped
 from trainer.lit import checkpoint
 from trainer.lit import module as lit_module
 from trainer.svi import auto
@@ -71,6 +75,25 @@ def test_a_run_that_ends_in_its_first_round_waits_for_no_compiler(fit):
     run_dir = fit(*RUN, *ends, "stop.gradient=1e9")
     assert int(final_state(run_dir)[0].step) == SWITCH
     assert Compiled.calls == [("begin", 0), ("abandon", -1)]
+
+
+def test_a_signal_ends_the_wait_for_a_compiler_and_the_run_goes_on_from_there(fit, monkeypatch, tmp_path):
+    want = final_state(fit(*RUN, run_dir=tmp_path / "whole"))[0].theta
+
+    def told(self, state, chunk, say=print):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it still waits")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Compiled, "prepare", told)
+        with pytest.raises(Stopped):
+            fit(*RUN)
+    for number, handler in handlers.items():  # a command that was stopped ignores them from there on
+        signal.signal(number, handler)
+    assert int(final_state(tmp_path / "run")[0].step) == SWITCH
+    assert Compiled.calls[-1] == ("abandon", -1)
+    assert torch.equal(final_state(fit(*RUN, "ckpt_path=last"))[0].theta, want)
 
 
 def test_what_cannot_be_traced_goes_on_eagerly(fit, monkeypatch, capsys, tmp_path):

@@ -5,6 +5,7 @@ Our own integer step, in the state, is the only truth about progress; Lightning'
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ class VariationalModule(pl.LightningModule):
         self.inference, self.update, self.program, self.state = inference, update, program, state
         self.seconds_before = seconds
         self.last: dict[str, float] = {}
+        self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+        """In this a signal ends the run at once: for what takes long and changes no state."""
         self._chunks = 0
         self._started = self._previous = time.monotonic()
 
@@ -132,7 +135,8 @@ class VariationalModule(pl.LightningModule):
         raise_together(chunk if isinstance(chunk, UserError) else self._checked(chunk), self.device)
         assert isinstance(chunk, Chunk)
         if self.step in self.program.stages and self.step != self._ready_at:
-            self._get_ready(self.trainer.datamodule, chunk)  # type: ignore[attr-defined]
+            with self.interruptible():
+                self._get_ready(self.trainer.datamodule, chunk)  # type: ignore[attr-defined]
         steps = len(chunk.batch_rows)
         result = self.program.run(self.state, chunk, steps)
         self._refuse_not_finite(result, chunk)

@@ -1,12 +1,15 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: while it trains they set a flag, on which the ranks agree after each chunk.
 
 Lightning's own handlers save and synchronise inside the handler, which hangs when one rank alone is told. Before
-training, and at a second Ctrl-C, a signal ends the process at once. A pass over all rows looks at the flag at each
-block; the rank that was told leaves, and the others, who miss it, follow (`trainer.lit.failure`).
+training, while it waits for a compiler, and at a second Ctrl-C, a signal ends the process at once. A pass over all rows
+looks at the flag at each block; the rank that was told leaves, and the others, who miss it, follow
+(`trainer.lit.failure`).
 """
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -54,7 +57,19 @@ class StopOnSignal(Callback):
         if self.received:
             raise Stopped(self.received)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Signals do not wait in this."""
+        self.check()
+        before, self.waits = self.waits, False
+        try:
+            yield
+        finally:
+            self.waits = before
+
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(module, VariationalModule)
+        module.interruptible = self.at_once
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
