@@ -203,6 +203,7 @@ def _kind_of(value: Any) -> str:
 
 def object_field(values: Sequence[Any], first_row: int = 0) -> Field:
     """The field of Python objects; its kind tells where the second kind begins, when they are of several."""
+    values = [None if value is None or value != value else value for value in values]  # NaN is unlike itself
     kinds = [_kind_of(value) for value in values]
     first = next((i for i, value in enumerate(values) if value is not None), None)
     if first is None:

@@ -39,7 +39,7 @@ def rows_like(index: Index, source: Source, names: Iterable[str], rows: int) -> 
     packed = [_recipe(index, index.column(name)) for name in names]
     needed = list(dict.fromkeys(part for recipe in packed for part in recipe.parts))
     choose(needed, list(source.fields), source.name)
-    source = as_words(source, {recipe.parts[0] for recipe in packed if recipe.vocabulary is not None})
+    source = words_like(index, source)
     made = [_carrying(recipe, source) for recipe in packed]
     shifts = index.meta.get("standardised", {})
     first = 0
@@ -67,6 +67,12 @@ def rows_like(index: Index, source: Source, names: Iterable[str], rows: int) -> 
             found[recipe.name] = _stored(recipe, values, index.column(recipe.name).dtype, first)
         yield {**found, ROW_ID: np.arange(first, first + count)}
         first += count
+
+
+def words_like(index: Index, source: Source) -> Source:
+    """``source``, its columns that are text in a packed table as text, also where a CSV file holds digits alone."""
+    coded = [_recipe(index, each).parts[0] for each in index.columns if each.vocabulary and each.kind == "dense"]
+    return as_words(source, set(coded) & set(source.fields))
 
 
 def check_packed(index: Index, other: Index, names: Iterable[str]) -> None:
@@ -139,7 +145,7 @@ def _check_kind(recipe: Recipe, part: str, source: Source, also: tuple[str, ...]
     elif recipe.vocabulary is not None:
         kinds = ("text",)
     else:
-        kinds = NUMERIC if recipe.dtype.startswith("float") else ("int", "bool")
+        kinds = {"b": ("bool",), "i": ("int", "bool")}.get(np.dtype(recipe.dtype).kind, NUMERIC)
     if field.kind not in kinds + also or field.shape != shape:
         check_usable(part, field, source)
         was, now = (f"{kind} of shape {list(s)}" if s else kind for kind, s in ((kinds[0], shape), field[:2]))
@@ -173,7 +179,8 @@ def _carrying(recipe: Recipe, source: Source) -> Recipe:
 def _stored(recipe: Recipe, values: np.ndarray, dtype: str, first: int) -> np.ndarray:
     """``values`` [B, ...] as ``dtype``; as they are where integers were packed and these have a fraction."""
     if recipe.vocabulary is None and recipe.dtype == "float64" and not dtype.startswith("float"):
-        kept = values.astype(dtype)
+        with np.errstate(invalid="ignore"):  # what no integer is differs
+            kept = values.astype(dtype)
         differs = (kept != values).reshape(len(values), -1).any(axis=1)
         if differs.any() and dtype != "bool":
             return values

@@ -82,7 +82,7 @@ class Recipe:
         missing: dict[str, np.ndarray] = {}
         for place, part in enumerate(self.parts):
             if self.vocabulary is None:
-                values, absent = _numbers(batch[part], part, self.dtype)
+                values, absent = _numbers(batch[part], part, self.dtype, first_row)
             else:
                 values, absent = _codes(batch[part], part, self.vocabulary, first_row)
             if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -259,7 +259,7 @@ def _comparable(words: pa.Array, known: pa.Array) -> tuple[pa.Array, pa.Array]:
     return (words, known) if words.type == known.type else (words.cast(pa.string()), known.cast(pa.string()))
 
 
-def _numbers(raw: Raw, part: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def _numbers(raw: Raw, part: str, dtype: str, first_row: int) -> tuple[np.ndarray, np.ndarray]:
     """``raw`` as ``dtype`` [B, ...], and which rows [B] hold a null."""
     if isinstance(raw, pa.Array):
         values, absent = _from_arrow(raw)
@@ -267,7 +267,11 @@ def _numbers(raw: Raw, part: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         assert isinstance(raw, np.ndarray)
         values, absent = raw, np.zeros(len(raw), bool)
     if dtype == "int64" and values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
-        raise UserError(f"column '{part}' holds an integer above 2**63 - 1: store it as text or as a float.")
+        row = first_row + int(_in_row(values > np.iinfo(np.int64).max).argmax())
+        raise UserError(
+            f"column '{part}' holds an integer above 2**63 - 1 in row {row} (counted from 0): store it as text or as a "
+            "float."
+        )
     with np.errstate(over="ignore"):  # becomes infinite, which is refused
         return values.astype(dtype, copy=False), absent
 

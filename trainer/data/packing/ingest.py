@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from trainer.data.fields import VARYING, Rows, VaryingRows, choose, concatenate
-from trainer.data.packing.apply import recipes_like
+from trainer.data.packing.apply import recipes_like, words_like
 from trainer.data.packing.columns import ColumnMap, Recipe, recipes, source_columns
 from trainer.data.packing.moments import Moments
 from trainer.data.packing.runs import Runs
@@ -116,6 +116,7 @@ def describe(
         opened = open_source(source, None if columns is None else source_columns(columns) + keys)
     else:
         opened = source
+    opened = opened if like is None else words_like(like, opened)
     spared: dict[str, str] | None = {} if spare else None
     made = recipes(opened, columns, float_dtype, standardise, spared) if like is None else recipes_like(like, opened)
     for name in (ROW_ID,) if group_by is None else (ROW_ID, "length"):

@@ -1,12 +1,13 @@
 """A table that is in memory as a source: a dict of arrays, an Arrow table, a pandas or polars data frame."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.fields import CsrRows, Field, Raw, Rows, VaryingRows, arrow_field, choose, numpy_field
+from trainer.data.fields import TWICE, CsrRows, Field, Raw, Rows, VaryingRows, arrow_field, numpy_field, object_field
 from trainer.errors import UserError
 
 _PIECE_ROWS = 1 << 18
@@ -17,19 +18,15 @@ MemoryTable: TypeAlias = Any
 class MemorySource:
     """The rows of a table in memory. Raises UserError for what is no table, has no rows or columns of several lengths.
 
-    Arrays are [N, ...], NumPy's or anything that `numpy.asarray` takes (torch tensors on the CPU among them), sparse
-    matrices of SciPy [N, width], `CsrRows` or `RaggedRows`.
+    Arrays are [N, ...], NumPy's (what is masked is missing) or anything that `numpy.asarray` takes (torch tensors on the
+    CPU among them), columns of Arrow, pandas and polars, sparse matrices of SciPy [N, width], `CsrRows` or `RaggedRows`.
     """
 
     name = "the data"
 
     def __init__(self, table: MemoryTable):
-        if isinstance(table, Mapping):
-            columns: dict[str, Any] = {str(name): _array(str(name), column) for name, column in table.items()}
-        else:
-            arrow = _arrow(table)
-            choose(None, arrow.column_names, self.name)
-            columns = {name: arrow.column(name) for name in arrow.column_names}
+        named = [(str(name), _column(str(name), column)) for name, column in _named(table)]
+        columns = dict(named)
         if not columns:
             raise UserError("the data have no columns: give a dict of arrays, a data frame or an Arrow table.")
         lengths = {name: len(column) for name, column in columns.items()}
@@ -39,7 +36,10 @@ class MemorySource:
         self._columns, self.num_rows = columns, next(iter(lengths.values()))
         if not self.num_rows:
             raise UserError("the data have no rows.")
-        self.fields: dict[str, Field] = {name: _field(column) for name, column in columns.items()}
+        times = Counter(name for name, _ in named)
+        self.fields: dict[str, Field] = {
+            name: Field(TWICE) if times[name] > 1 else _field(column) for name, column in columns.items()
+        }
 
     @property
     def piece_rows(self) -> Sequence[int]:
@@ -67,7 +67,8 @@ def _field(column: Any) -> Field:
     if isinstance(column, pa.ChunkedArray):
         return arrow_field(column.type)
     if isinstance(column, np.ndarray):
-        return numpy_field(column.dtype, column.shape[1:])
+        whole = column.dtype.kind == "O" and column.ndim == 1
+        return object_field(column.tolist()) if whole else numpy_field(column.dtype, column.shape[1:])
     entries = int(column.offsets[-1])
     if isinstance(column, CsrRows):
         return Field("csr", (column.width,), column.values.dtype.name, entries)
@@ -84,9 +85,43 @@ def _sparse(name: str, column: Any) -> CsrRows:
     return CsrRows(offsets, indices[: offsets[-1]], values[: offsets[-1]], int(column.shape[1]))
 
 
-def _array(name: str, column: Any) -> Rows:
-    if isinstance(column, VaryingRows):
+def _named(table: MemoryTable) -> Iterable[tuple[str, Any]]:
+    """The columns of a table with their names, of which two may be one; the index of a data frame is left out."""
+    if isinstance(table, Mapping):
+        return table.items()
+    if isinstance(table, pa.Table):
+        return zip(table.column_names, table.columns)
+    if _of_pandas(table) and hasattr(table, "columns"):
+        return ((name, table.iloc[:, i]) for i, name in enumerate(table.columns))
+    if hasattr(table, "to_arrow") and hasattr(table, "get_columns"):
+        return ((column.name, column) for column in table.get_columns())
+    if hasattr(table, "to_arrow"):
+        return _named(table.to_arrow())
+    raise UserError(
+        f"data of type {type(table).__name__} are no table: give a dict of arrays, a pandas or polars data frame, "
+        "an Arrow table, or the path of a shard folder or of a file."
+    )
+
+
+def _of_pandas(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "pandas"
+
+
+def _column(name: str, column: Any) -> Rows | pa.ChunkedArray:
+    """``column`` with its missing values; an array of objects where they are no numbers, truth values or text."""
+    if isinstance(column, VaryingRows | pa.ChunkedArray):
         return column
+    if isinstance(column, np.ma.MaskedArray):
+        return _masked(column) if np.ma.is_masked(column) else column.data
+    if isinstance(column, pa.Array):
+        return pa.chunked_array([column])
+    if _of_pandas(column) or hasattr(column, "to_arrow"):
+        column = _with_plain_categories(column)
+        try:
+            found = column.to_arrow() if hasattr(column, "to_arrow") else pa.array(column, from_pandas=True)
+            return found if isinstance(found, pa.ChunkedArray) else pa.chunked_array([found])
+        except (pa.ArrowException, NotImplementedError):
+            return np.asarray(column)
     if hasattr(column, "tocsr") or all(hasattr(column, part) for part in ("indptr", "indices", "data", "shape")):
         return _sparse(name, column)
     try:
@@ -95,19 +130,31 @@ def _array(name: str, column: Any) -> Rows:
         raise UserError(f"column '{name}' of the data is no array ({str(error).splitlines()[0]}).") from error
     if not array.ndim:
         raise UserError(f"column '{name}' of the data is a single value: give one value per row.")
-    return array.astype(str) if array.dtype.kind == "O" and all(isinstance(each, str) for each in array.flat) else array
+    if array.dtype.kind != "O" or array.ndim > 1:
+        return array
+    try:
+        return pa.chunked_array([pa.array(array, from_pandas=True)])
+    except (pa.ArrowException, NotImplementedError):
+        return array
 
 
-def _arrow(table: Any) -> pa.Table:
-    """An Arrow table of a data frame; its index is left out."""
-    if isinstance(table, pa.Table):
-        return table
-    module = type(table).__module__.partition(".")[0]
-    if module == "pandas" and hasattr(table, "columns"):
-        return pa.Table.from_pandas(table, preserve_index=False)
-    if hasattr(table, "to_arrow"):
-        return table.to_arrow()
-    raise UserError(
-        f"data of type {type(table).__name__} are no table: give a dict of arrays, a pandas or polars data frame, "
-        "an Arrow table, or the path of a shard folder or of a file."
-    )
+def _with_plain_categories(column: Any) -> Any:
+    """``column``, where it is one of pandas' categories that are neither text nor numbers, with their text for them."""
+    categorical = getattr(column, "cat", column)
+    categories = getattr(categorical, "categories", None)
+    if (
+        categories is None
+        or not _of_pandas(categories)
+        or categories.inferred_type in ("string", "integer", "floating")
+    ):
+        return column
+    return categorical.rename_categories(list(map(str, categories)))
+
+
+def _masked(column: np.ma.MaskedArray) -> pa.ChunkedArray:
+    """A masked array [N, ...], with a null where it is masked."""
+    values, mask = np.ascontiguousarray(column.data), np.ma.getmaskarray(column)
+    array = pa.array(values.ravel(), mask=mask.ravel())
+    for size in reversed(column.shape[1:]):
+        array = pa.FixedSizeListArray.from_arrays(array, size)
+    return pa.chunked_array([array])
