@@ -24,6 +24,7 @@ from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
 from trainer.posterior.draws import draw, dtype_of, latents_of, parameters_of
+from trainer.posterior.fractions import refusing_fractions
 from trainer.posterior.predictive import Prediction, joined, predicted, rows_together
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
@@ -124,10 +125,12 @@ class Posterior:
         total, tables = self._columns(data)
         words, done, doubted = self._words(), 0, set[str]()
         for batch in self._batches(tables):
-            together = rows_together(self.inference, self.theta, batch, num_draws, seed)
+            with refusing_fractions(self.index, batch):
+                together = rows_together(self.inference, self.theta, batch, num_draws, seed)
             for rows in torch.arange(batch.size).split(together):
                 part = batch.at(rows)
-                found = predicted(self.inference, self.theta, part, num_draws, quantiles, seed)
+                with refusing_fractions(self.index, part):
+                    found = predicted(self.inference, self.theta, part, num_draws, quantiles, seed)
                 for name, each in found.items():
                     if name not in doubted and np.isnan(each.mean).any():
                         say(f'site "{name}" has no mean: mean and sd are blank; its quantiles tell where it lies.')

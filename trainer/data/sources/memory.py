@@ -18,8 +18,9 @@ MemoryTable: TypeAlias = Any
 class MemorySource:
     """The rows of a table in memory. Raises UserError for what is no table, has no rows or columns of several lengths.
 
-    Arrays are [N, ...], NumPy's (what is masked is missing) or anything that `numpy.asarray` takes (torch tensors on the
-    CPU among them), columns of Arrow, pandas and polars, sparse matrices of SciPy [N, width], `CsrRows` or `RaggedRows`.
+    Arrays are [N, ...], NumPy's (what is masked is missing) or anything that `numpy.asarray` takes (torch tensors on
+    the CPU among them), columns of Arrow, pandas and polars, sparse matrices of SciPy [N, width], `CsrRows` or
+    `RaggedRows`.
     """
 
     name = "the data"
@@ -142,11 +143,8 @@ def _with_plain_categories(column: Any) -> Any:
     """``column``, where it is one of pandas' categories that are neither text nor numbers, with their text for them."""
     categorical = getattr(column, "cat", column)
     categories = getattr(categorical, "categories", None)
-    if (
-        categories is None
-        or not _of_pandas(categories)
-        or categories.inferred_type in ("string", "integer", "floating")
-    ):
+    plain = ("string", "integer", "floating", "empty")
+    if categories is None or not _of_pandas(categories) or categories.inferred_type in plain:
         return column
     return categorical.rename_categories(list(map(str, categories)))
 
