@@ -118,9 +118,9 @@ def test_a_column_that_is_the_same_in_the_first_rows_is_seen_to_matter():
         build(with_term(term), **{**COLUMNS, "flag": torch.zeros(12, dtype=F64)})
 
 
-def rows_in_a_loop(x, y):
+def rows_in_a_loop(x, y, rows=None):
     w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
-    for i in range(len(y)):
+    for i in range(rows or len(y)):
         pyro.sample(f"toss_{i}", dist.Normal(w, 1.0), obs=y[i])
 
 
@@ -146,6 +146,18 @@ def selected(x, y, size=len):
         pyro.sample("f", dist.Normal(w, 1.0), obs=y[y > 0])
 
 
+def lagged(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x) - 1):
+        pyro.sample("f", dist.Normal(w * y[:-1], 1.0), obs=y[1:])
+
+
+def selected_within(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("f", dist.Normal(w, 1.0).expand([len(y[y > 0])]), obs=y[y > 0])
+
+
 def selected_beside(x, y):
     w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
     likelihood(w, y)
@@ -162,11 +174,14 @@ def known(x, y):
     ("model", "words"),
     [
         (rows_in_a_loop, 'a site for each row \\("toss_0", "toss_1".*pyro.plate\\("data", len\\(x\\)\\)'),
+        (functools.partial(rows_in_a_loop, rows=2000), 'a site for each row \\("toss_0"'),
         (jointly, '"f" is one MultivariateNormal over all rows.*pyro.plate.*group_by'),
         (as_one_event, 'site "f" stands outside plate "data".*move it into `with pyro.plate'),
         (other_plate, 'plate "people", which has a member for each row.*plate=people'),
         (selected, "its size changes with the data.*poutine.mask"),
         (functools.partial(selected, size=lambda y: 5), 'takes 5 rows.* 12: write pyro.plate\\("data"'),
+        (lagged, "takes 11 rows where the batch has 12.*not exchangeable.*group_by"),
+        (selected_within, "Shape mismatch inside plate.*poutine.mask"),
         (selected_beside, 'plate "late".*poutine.mask'),
         (known, 'no plate "data" with an observed site in it'),
     ],
@@ -268,3 +283,14 @@ def test_the_generator_is_where_the_model_left_it():
         with pytest.raises(UserError, match="enough"):
             build(model, guide, **COLUMNS)
     assert seen[0] == seen[1]
+
+
+def test_a_model_that_can_be_evaluated_near_its_start_alone_is_checked_there():
+    def narrow(x, y):
+        w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+        share = torch.linalg.cholesky((0.1 - w.abs()).reshape(1, 1)).sum()
+        pyro.factor("once", -share)
+        likelihood(w, y)
+
+    inference, _ = build(narrow, x=X, y=Y)
+    assert inference.sites == ("w", "once", "y")

@@ -5,15 +5,15 @@ Every check raises `UserError` with the site's name and what to write instead.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.util import check_site_shape
 
-from trainer.errors import UserError
-from trainer.svi.dependence import check_outside
+from trainer.errors import UserError, first_line
+from trainer.svi.dependence import check_outside, site_per_row
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
 from trainer.svi.objective import Term
 from trainer.svi.observed import RowCheck
@@ -48,10 +48,13 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
 
     Returns the deterministic sites that `check_outside` does.
     """
-    with suppress(WrongSize):  # of which the first trace says more
-        RowCheck(model).refuse(batch)
-    with AtZero(batch.dtype, batch.valid.device):
-        trace = _first_trace(model, batch)
+    try:
+        with AtZero(batch.dtype, batch.valid.device):
+            trace = _first_trace(model, batch)
+    except (RuntimeError, IndexError, ValueError):
+        RowCheck(model).refuse(batch)  # it may be the fault of some rows
+        raise
+    RowCheck(model).refuse(batch)
     plate = model.plate
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
     observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}
@@ -72,17 +75,38 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
 
 
 def _first_trace(model: PlatedModel, batch: Batch) -> poutine.Trace:
+    """The model's trace. Raises UserError for a size or a loop that is not that of the batch."""
+    tracer = poutine.trace(model)
     try:
-        return poutine.trace(model).get_trace(batch)
-    except WrongSize as error:
-        halves = torch.arange(int(batch.valid), device=batch.valid.device).tensor_split(2)
-        if all(_size(model, batch.at(half)) == error.size for half in halves):
+        return tracer.get_trace(batch)
+    except IndexError as error:
+        sites = tracer.msngr.trace.nodes.items()
+        names = [name for name, s in sites if s["type"] == "sample" and s["is_observed"] and not inside(s, model.plate)]
+        if len(names) > 1 and f"size {batch.size}" in str(error):  # a loop over the rows of the table
+            raise site_per_row(model, names) from error
+        raise
+    except ValueError as error:
+        if "Shape mismatch inside plate" not in str(error):
             raise
         raise UserError(
-            f'plate("{error.plate}") takes {error.size} rows where the batch has {error.rows}, and its size changes '
-            "with the data: do not select rows (by a boolean index), keep all of them in "
-            f'pyro.plate("{error.plate}", len(x)), and say which ones a site is about with poutine.mask(mask=...) or '
-            "torch.where."
+            f"{first_line(error).rstrip('.')}: a site in the plate has a value for each row; keep all rows (no boolean "
+            "index), and say which ones it is about with poutine.mask(mask=...) or torch.where."
+        ) from error
+    except WrongSize as error:
+        halves = [batch.at(half) for half in torch.arange(int(batch.valid)).tensor_split(2)]
+        sizes = [_size(model, half) for half in halves]
+        if all(size == error.size for size in sizes):
+            raise
+        short = f'plate("{error.plate}") takes {error.size} rows where the batch has {error.rows}'
+        if all(half.size - (size or half.size) == error.rows - error.size > 0 for half, size in zip(halves, sizes)):
+            raise UserError(
+                f"{short}, as a lag over the rows does: a row that depends on the one before it is not exchangeable; "
+                "make a whole series one row (svi shard group_by=COLUMN), or pack the values before as columns."
+            ) from None
+        raise UserError(
+            f"{short}, and its size changes with the data: do not select rows (by a boolean index), keep all of them "
+            f'in pyro.plate("{error.plate}", len(x)), and say which ones a site is about with poutine.mask(mask=...) '
+            "or torch.where."
         ) from None
 
 

@@ -5,7 +5,8 @@ refused with the remedy of its case. Found by evaluation: the same latents, othe
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -15,13 +16,17 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob
 from trainer.svi.plates import Batch, PlatedModel, inside
-from trainer.svi.rows import Varying, each_tensor
+from trainer.svi.rows import Varying
 
-_SPREAD = 0.3  # unconstrained, around zero
+_SPREADS = (
+    0.3,
+    1e-3,
+)  # of the latents around zero, unconstrained; the latter where not all can be evaluated at the first
 _MOST_COLUMNS = 64
+_FAILURES = (RuntimeError, IndexError, ValueError, ZeroDivisionError)
 _CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 Sites = dict[str, Site]
@@ -30,14 +35,14 @@ Sites = dict[str, Site]
 class Scattered(AtZero):
     """Sets every latent to numbers of its own, the same ones whatever the rows; those of rows change with the batch."""
 
-    def __init__(self, batch: Batch, plate: str):
+    def __init__(self, batch: Batch, plate: str, spread: float):
         super().__init__(batch.dtype, batch.valid.device)
-        self.plate, self.rows = plate, batch.size
+        self.plate, self.rows, self.spread = plate, batch.size, spread
 
     def place(self, msg: Message, shape: tuple[int, ...]) -> Tensor:
         first = zlib.crc32(str(msg["name"]).encode()) % 997 + (self.rows if inside(msg, self.plate) else 0)
         numbers = torch.arange(torch.Size(shape).numel(), **self.options)
-        return (_SPREAD * (numbers + first).cos()).reshape(shape)
+        return (self.spread * (numbers + first).cos()).reshape(shape)
 
 
 def check_outside(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,51 +50,53 @@ def check_outside(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...
 
     Raises UserError for a prior, a factor or an observed site there that depends on the rows, but for ``global_sites``.
     """
-    rows = int(batch.valid)
-    with torch.random.fork_rng(devices=()):  # the first values of parameters come from this generator
-        whole = _sites(model, batch.at(torch.arange(rows)))
-        others = [_others_sites(model, other) for other in _fractions(batch, rows)]
-        if any(_is_term(site) and name not in global_sites for name, site in whole.items()):
-            with pyro.validation_enabled(False):
-                others += [found for other in _extremes(model, batch, rows) if (found := _try_sites(model, other))]
-    seen = [(whole, found) for found in others]
-    _refuse_site_per_row(model, [name for name, site in whole.items() if _is_term(site)], others)
+    with torch.random.fork_rng(devices=()), pyro.validation_enabled(False):  # the generator is the parameters'
+        return _checked(model, batch, int(batch.valid), global_sites)
+
+
+def _checked(model: PlatedModel, batch: Batch, rows: int, global_sites: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        whole, others = _traced(model, batch, rows, _SPREADS[0], global_sites)
+    except _FAILURES:
+        try:
+            whole, others = _traced(model, batch, rows, _SPREADS[1], global_sites)
+        except _FAILURES as error:
+            raise UserError(
+                f"the model runs on its first rows and not on some of them ({first_line(error)}): what it has for each "
+                "row must be a column, and a size a number that does not follow the data."
+            ) from error
+    names = [name for name, site in whole.items() if _is_term(site)]
+    if len([name for name in names if any(name not in found for found in others)]) > 1:
+        raise site_per_row(model, names)
+    depends = {name for name in whole if any(_differs(name, whole, found) for found in others)}
     for name, site in whole.items():
-        if name not in global_sites and not is_deterministic(site) and any(_differs(name, *two) for two in seen):
+        if name in depends and name not in global_sites and not is_deterministic(site):
             raise _refused(name, site, model, rows, [found[name] for found in others if name in found])
-    return tuple(
-        name for name, site in whole.items() if is_deterministic(site) and not any(_differs(name, *two) for two in seen)
-    )
+    return tuple(name for name, site in whole.items() if is_deterministic(site) and name not in depends)
 
 
-def _sites(model: PlatedModel, batch: Batch) -> Sites:
-    """The sites outside the data plate."""
+def _traced(
+    model: PlatedModel, batch: Batch, rows: int, spread: float, global_sites: tuple[str, ...]
+) -> tuple[Sites, list[Sites]]:
+    """The sites outside the data plate on all rows and, at the same latents, on others."""
+    whole = _sites(model, batch.at(torch.arange(rows)), spread)
+    others = [_sites(model, other, spread) for other in _fractions(batch, rows)]
+    if any(_is_term(site) and name not in global_sites for name, site in whole.items()):
+        for other in _extremes(model, batch, rows):
+            with suppress(*_FAILURES, UserError):  # values that nobody has measured
+                others.append(_sites(model, other, spread))
+    return whole, others
+
+
+def _sites(model: PlatedModel, batch: Batch, spread: float) -> Sites:
     torch.manual_seed(0)
-    with Scattered(batch, model.plate), torch.no_grad():
+    with Scattered(batch, model.plate, spread), torch.no_grad():
         trace = poutine.trace(model).get_trace(batch)
     return {
         name: site
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not isinstance(site["fn"], _Subsample) and not inside(site, model.plate)
     }
-
-
-def _others_sites(model: PlatedModel, batch: Batch) -> Sites:
-    try:
-        return _sites(model, batch)
-    except (RuntimeError, IndexError) as error:
-        raise UserError(
-            f"the model runs on its first rows and not on {batch.size} of them: {str(error).splitlines()[0]}; what it "
-            "has for each row must be a column."
-        ) from error
-
-
-def _try_sites(model: PlatedModel, batch: Batch) -> Sites | None:
-    """None where the model cannot be evaluated at these values, which nobody has measured."""
-    try:
-        return _sites(model, batch)
-    except (RuntimeError, IndexError, ValueError, UserError):
-        return None
 
 
 def _fractions(batch: Batch, rows: int) -> Iterator[Batch]:
@@ -104,7 +111,8 @@ def _fractions(batch: Batch, rows: int) -> Iterator[Batch]:
 def _extremes(model: PlatedModel, batch: Batch, rows: int) -> Iterator[Batch]:
     """Other values, and for each column the rows where it is low and those where it is high."""
     index = torch.arange(rows, device=batch.valid.device)
-    yield batch.at(index)._replace(columns={name: each_tensor(c, _moved) for name, c in batch.columns.items()})
+    moved = {name: c if isinstance(c, Varying) else _moved(c) for name, c in batch.columns.items()}
+    yield batch.at(index)._replace(columns={name: c[index] for name, c in moved.items()})
     for name in model.own[:_MOST_COLUMNS]:
         column = batch.columns[name]
         if rows > 1 and not isinstance(column, Varying):
@@ -147,16 +155,15 @@ def _apart(one: Any, two: Any) -> bool:
     return a.shape != b.shape or not torch.allclose(a.double(), b.double(), **close)  # type: ignore[arg-type]
 
 
-def _refuse_site_per_row(model: PlatedModel, names: list[str], others: list[Sites]) -> None:
-    """Raises UserError for a loop over the rows, whose sites grow in number with them."""
-    lost = [name for name in names if any(name not in found for found in others)]
-    if len(lost) > 1:
-        stem, column = names[0].rstrip("0123456789").rstrip("_") or "y", next(iter(model.own), "x")
-        raise UserError(
-            f'the model has a site for each row ("{names[0]}", "{names[1]}", …): write one for all of them, '
-            f'`with pyro.plate("{model.plate}", len({column})): pyro.sample("{stem}", ..., obs=...)`, with whole '
-            "columns in place of their elements."
-        )
+def site_per_row(model: PlatedModel, names: Sequence[str]) -> UserError:
+    """The sentence for a loop over the rows, whose observed sites ``names`` grow in number with them."""
+    stem, column = names[0].rstrip("0123456789").rstrip("_") or "y", next(iter(model.own), "x")
+    return UserError(
+        f'the model has a site for each row ("{names[0]}", "{names[1]}", …): write one for all of them, '
+        f'`with pyro.plate("{model.plate}", len({column})): pyro.sample("{stem}", ..., obs=...)`, with whole '
+        "columns in place of their elements; where a row depends on those before it, make the whole series one row "
+        "(svi shard group_by=COLUMN)."
+    )
 
 
 def _refused(name: str, site: Site, model: PlatedModel, rows: int, others: list[Site]) -> UserError:
