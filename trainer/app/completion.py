@@ -36,11 +36,11 @@ complete -F _svi svi
 
 def script(conf: Path, verbs: Mapping[str, str]) -> str:
     """The script for Bash (and Zsh) that knows the verbs, their keys, and the choices of their groups in ``conf``."""
-    cases = "\n".join(f'    "{verb} "*) words="{" ".join(sorted(_words(conf, verb)))}" ;;' for verb in verbs)
+    cases = "\n".join(f'    "{verb} "*) words="{" ".join(sorted(words_of(conf, verb)))}" ;;' for verb in verbs)
     return _SCRIPT % {"cases": cases, "verbs": " ".join([*verbs, "completion"])}
 
 
-def _words(conf: Path, verb: str) -> set[str]:
+def words_of(conf: Path, verb: str) -> set[str]:
     """`key=` of every key of a verb, and `group=choice` of every choice."""
     content: Any = OmegaConf.to_container(OmegaConf.load(conf / f"{verb}.yaml"), resolve=False)
     defaults = content.pop("defaults", [])
