@@ -4,12 +4,15 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
@@ -17,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer.app.allowed import typed
 from trainer.app.config import config_folder, register_open_nodes
+from trainer.app.options.entrance import check, options
 from trainer.app.run_folder import end_noted
 from trainer.app.secrets import handed_on, redact_files, redacted
 from trainer.errors import RankLost, UserError, exit_code
@@ -61,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     if _rank():  # the others take the folder of rank 0
         overrides += ["hydra.run.dir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     register_open_nodes()
+    _check(verb, overrides)
     sys.argv = [f"svi {verb}", *overrides]
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_task(verb))()
 
@@ -71,18 +76,27 @@ def _task(verb: str) -> Callable[[DictConfig], float]:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         redact_files(Path(HydraConfig.get().sweep.dir))
         sys.argv = redacted(sys.argv)  # trackers note it
-        if "allow" in cfg:  # what is typed is meant
-            allow = [cfg.allow] if isinstance(cfg.allow, str) else cfg.allow
-            cfg.allow = [*allow, *typed(HydraConfig.get().overrides.task)]
-        noted = end_noted(cfg, run_dir) if verb == "train" and _rank() == 0 else nullcontext()
 
         def work() -> float:
-            with noted:
-                return run(cfg, run_dir)
+            chosen = _with_typed(options(verb, cfg), HydraConfig.get().overrides.task)
+            with end_noted(chosen, run_dir) if verb == "train" and _rank() == 0 else nullcontext():
+                return run(chosen, run_dir)
 
-        return guarded(verb, work, bool(cfg.get("debug")))
+        return guarded(verb, work, cfg.debug is True)
 
     return task
+
+
+def _check(verb: str, words: list[str]) -> None:
+    """Ends with a sentence where the words cannot be, before Hydra makes a folder; words for Hydra itself are its."""
+    known, _ = get_args_parser().parse_known_args(words)
+    if not any((known.help, known.hydra_help, known.cfg, known.info, known.shell_completion, known.config_dir)):
+        guarded(verb, lambda: check(verb, known.overrides, known.multirun), "debug=true" in words)
+
+
+def _with_typed(chosen: Any, words: Sequence[str]) -> Any:
+    """The record with the names that the user typed allowed: what is typed is meant."""
+    return replace(chosen, allow=(*chosen.allow, *typed(words))) if hasattr(chosen, "allow") else chosen
 
 
 def _rank() -> int:
@@ -95,7 +109,7 @@ def _child(run_dir: Path) -> float:
     import_module("trainer.app.launch").die_with_parent()
     cfg = OmegaConf.load(run_dir / ".hydra" / "resolved.yaml")
     assert isinstance(cfg, DictConfig)
-    return import_module("trainer.app.train").run(handed_on(cfg), run_dir)
+    return import_module("trainer.app.train").run(options("train", handed_on(cfg)), run_dir)
 
 
 def guarded(verb: str, work: Callable[[], float], debug: bool) -> float:

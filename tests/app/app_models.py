@@ -18,6 +18,11 @@ def linear(x, y=None):
         pyro.sample("y", dist.Normal(x @ w, sigma), obs=y)
 
 
+def with_token(x, y=None, token=""):
+    """`linear`, whose config holds a secret."""
+    linear(x, y)
+
+
 def dying(x, y=None, at=-1, number=int(signal.SIGKILL), rank=0):
     """`linear`, whose process gets signal ``number`` in its call ``at`` on ``rank``, the first time it is launched."""
     global _calls

@@ -7,21 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
-from trainer import cli
+from trainer.app.options.entrance import composed, options
 from trainer.lit import checkpoint
 
 HERE = Path(__file__).parent
 WEIGHTS = np.array([1.0, -2.0, 0.5])
 
 
-def config(verb: str, *overrides: str) -> DictConfig:
-    """The config that `svi VERB OVERRIDES` runs with."""
-    cli.register_open_nodes()
-    with initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
-        return compose(verb, list(overrides))
+def config(verb: str, *overrides: str) -> Any:
+    """The record that `svi VERB OVERRIDES` runs with."""
+    return options(verb, composed(verb, overrides))
 
 
 def svi(

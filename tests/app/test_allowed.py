@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_a_run_folder_cannot_name_a_function_of_its_choice(tmp_path):
 
 def test_a_config_of_train_cannot_either(shards, tmp_path):
     cfg = config("train", "model=linear", f"data.path={shards}")
-    cfg.optimizer = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
+    cfg = replace(cfg, optimizer=OmegaConf.create({"_target_": "os.mkdir", "path": str(tmp_path / "made")}))
     with pytest.raises(UserError, match=r"names os\.mkdir"):
         train.run(cfg, tmp_path / "run")
     assert not (tmp_path / "made").exists()

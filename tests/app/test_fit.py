@@ -227,9 +227,13 @@ def test_agreement_between_seeds_by_hand():
         (
             {"x": np.ones((4, 3)), "y": np.ones(4)},
             {"options": {"optimiser": "adam"}},
-            "option optimiser=adam is unknown",
+            "option optimiser is unknown .do you mean optimizer",
         ),
-        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"options": {"optimizer": "adan"}}, "the options cannot be used"),
+        (
+            {"x": np.ones((4, 3)), "y": np.ones(4)},
+            {"options": {"optimizer": "adan"}},
+            "optimizer=adan is unknown",
+        ),
         ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"guide": "full_rank"}, "guide=full_rank is unknown"),
         ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"seeds": 0}, "seeds=0 must be at least 1"),
     ],

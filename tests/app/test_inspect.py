@@ -45,7 +45,7 @@ def test_columns_sizes_and_rows_are_shown(folder, capsys, monkeypatch):
 def test_without_rows_and_with_too_few(folder, capsys, monkeypatch):
     _, lines = shown(capsys, monkeypatch, f"data.path={folder}", "rows=0")
     assert "20 rows" in lines[-1]
-    with pytest.raises(UserError, match="rows=-1 must be 0 or more"):
+    with pytest.raises(UserError, match="rows=-1 must be a whole number from 0 up"):
         inspect.run(config("inspect", f"data.path={folder}", "rows=-1"), None)
 
 

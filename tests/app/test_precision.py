@@ -105,7 +105,7 @@ def test_dtype_is_the_users_word(capsys):
     assert fitted(plain, capsys, dtype="float32")[0].theta.dtype == torch.float32
     with pytest.raises(UserError, match=r"dtype=float64 cannot be.*leave dtype= out"):
         fit(Net().model, TABLE, max_steps=8, options=OPTIONS, dtype="float64", progress=False)
-    with pytest.raises(UserError, match="dtype=float16 is not supported"):
+    with pytest.raises(UserError, match="dtype=float16 must be float32 or float64"):
         in_its_precision("float16", 1, lambda: None, print)
     with pytest.raises(UserError, match="neither in float64 nor in float32"):
         fit(both, TABLE, max_steps=8, options=OPTIONS, progress=False)

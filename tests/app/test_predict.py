@@ -63,7 +63,7 @@ def test_what_cannot_be_is_said_in_a_sentence(run_dir, table, tmp_path):
     for out, overrides, message in (
         ("a.txt", (), "a.txt is of no known format"),
         ("no/a.csv", (), "does not exist: make it first"),
-        ("a.csv", ("quantiles=[0.5,2]",), "must lie between 0 and 1"),
+        ("a.csv", ("quantiles=[0.5,2]",), "quantiles=.0.5,2. must be a list, each a number above 0 and below 1"),
         ("a.csv", (f"run={tmp_path}",), "is no run folder"),
         ("a.csv", ("data.path=nowhere.csv",), "no file at 'nowhere.csv'"),
     ):

@@ -104,7 +104,7 @@ def test_checkpoints_come_by_the_clock_and_the_newest_stay(fit):
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("*.ckpt")) == [
         f"step_{step:09d}.ckpt" for step in (30, 40, 50)
     ]
-    with pytest.raises(UserError, match="keep_last=0 must be at least 1"):
+    with pytest.raises(UserError, match="keep_last=0 must be a whole number from 1 up"):
         fit("ckpt_path=last", "max_steps=60", "checkpoint.keep_last=0")
 
 

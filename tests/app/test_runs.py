@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from app_tools import svi
+from app_tools import config, svi
 from filelock import FileLock
 from omegaconf import OmegaConf
 
@@ -56,7 +56,7 @@ def ended(folder: Path, error: BaseException) -> None:
     """A run that ends with ``error``, after some figures unless it is refused."""
 
     def run() -> None:
-        with run_folder.end_noted(OmegaConf.create(), folder):
+        with run_folder.end_noted(config("train", "data.path=x"), folder):
             if folder.name != "refused":
                 (folder / "metrics.csv").touch()
             raise error

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from trainer import cli
 from trainer.app import secrets
+from trainer.app.options.entrance import resolved
 from trainer.app.secrets import HIDDEN, redacted
 
 
@@ -39,14 +40,14 @@ def test_what_ends_a_run_is_told_without_its_secrets(tmp_path, free_port):
 
 def test_the_command_that_trackers_note_has_none(fit, shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["svi"])
-    words = ["runs", f"dir={tmp_path}", f"hydra.run.dir={tmp_path}", "+some.api_key=hunter2"]
+    words = ["runs", f"dir={tmp_path}", f"hydra.run.dir={tmp_path}", "html=https://me:hunter2@host/x"]
     with pytest.raises(SystemExit):  # there are none
         cli.main(words)
-    assert sys.argv == ["svi runs", *words[1:3], "+some.api_key=***"]
+    assert sys.argv == ["svi runs", *words[1:3], "html=https://***@host/x"]
 
 
 def test_ranks_are_given_what_the_saved_config_hides(monkeypatch):
-    cfg = config("train", "model=linear", "data.path=https://me:pass@host/x", "+model.api_key=k")
+    cfg = resolved(config("train", "model=linear", "data.path=https://me:pass@host/x", "+model.api_key=k"))
     monkeypatch.setenv("SVI_SECRETS", "")
     secrets.hand_on(cfg)
     saved = OmegaConf.create(redacted(OmegaConf.to_container(cfg, resolve=True)))
@@ -59,11 +60,11 @@ def test_ranks_are_given_what_the_saved_config_hides(monkeypatch):
 @pytest.mark.slow
 def test_no_file_of_a_run_and_no_line_of_it_holds_a_secret(shards, tmp_path):
     run_dir = tmp_path / "run"
-    done = svi("train", "model=linear", f"data.path={shards}", f"run_dir={run_dir}", "max_steps=4", "program=eager",
-               "+my_token=hunter2")  # fmt: skip
+    done = svi("train", "model._target_=app_models.with_token", f"data.path={shards}", f"run_dir={run_dir}",
+               "max_steps=4", "program=eager", "model.token=hunter2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     written = [path for path in run_dir.rglob("*") if path.is_file()]
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
     assert "hunter2" not in done.stdout + done.stderr
     for name in ("config", "resolved"):
-        assert OmegaConf.load(run_dir / ".hydra" / f"{name}.yaml").my_token == HIDDEN
+        assert OmegaConf.load(run_dir / ".hydra" / f"{name}.yaml").model.token == HIDDEN

@@ -94,9 +94,9 @@ def test_verify_tells_of_intact_folders_that_do_not_go_together(folders):
 
 
 def test_a_list_of_nothing_and_an_unknown_answer_to_damage_are_named(fit):
-    with pytest.raises(UserError, match=r"data\.path=\[\] names no folder"):
+    with pytest.raises(UserError, match=r"data\.path=\[\] must be a folder, a file or an address"):
         fit("data.path=[]")
-    with pytest.raises(UserError, match=r"data\.on_corrupt=skip is unknown: write error or quarantine"):
+    with pytest.raises(UserError, match=r"data\.on_corrupt=skip must be error or quarantine"):
         fit("data.on_corrupt=skip")
 
 

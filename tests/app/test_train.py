@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from app_tools import WEIGHTS, config, final_state
 from rich.console import Console
 
-from trainer.app.budget import update_of
+from trainer.app.budget import optimizer_of, update_of
 from trainer.app.shard import shards_of
 from trainer.data.shards.cache import ShardCache
 from trainer.errors import UserError
@@ -120,18 +121,18 @@ BAD = {
     "model._target_=app_models.discrete": 'latent site "k" is discrete',
     "model._target_=app_models.centring": "not exchangeable over rows",
     "data.path=/nowhere": "is no shard folder",
-    "batch_size=0": "batch_size=0 must be at least 1",
+    "batch_size=0": "batch_size=0 must be a whole number from 1 up.",
     "batch_size=250 data.lanes=8": "batch_size(250) % lanes(8) != 0",
     "data.lanes=8 draws=3": "lanes(8) % draws(3) != 0",
-    "max_steps=0": "max_steps=0 must be a number above 0, and whole",
-    "max_steps=abc": "max_steps=abc must be a number above 0, and whole",
+    "max_steps=0": "max_steps=0 must be a whole number from 1 up, or null.",
+    "max_steps=abc": "max_steps=abc must be a whole number from 1 up, or null.",
     "max_epochs=-1": "max_epochs=-1 must be a number above 0",
-    "averaging=1.5": "averaging=1.5 must lie in [0, 1)",
-    "dtype=float16": "dtype=float16 is not supported",
-    "trainer.devices=0": "trainer.devices=0 must be at least 1",
+    "averaging=1.5": "averaging=1.5 must be a number from 0 and below 1.",
+    "dtype=float16": "dtype=float16 must be float32 or float64, or null.",
+    "trainer.devices=0": "trainer.devices=0 must be a whole number from 1 to 1,024 or auto.",
     "ckpt_path=https://example.org/a.ckpt": "is a URL",
     "ckpt_path=missing.ckpt": "checkpoint missing.ckpt does not exist",
-    "schedule=robbins_monro schedule.forgetting=0.3": "schedule.forgetting=0.3 must lie in (0.5, 1]",
+    "schedule=robbins_monro schedule.forgetting=0.3": "schedule.forgetting=0.3 must be a number above 0.5 to 1.",
     "guide._target_=pyro.infer.autoguide.AutoNormal objective.kl=sticking_the_landing": "needs guide=mean_field",
 }
 
@@ -195,7 +196,7 @@ def test_every_group_composes_and_its_targets_take_their_arguments():
     import inspect
 
     from hydra.utils import get_object
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     from trainer.cli import config_folder
 
@@ -203,9 +204,9 @@ def test_every_group_composes_and_its_targets_take_their_arguments():
     assert len(options) > 15
     for group, name in options:
         cfg = config("train", "data.path=x", f"{group}={name}")
-        if group not in cfg:  # keys of the top level, or none
+        if not isinstance(getattr(cfg, group, None), DictConfig):  # keys of the top level, or none
             continue
-        node = OmegaConf.to_container(cfg[group], resolve=False)
+        node = OmegaConf.to_container(getattr(cfg, group), resolve=False)
         for spec in [node] if "_target_" in node else node.values():
             if isinstance(spec, dict) and spec.get("_target_"):
                 parameters = inspect.signature(get_object(spec["_target_"])).parameters
@@ -237,15 +238,17 @@ def test_a_budget_is_spent_in_rounds_each_twice_the_one_before():
 
     plan = Plan(np.full(10, 100), 0, 8, 96)
     cfg = config("train", "data.path=x", "max_steps=4500")
+    cfg = replace(cfg, optimizer=optimizer_of(cfg, whitened=True))
     rounds = update_of(cfg, plan, whitened=True, anchored=0).rounds
     assert [(each.start, each.horizon) for each in rounds] == [(0, 300), (300, 900), (900, 2100), (2100, 4500)]
     assert [each.horizon - each.average_from for each in rounds] == [66, 143, 297, 594]
     assert (rounds[-1].optimizer.lr, rounds[-1].optimizer.beta2) == (0.2, 0.9999)
-    assert cfg.optimizer.lr == 0.2
-    few = update_of(config("train", "data.path=x", "max_steps=1000"), plan, whitened=False, anchored=0).rounds
+    cfg = config("train", "data.path=x", "max_steps=1000")
+    cfg = replace(cfg, optimizer=optimizer_of(cfg, whitened=False))
+    few = update_of(cfg, plan, whitened=False, anchored=0).rounds
     assert [each.horizon for each in few] == [333, 1000]
     assert few[0].optimizer.lr == 0.05
-    with pytest.raises(UserError, match="rounds=0 must be at least 1"):
+    with pytest.raises(UserError, match="rounds=0 must be a whole number from 1"):
         update_of(config("train", "data.path=x", "rounds=0"), plan, whitened=False, anchored=0)
 
 
@@ -316,8 +319,6 @@ def test_an_anchored_run_resumes_bit_for_bit(fit, tmp_path):
         assert torch.equal(one, other)
     with pytest.raises(UserError, match="estimator=anchor needs guide=mean_field"):
         fit("estimator=anchor", "guide._target_=pyro.infer.autoguide.AutoNormal", run_dir=tmp_path / "other")
-    with pytest.raises(UserError, match="estimator=saga is not known"):
-        fit("estimator=saga", run_dir=tmp_path / "other")
 
 
 def test_a_table_is_packed_on_the_fly_once(fit, table, tmp_path, capsys):

@@ -4,19 +4,18 @@ import shlex
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from trainer.app.options.verbs import Best
 from trainer.app.run_folder import find
 from trainer.errors import UserError
 
 _OF_THE_SWEEP = ("trial=", "run_dir=", "sweep_dir=", "ckpt_path=last")
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Best, run_dir: Path) -> float:
     """Prints the command, alone on standard output, and returns the winner's ELBO per row."""
     if (cfg.sweep is None) == (cfg.storage is None or cfg.study is None):
         raise UserError("say which: sweep=DIR, or storage=ADDRESS study=NAME.")
-    words, value, place = _of_folder(Path(str(cfg.sweep))) if cfg.sweep else _of_study(str(cfg.storage), str(cfg.study))
+    words, value, place = _of_folder(Path(cfg.sweep)) if cfg.sweep else _of_study(str(cfg.storage), str(cfg.study))
     print(f"{place}: {value:.6g} nats per row", file=sys.stderr)
     print(shlex.join(["svi", "train", *(word for word in words if not word.startswith(_OF_THE_SWEEP))]))
     return value

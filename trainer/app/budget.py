@@ -5,14 +5,14 @@ another end (another budget, or an epoch of more or fewer steps), what is past s
 keep their places between now and the end.
 """
 
-import math
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from trainer.app import build
+from trainer.app.options.verbs import Train
 from trainer.data.plan import Plan
-from trainer.errors import UserError
 from trainer.svi.step import Update
 
 _ROUND_STEPS = 150  # of the shortest round
@@ -26,22 +26,22 @@ class Begun(NamedTuple):
     """The steps at which its rounds end."""
 
 
-def update_of(cfg: DictConfig, plan: Plan, whitened: bool, anchored: int, begun: Begun | None = None) -> Update:
+def optimizer_of(cfg: Train, whitened: bool) -> DictConfig:
+    """The optimiser's node, with the recipe's rates where it leaves them open."""
+    rates = asdict(cfg.rates.whitened if whitened else cfg.rates.plain)
+    left = {name: rates[name] for name, value in cfg.optimizer.items() if value is None and name in rates}
+    return OmegaConf.merge(cfg.optimizer, left)  # type: ignore[return-value]
+
+
+def update_of(cfg: Train, plan: Plan, whitened: bool, anchored: int, begun: Begun | None = None) -> Update:
     """Optimiser, schedule and rounds, each of twice the steps of the one before; a round is at least an epoch."""
-    epoch, horizon, share = plan.steps_per_epoch, _horizon(cfg, plan), float(cfg.averaging)
-    if not 0 <= share < 1:
-        raise UserError(f"averaging={share} must lie in [0, 1): the last share of a round whose iterates are averaged.")
-    count, every = int(cfg.rounds), int(cfg.program.get("sync_every", 1))
-    if count < 1:
-        raise UserError(f"rounds={count} must be at least 1.")
+    epoch, horizon, share = plan.steps_per_epoch, _horizon(cfg, plan), cfg.averaging
+    count, every = cfg.rounds, int(cfg.program.get("sync_every", 1))
     while count > 1 and horizon < (2**count - 1) * max(_ROUND_STEPS, epoch):
         count -= 1
     planned = [horizon * (2**number - 1) // (2**count - 1) for number in range(1, count)]
     if begun is not None:
         planned = moved(begun, horizon)
-    rates = cfg.rates.whitened if whitened else cfg.rates.plain
-    for name in [name for name, value in cfg.optimizer.items() if value is None and name in rates]:
-        cfg.optimizer[name] = rates[name]
     optimizer, schedule = build.optimizer(cfg.optimizer), build.schedule(cfg.schedule)
     update, start = None, 0
     for end in (*(end // every * every for end in planned), horizon):
@@ -61,17 +61,6 @@ def moved(begun: Begun, horizon: int) -> list[int]:
     return [end if end <= step else step + (end - step) * (horizon - step) // (last - step) for end in ends]
 
 
-def _horizon(cfg: DictConfig, plan: Plan) -> int:
-    steps, epochs = (_limit(name, cfg[name]) for name in ("max_steps", "max_epochs"))
-    limits = [int(n) for n in (steps, epochs and plan.step_after(epochs)) if n]
-    return min(limits) if limits else max(int(cfg.budget.steps), plan.step_after(float(cfg.budget.epochs)))
-
-
-def _limit(name: str, value: Any) -> float | None:
-    try:
-        found = None if value is None else float(value)
-    except (TypeError, ValueError):
-        found = 0.0
-    if found is not None and not (0 < found < math.inf and (name != "max_steps" or found == int(found))):
-        raise UserError(f"{name}={value} must be a number above 0{', and whole' if name == 'max_steps' else ''}.")
-    return found
+def _horizon(cfg: Train, plan: Plan) -> int:
+    limits = [n for n in (cfg.max_steps, cfg.max_epochs and plan.step_after(cfg.max_epochs)) if n]
+    return min(limits) if limits else max(cfg.budget.steps, plan.step_after(cfg.budget.epochs))

@@ -1,19 +1,16 @@
-"""Where the configs lie, the nodes of them that are open, and a config composed from Python."""
+"""Where the configs lie, and the nodes of them that are open."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 from hydra.version import VersionBase
-from omegaconf import DictConfig, OmegaConf
-
-from trainer.errors import UserError
+from omegaconf import OmegaConf
 
 _OPEN = ("columns", "model", "guide", "objective", "optimizer", "schedule", "program", "trainer", "logger")
 
@@ -37,17 +34,8 @@ def node_of(path: Path, group: str) -> str:
     return {"_global_": ""}.get(said[1], said[1]) if said else group.replace("/", ".")
 
 
-def composed(verb: str, chosen: Mapping[str, Any]) -> DictConfig:
-    """The config of a verb with ``chosen`` values: groups by the name of a choice, keys by their dotted path.
-
-    Raises UserError for a name that is neither.
-    """
-    with _hydra_kept():
-        return _composed(verb, chosen)
-
-
 @contextmanager
-def _hydra_kept() -> Iterator[None]:
+def hydra_kept() -> Iterator[None]:
     """Leaves a Hydra program of the caller's as it was: what it has composed, its stored configs, its version base."""
     instances, stored = dict(Singleton._instances), _copied(ConfigStore.instance().repo)
     base = VersionBase.instance().getbase()
@@ -63,21 +51,3 @@ def _hydra_kept() -> Iterator[None]:
 
 def _copied(repo: dict[str, Any]) -> dict[str, Any]:
     return {name: _copied(node) if isinstance(node, dict) else node for name, node in repo.items()}
-
-
-def _composed(verb: str, chosen: Mapping[str, Any]) -> DictConfig:
-    register_open_nodes()
-    folder = config_folder()
-    groups = [f"{name}={value}" for name, value in chosen.items() if (folder / name).is_dir()]
-    with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
-        try:
-            cfg = compose(verb, overrides=groups)
-        except Exception as error:
-            raise UserError(f"the options cannot be used: {str(error).splitlines()[0]}") from error
-    for name, value in chosen.items():
-        if not (folder / name).is_dir():
-            try:
-                OmegaConf.update(cfg, name, value)
-            except Exception as error:
-                raise UserError(f"option {name}={value} is unknown: svi {verb} --help lists them.") from error
-    return cfg

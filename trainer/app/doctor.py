@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from trainer.app.launch import usable_cores
+from trainer.app.options.verbs import Doctor
 from trainer.app.ranks import World, agree_on, of_all, on_cuda, world
 from trainer.app.server import why_offline
 from trainer.cache import cache_folder
@@ -57,7 +57,7 @@ class Node(NamedTuple):
     """Bytes that are free where compiled steps and fetched shards are kept; -1: it cannot be written."""
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Doctor, run_dir: Path) -> float:
     """Prints a table and returns the number of things that are wrong; exits with 1 if there are any."""
     del run_dir
     here, console = world(cfg.trainer), Console(highlight=False)
@@ -75,11 +75,11 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     return 0.0
 
 
-def findings(cfg: DictConfig, here: World) -> list[Finding]:
+def findings(cfg: Doctor, here: World) -> list[Finding]:
     """Everything that can be found out; the same list on every rank, but for what is rank 0's alone."""
-    folder = Path(str(cfg.folder))
+    folder = Path(cfg.folder)
     if here.external and here.size > 1:
-        nodes, group = _together(here, folder, float(cfg.timeout), on_cuda(cfg.trainer))
+        nodes, group = _together(here, folder, cfg.timeout, on_cuda(cfg.trainer))
     else:
         nodes, group = [look()], [Finding("ranks", "ok", f"{here.size}, started by svi itself")]
         if not os.access(folder, os.W_OK):

@@ -7,12 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from omegaconf import DictConfig
 from rich.console import Console
 
 from trainer.app.allowed import typed
 from trainer.app.columns import columns_line, columns_taken
-from trainer.app.config import composed
+from trainer.app.options.entrance import of_call
+from trainer.app.options.verbs import Train
 from trainer.app.ranks import share_threads, world
 from trainer.app.train import Given, quiet_lightning, train
 from trainer.data.packing.columns import ColumnMap
@@ -79,7 +79,7 @@ def fit(
         for each in range(seed, seed + seeds):
             own = folder if seeds == 1 else folder / f"seed-{each}"
             options = {"allow": names, **chosen, "seed": each, "data.path": path, "run_dir": str(own)}
-            fits.append(_fitted(composed("train", options), own, console, Given(model, guide, keep)))
+            fits.append(_fitted(of_call("train", options), own, console, Given(model, guide, keep)))
     best = max(fits, key=lambda posterior: posterior.metrics["elbo"])
     if seeds == 1:
         return best
@@ -119,7 +119,7 @@ def _packed(
     return str(path)
 
 
-def _fitted(cfg: DictConfig, run_dir: Path, console: Console, given: Given) -> Posterior:
+def _fitted(cfg: Train, run_dir: Path, console: Console, given: Given) -> Posterior:
     """One run."""
     here = world(cfg.trainer)
     if here.size > 1:

@@ -4,26 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from trainer.app.data import cache_of, places, training_split
+from trainer.app.options.verbs import Inspect
 from trainer.data.shards.files import Files
 from trainer.data.shards.folder import ShardFolder, split_files
 from trainer.data.shards.index import Column, Index
-from trainer.errors import UserError
 
 _SHOWN = 4  # numbers of a row's value
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Inspect, run_dir: Path) -> float:
     """Prints the columns of the first split, or several folders together, then the size and first rows of each split;
     returns the rows of all.
     """
     del run_dir
-    if int(cfg.rows) < 0:
-        raise UserError(f"rows={cfg.rows} must be 0 or more.")
     console, total = Console(highlight=False), 0
     if len(several := places(cfg.data.path)) > 1:
         together = training_split(cfg.data).index
@@ -37,8 +34,8 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
             console.print(_packed(folder.index), soft_wrap=True)
         console.print()
         console.print(_size(files, folder.index), soft_wrap=True)
-        if int(cfg.rows):
-            console.print(_rows(folder, int(cfg.rows)))
+        if cfg.rows:
+            console.print(_rows(folder, cfg.rows))
         total += folder.num_rows
     return float(total)
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 
 from trainer.app import build
+from trainer.app.options.entrance import resolved
+from trainer.app.options.records import plain
+from trainer.app.options.verbs import Train
 from trainer.app.secrets import redacted
 from trainer.app.server import WAIT, unreachable, why_offline
 from trainer.app.tracking import code_facts, keep_id, kept_id
@@ -20,14 +24,13 @@ _FINISH = 10  # seconds for the last figures to be uploaded; what is left stays 
 _PACKAGES = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
 
 
-def make_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger] | bool:
+def make_loggers(cfg: Train, run_dir: Path) -> list[Logger] | bool:
     """The loggers of `logger=`, False for none (metrics.csv is always written).
 
     What they write goes under ``run_dir``, which in a sweep is the job's own and not the ``run_dir`` of the config.
     """
-    cfg = OmegaConf.merge(cfg, {"run_dir": str(run_dir)})  # type: ignore[assignment]
-    loggers = []
-    for name, node in cfg.logger.items():
+    content, loggers = resolved(replace(cfg, run_dir=str(run_dir))), []
+    for name, node in content.logger.items():
         if node is None:
             continue
         if "_target_" not in node:
@@ -39,7 +42,7 @@ def make_loggers(cfg: DictConfig, run_dir: Path) -> list[Logger] | bool:
         logger = _MAKERS.get(kind, _plain)(node, run_dir)
         if logger is not None:
             loggers.append(logger)
-    facts: Any = redacted(OmegaConf.to_container(cfg, resolve=True))
+    facts: Any = redacted(plain(content))
     for logger in loggers:
         if not getattr(logger, "goes_on", False):  # MLflow refuses the options of a run that goes on with others
             logger.log_hyperparams({**facts, "code": code_facts()})

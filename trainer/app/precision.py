@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from trainer.app.first_rows import MOST
 from trainer.errors import UserError
 from trainer.svi.step import Inference
 
-_TYPES = {"float32": torch.float32, "float64": torch.float64}
+Name = Literal["float32", "float64"]
+_TYPES: dict[Name, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 _SPEAKS_OF_TYPES = re.compile(
     r"dtype|scalar type|same type|type should be|should be the same|\bdouble\b", re.IGNORECASE
 )
@@ -19,16 +21,14 @@ Problem = tuple[Inference, Tensor]
 
 
 def in_its_precision(
-    wanted: str | None, rows: int, infer: Callable[[], Problem], say: Callable[[str], None]
-) -> tuple[str, Problem]:
+    wanted: Name | None, rows: int, infer: Callable[[], Problem], say: Callable[[str], None]
+) -> tuple[Name, Problem]:
     """The floating type's name and what ``infer()`` makes in it; torch's default type is it from here on.
 
     Without ``wanted`` float64 for few rows, else float32; the other one where the model cannot compute in that, since
     modules and tensors of its own are of the other type. Raises UserError where none is possible.
     """
-    if wanted is not None and wanted not in _TYPES:
-        raise UserError(f"dtype={wanted} is not supported: use float32 or float64.")
-    names = ["float64", "float32"] if rows <= MOST else ["float32", "float64"]
+    names: list[Name] = ["float64", "float32"] if rows <= MOST else ["float32", "float64"]
     names = names if wanted is None else [wanted]
     refused = ""
     for name in names:
@@ -66,7 +66,7 @@ def _sentence(wanted: str | None, refused: str) -> str:
     )
 
 
-def _reason(inference: Inference, name: str, refused: str) -> str:
+def _reason(inference: Inference, name: Name, refused: str) -> str:
     """What is of this type: modules, else what torch said."""
     held = {n: m for n, m in inference.parameters.modules.items() if _holds(m, _TYPES[name])}
     named = [f'"{each}"' for each in held if each.split("_")[0] not in ("model", "guide")]  # by pyro.module

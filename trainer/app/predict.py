@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from trainer.app import build
 from trainer.app.allowed import refuse_others
 from trainer.app.data import cache_of, places, training_split
+from trainer.app.options.verbs import Predict
 from trainer.app.watch import Watch
 from trainer.data.shards.folder import is_packed
 from trainer.data.table import table_writer
@@ -22,33 +23,29 @@ POSTERIOR = "posterior.pt"
 _MOST_CLASSES = 1000  # of which each has a column
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Predict, run_dir: Path) -> float:
     """Writes a row for each row of the data: its number, and of every observed site mean, sd and quantiles, or the
     most likely class and the probability of each.
 
     Returns the number of rows.
     """
     del run_dir
-    posterior, out = posterior_of(Path(str(cfg.run)), cfg.allow), Path(str(cfg.out))
-    levels = [float(level) for level in (cfg.quantiles if isinstance(cfg.quantiles, ListConfig) else [cfg.quantiles])]
-    if not all(0 < level < 1 for level in levels):
-        raise UserError(f"quantiles={levels} must lie between 0 and 1.")
-    if int(cfg.draws) < 1:
-        raise UserError(f"draws={cfg.draws} must be at least 1.")
+    posterior, out = posterior_of(Path(cfg.run), cfg.allow), Path(cfg.out)
+    levels = list(cfg.quantiles)
     several = places(cfg.data.path)
     packed = [is_packed(place, cache_of(cfg.data)) for place in several]
     if len(several) > 1 and not all(packed):
         raise UserError(f"{several[packed.index(False)]} is a table: predict one table at a time, or pack them.")
     data = training_split(cfg.data) if packed[0] else several[0]
-    rows, console, draws = 0, Console(highlight=False, soft_wrap=True), int(cfg.draws)
+    rows, console = 0, Console(highlight=False, soft_wrap=True)
     with table_writer(out) as write, Watch(console, "predicting") as watch:
-        for row_id, found in posterior.predictions(data, draws, levels, int(cfg.seed), watch.show, console.print):
+        for row_id, found in posterior.predictions(data, cfg.draws, levels, cfg.seed, watch.show, console.print):
             columns: dict[str, np.ndarray] = {"row_id": row_id}
             for site, each in found.items():
                 columns |= _columns(site, each, levels)
             write(columns)
             rows += len(row_id)
-    console.print(f"{out}: {rows:,} rows, {draws} draws each")
+    console.print(f"{out}: {rows:,} rows, {cfg.draws} draws each")
     return float(rows)
 
 

@@ -8,9 +8,8 @@ and other lanes, hold from the checkpoint's step on.
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from trainer.app.budget import Begun
+from trainer.app.options.verbs import Train
 from trainer.app.ranks import World, of_all
 from trainer.data.address import is_address
 from trainer.data.plan import Plan, default_lanes
@@ -41,32 +40,30 @@ def saved(ckpt_path: str | None, run_dir: Path) -> Saved | None:
     return checkpoint.load(Path(ckpt_path))
 
 
-def plan_facts(cfg: DictConfig, folder: ShardFolder, world: World, old: Saved | None) -> dict[str, Any]:
+def plan_facts(cfg: Train, folder: ShardFolder, world: World, old: Saved | None) -> dict[str, Any]:
     """Lanes, batch size, seed, runs and draws of the plan: those of a fresh run, or the checkpoint's.
 
     Where another batch size, other lanes or draws are given, or the ranks need other lanes, they hold from the
     checkpoint's step on, and `Rest` says what its epoch has left.
     """
-    batch_size = min(int(cfg.batch_size), folder.num_rows)
-    if batch_size < 1:
-        raise UserError(f"batch_size={cfg.batch_size} must be at least 1.")
+    batch_size = min(cfg.batch_size, folder.num_rows)
     if old is None:
-        lanes = int(cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows))
+        lanes = cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows)
         facts: dict[str, Any] = {
             "lanes": lanes,
             "batch_size": batch_size,
-            "seed": int(cfg.seed),
-            "run_rows": int(cfg.data.run_rows),
-            "pool_blocks": int(cfg.data.pool_blocks),
+            "seed": cfg.seed,
+            "run_rows": cfg.data.run_rows,
+            "pool_blocks": cfg.data.pool_blocks,
             "shards_together": _shards_together(folder, lanes, world),
-            "draws": int(cfg.draws or world.size),
+            "draws": cfg.draws or world.size,
             "index": folder.index.digest,
         }
     else:
         facts = dict(old[1]["plan"])
         _refuse_other_rows(cfg, folder, facts)
-        before, facts["draws"] = plan_of(facts, folder), int(cfg.draws or facts["draws"])
-        lanes = int(cfg.data.lanes or facts["lanes"])
+        before, facts["draws"] = plan_of(facts, folder), cfg.draws or facts["draws"]
+        lanes = cfg.data.lanes or facts["lanes"]
         if cfg.data.lanes is None and (lanes % world.size or (batch_size % lanes and batch_size < folder.num_rows)):
             lanes = default_lanes(batch_size, max(world.size, facts["draws"]), folder.num_rows)
         if (lanes, batch_size) != (facts["lanes"], facts["batch_size"]):
@@ -101,13 +98,13 @@ def changes(old: dict[str, Any], facts: dict[str, Any]) -> str:
     return f" with {', '.join(found)}" if found else ""
 
 
-def _refuse_other_rows(cfg: DictConfig, folder: ShardFolder, facts: dict[str, Any]) -> None:
+def _refuse_other_rows(cfg: Train, folder: ShardFolder, facts: dict[str, Any]) -> None:
     if facts["index"] != folder.index.digest:
         raise UserError(
             f"the checkpoint was trained on other data than {cfg.data.path} (index {facts['index'][:12]} is not "
             f"{folder.index.digest[:12]}): give the same shards (and data.on_corrupt=), or start a new run_dir."
         )
-    if facts["seed"] != int(cfg.seed):
+    if facts["seed"] != cfg.seed:
         raise UserError(
             f"the checkpoint was trained with seed={facts['seed']}, not {cfg.seed}: "
             f"give seed={facts['seed']}, or start a new run_dir."

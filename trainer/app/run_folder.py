@@ -11,6 +11,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from trainer.app.options.entrance import resolved
+from trainer.app.options.verbs import Train
 from trainer.app.run_lock import is_locked
 from trainer.app.secrets import redacted
 from trainer.data.store import atomic_write
@@ -96,7 +98,7 @@ def cut_short(folder: Path) -> int:
     return (folder / _END).stat().st_mtime_ns if why.startswith("stopped by SIGUSR1 at step") else 0
 
 
-def save_words(cfg: DictConfig, folder: Path) -> None:
+def save_words(cfg: Train, folder: Path) -> None:
     """Writes what Hydra would (the config, its own, the words of the command) without secrets; only within a command.
 
     Hydra's own files come before the run holds its folder, and would replace those of a run that does.
@@ -105,7 +107,7 @@ def save_words(cfg: DictConfig, folder: Path) -> None:
         return
     hydra = HydraConfig.get()
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    words: dict[str, Any] = {"config": cfg, "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
+    words: dict[str, Any] = {"config": resolved(cfg), "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
     for name, node in words.items():
         plain = redacted(OmegaConf.to_container(OmegaConf.create(node)))
         with atomic_write(folder / ".hydra" / f"{name}.yaml") as file:
@@ -113,7 +115,7 @@ def save_words(cfg: DictConfig, folder: Path) -> None:
 
 
 @contextmanager
-def end_noted(cfg: DictConfig, folder: Path) -> Iterator[None]:
+def end_noted(cfg: Train, folder: Path) -> Iterator[None]:
     """Leaves word in a run folder of what ended the run. An old run that refused to go on stays as it was."""
     before = _written(folder)
     try:

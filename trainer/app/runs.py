@@ -4,11 +4,11 @@ import os
 import time
 from pathlib import Path
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trainer.app.options.verbs import Runs
 from trainer.app.run_folder import find
 from trainer.app.run_table import COLUMNS, cells, differences, sweeps
 from trainer.errors import UserError
@@ -17,9 +17,9 @@ _COLOURS = {"running": "cyan", "done": "green", "failed": "red", "killed": "red"
 _WIDE = 220  # characters, where nobody's terminal says
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Runs, run_dir: Path) -> float:
     """Prints the table, writes the page where one is asked for, and returns the number of runs."""
-    folder = Path(str(cfg.dir))
+    folder = Path(cfg.dir)
     if not folder.is_dir():
         raise UserError(f"dir={folder} is no folder.")
     found, now = find(folder), time.time()
@@ -38,7 +38,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     if cfg.html is not None:
         from trainer.app.runs_page import page  # matplotlib, which the table does without
 
-        path = Path(str(cfg.html))
+        path = Path(cfg.html)
         path.write_text(page(found, folder, now), encoding="utf-8")
         console.print(f"wrote {path}", markup=False)
     return float(len(found))

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from trainer.app.allowed import refuse_others
 from trainer.app.columns import columns_line
 from trainer.app.data import places
+from trainer.app.options.verbs import Shard
 from trainer.app.watch import Watch
 from trainer.data.address import is_address
 from trainer.data.packing.columns import source_columns
@@ -34,14 +34,14 @@ from trainer.data.store import atomic_write
 from trainer.errors import UserError
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Shard, run_dir: Path) -> float:
     """Packs and returns the number of training rows."""
     del run_dir
     if not cfg.out:
         raise UserError("no output folder was given: add out=DIR.")
-    out = Path(str(cfg.out))
+    out = Path(cfg.out)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if _truth_value("finish", cfg.finish):
+    if cfg.finish:
         if cfg.part is not None:
             raise UserError("part= and finish=true are two steps: run every part first, then finish=true once.")
         with _stopping_on_signals("run it again: what was made is kept"), Watch(console, "writing") as watch:
@@ -63,7 +63,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     return float(train.num_rows)
 
 
-def _part(cfg: DictConfig, parts: Parts, console: Console) -> float:
+def _part(cfg: Shard, parts: Parts, console: Console) -> float:
     """Reads one part; where all are read already, makes its share of the shards. Returns the rows read."""
     part, of = _part_of(str(cfg.part))
     resources = _resources(cfg)
@@ -147,65 +147,29 @@ def _changed(table: Path) -> float:
     return max(each.stat().st_mtime for each in (table, *table.rglob("*")))
 
 
-def _options(cfg: DictConfig) -> dict[str, Any]:
-    """The arguments of `pack`. Raises UserError for one of another type."""
-    columns: Any = OmegaConf.to_container(cfg.columns, resolve=True)
+def _options(cfg: Shard) -> dict[str, Any]:
+    """The arguments of `pack`."""
     return {
-        "columns": {name: _source_columns(name, value) for name, value in columns.items()} or None,
-        "held_out": _number("split.held_out", cfg.split.held_out),
-        "seed": _integer("seed", cfg.seed),
-        "shard_bytes": _integer("shard_bytes", cfg.shard_bytes),
-        "block_rows": _integer("block_rows", cfg.block_rows),
-        "missing": str(cfg.missing),
-        "standardise": _names(cfg.standardise),
-        "categories": _names(cfg.categories),
-        "group_by": None if cfg.group_by is None else str(cfg.group_by),
-        "split_by": None if cfg.split.by is None else str(cfg.split.by),
-        "split_time": None if cfg.split.time is None else str(cfg.split.time),
+        "columns": {name: value if isinstance(value, str) else list(value) for name, value in cfg.columns.items()}
+        or None,
+        "held_out": cfg.split.held_out,
+        "seed": cfg.seed,
+        "shard_bytes": cfg.shard_bytes,
+        "block_rows": cfg.block_rows,
+        "missing": cfg.missing,
+        "standardise": cfg.standardise,
+        "categories": cfg.categories,
+        "group_by": cfg.group_by,
+        "split_by": cfg.split.by,
+        "split_time": cfg.split.time,
         "split_after": cfg.split.after,
         "like": None if cfg.like is None else places(cfg.like),
     }
 
 
-def _resources(cfg: DictConfig) -> dict[str, Any]:
+def _resources(cfg: Shard) -> dict[str, Any]:
     """What changes no byte of what is packed."""
-    return {
-        "memory_bytes": _integer("memory_bytes", cfg.memory_bytes),
-        "workers": None if cfg.workers is None else _integer("workers", cfg.workers),
-        "overwrite": _truth_value("overwrite", cfg.overwrite),
-    }
-
-
-def _source_columns(name: str, value: Any) -> str | list[str]:
-    """One name or several: a name of digits (columns.x=5) arrives as a number."""
-    if isinstance(value, list) and not any(isinstance(part, list | dict) for part in value):
-        return [str(part) for part in value]
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise UserError(f"columns.{name} names no source column: write columns.{name}=a or columns.{name}=[a,b].")
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    """The names in a list, or the only one."""
-    return (value,) if isinstance(value, str) else tuple(str(name) for name in value or ())
-
-
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{key}={value} is no number.")
-    return float(value)
-
-
-def _integer(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
-        raise UserError(f"{key}={value} is no whole number.")
-    return int(value)
-
-
-def _truth_value(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):  # bool("no") is True
-        raise UserError(f"{key}={value} is unknown: write {key}=true or {key}=false.")
-    return value
+    return {"memory_bytes": cfg.memory_bytes, "workers": cfg.workers, "overwrite": cfg.overwrite}
 
 
 @contextlib.contextmanager
@@ -225,25 +189,23 @@ def _stopping_on_signals(left: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _source(cfg: DictConfig) -> tuple[Source, dict[str, Any] | None]:
+def _source(cfg: Shard) -> tuple[Source, dict[str, Any] | None]:
     """The table, and what a synthetic one was made with."""
     if cfg.source == "synthetic":
         return _synthetic(cfg)
     if cfg.source:
-        source = open_source(str(cfg.source))
+        source = open_source(cfg.source)
         columns = _options(cfg)["columns"]
         if cfg.like is None:  # else its columns say what these are
-            refuse_mixed(source, source_columns(columns) if columns else source.fields, _names(cfg.categories))
+            refuse_mixed(source, source_columns(columns) if columns else source.fields, cfg.categories)
         return source, None
     raise UserError("no table was given: add source=PATH (Parquet, CSV or .npz; a glob works too) or source=synthetic.")
 
 
-def _synthetic(cfg: DictConfig) -> tuple[SyntheticSource, dict[str, Any]]:
+def _synthetic(cfg: Shard) -> tuple[SyntheticSource, dict[str, Any]]:
     if not cfg.rows:
         raise UserError("a synthetic table needs a size: add rows=1000000.")
-    rows, seed = _integer("rows", cfg.rows), _integer("seed", cfg.seed)
-    if seed < 0:
-        raise UserError(f"seed={seed} is out of range: give an integer from 0 to 2**63 - 1.")
+    rows, seed = cfg.rows, cfg.seed
     refuse_others(cfg.model, cfg.allow)
     from trainer.app import build  # torch and Pyro, which tables do without
 

@@ -5,19 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig
 from rich.console import Console
 
+from trainer.app.options.verbs import Sync
 from trainer.app.server import why_offline
 from trainer.errors import UserError
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Sync, run_dir: Path) -> float:
     """Sends what is not sent yet, oldest first (so that what a run did after a requeue follows what it did before), and
     returns how many parts of runs; exits with 1 where one could not be sent.
     """
     del run_dir
-    folder = Path(str(cfg.dir))
+    folder = Path(cfg.dir)
     if not folder.is_dir():
         raise UserError(f"dir={folder} is no folder.")
     waiting = unsent(folder)
@@ -35,7 +35,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         raise UserError(f"W&B: {reason}; nothing was sent, {len(waiting)} wait: log in (wandb login) and try again.")
     failed = 0
     for number, path in enumerate(waiting, 1):
-        wrong = send(path, float(cfg.timeout))
+        wrong = send(path, cfg.timeout)
         failed += wrong is not None
         console.print(f"{number} of {len(waiting)}: {path} {'sent' if wrong is None else f'not sent ({wrong})'}")
     if failed:

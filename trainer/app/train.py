@@ -16,20 +16,23 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from rich.console import Console
 
 from trainer.app import build, resume, secrets
 from trainer.app.allowed import refuse_others
 from trainer.app.blocks import AllRows
-from trainer.app.budget import update_of
+from trainer.app.budget import optimizer_of, update_of
 from trainer.app.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.app.data import cache_of, held_out_split, places, training_split
 from trainer.app.finish import Finish, is_finished
 from trainer.app.first_rows import first_pass, first_rows, one_group
 from trainer.app.launch import is_restarted, memory_share
 from trainer.app.loggers import make_loggers
+from trainer.app.options.entrance import resolved
+from trainer.app.options.records import plain
+from trainer.app.options.verbs import Train
 from trainer.app.precision import in_its_precision
 from trainer.app.quarantine import without_damage
 from trainer.app.ranks import World, agree_on, on_cuda, share_threads, world
@@ -76,7 +79,7 @@ class Given(NamedTuple):
     """Whether the run folder stays."""
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Train, run_dir: Path) -> float:
     """Trains, writes the run folder, and returns the held-out ELBO per row (the ELBO per row without held-out rows).
 
     Raises `Stopped`, which exits with 128 + the signal's number, when a signal ended the run, after saving; where
@@ -84,7 +87,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     """
     here = world(cfg.trainer)
     threads = share_threads(here.local_size, cfg.threads)
-    backend, timeout = "nccl" if on_cuda(cfg.trainer) else "gloo", timedelta(seconds=float(cfg.trainer.timeout))
+    backend, timeout = "nccl" if on_cuda(cfg.trainer) else "gloo", timedelta(seconds=cfg.trainer.timeout)
     quiet_lightning()
     before = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
     try:
@@ -92,7 +95,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
             try:
                 run_dir = Path(agree_on(str(run_dir.absolute()), here, backend, timeout))
                 if is_restarted() and (cfg.ckpt_path is None or checkpoint.manifests(run_dir / "checkpoints")):
-                    cfg.ckpt_path = "last"  # the file that the first launch began with is behind it
+                    cfg = replace(cfg, ckpt_path="last")  # the file that the first launch began with is behind it
                 console = Console(quiet=here.rank != 0, highlight=False, soft_wrap=True)
                 _, finish = train(cfg, run_dir, here, threads, console, signals)
                 signals.check()
@@ -114,7 +117,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
 
 
 def train(
-    cfg: DictConfig,
+    cfg: Train,
     run_dir: Path,
     here: World,
     threads: int,
@@ -126,10 +129,9 @@ def train(
     with locked(run_dir) if here.rank == 0 else nullcontext():
         if here.rank == 0 and given is None:
             save_words(cfg, run_dir)
-        refuse_others(cfg, cfg.allow)
-        if cfg.data.on_corrupt not in ("error", "quarantine"):
-            raise UserError(f"data.on_corrupt={cfg.data.on_corrupt} is unknown: write error or quarantine.")
-        cfg.data.path = shards_of(places(cfg.data.path), console, cache_of(cfg.data))
+        refuse_others(resolved(cfg), cfg.allow)
+        path = shards_of(places(cfg.data.path), console, cache_of(cfg.data))
+        cfg = replace(cfg, data=replace(cfg.data, path=path if isinstance(path, str) else tuple(path)))
         folder, held_out = training_split(cfg.data), held_out_split(cfg.data)
         if cfg.data.on_corrupt == "quarantine":
             folder = without_damage(folder, run_dir, here, console)
@@ -138,7 +140,7 @@ def train(
 
 
 def _train(
-    cfg: DictConfig,
+    cfg: Train,
     run_dir: Path,
     here: World,
     threads: int,
@@ -151,7 +153,7 @@ def _train(
     saved = resume.saved(cfg.ckpt_path, run_dir)
     plan_facts = resume.plan_facts(cfg, folder, here, saved)
     plan = resume.plan_of(plan_facts, folder)
-    cfg.dtype, (inference, theta) = in_its_precision(
+    dtype, (inference, theta) = in_its_precision(
         cfg.dtype, folder.num_rows, lambda: infer(cfg, folder, given), console.print
     )
     for line in precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()):
@@ -163,6 +165,7 @@ def _train(
     start = laplace_start(inference, theta, sample, doubts.append) if cfg.start == "laplace" else None
     for sentence in doubts:
         console.print(sentence)
+    cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, start is not None))
     update = update_of(cfg, plan, start is not None, _anchored(cfg, inference), resume.begun(saved))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=replace(inference.objective, pairs=2))
@@ -171,7 +174,7 @@ def _train(
         "plan": plan_facts,
         "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
         "sites": list(inference.sites),
-        "optimizer": OmegaConf.to_container(cfg.optimizer, resolve=True),
+        "optimizer": plain(cfg.optimizer),
         "horizon": update.horizon,
         "rounds": [each.horizon for each in update.rounds],
         "version": version("svi-trainer"),
@@ -199,39 +202,39 @@ def _train(
     program = build.program(cfg.program)(inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks)
     module = VariationalModule(inference, update, program, state, seconds, console.print, checked)
     with_row_id = bool(inference.guide.noise_size[1] or cfg.data.log_rows)
-    every = int(cfg.checkpoint.every_n_steps or 0)
-    for name, count in (("checkpoint.every_n_steps", every), ("slots", int(cfg.slots or 0))):
+    every = cfg.checkpoint.every_n_steps or 0
+    for name, count in (("checkpoint.every_n_steps", every), ("slots", cfg.slots or 0)):
         if count % program.sync_every:
             raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
     report = _report(cfg, held_out or folder, update.horizon, program.sync_every, facts, signals)
     data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), with_row_id,
-                     cfg.slots and int(cfg.slots), _cuts(plan, every, update.anchored),
+                     cfg.slots, _cuts(plan, every, update.anchored),
                      tuple(end for each in update.rounds for end in (each.horizon, *segment_ends(
                          each, plan.steps_per_epoch, program.sync_every)))
                      + tuple(end for each in report for end in each.ends) + program.stages,
-                     int(cfg.data.memory or memory_share(here.local_size)))  # fmt: skip
+                     cfg.data.memory or memory_share(here.local_size))  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     bar = ProgressBar(console, update.horizon)
-    rows = AllRows(folder, int(cfg.seed), facts, bar.on_pass, signals.check)
-    rule = build.rule(cfg.get("stop"))
-    afford = None if cfg.newton_after is None else plan.step_after(float(cfg.newton_after))
+    rows = AllRows(folder, cfg.seed, facts, bar.on_pass, signals.check)
+    rule = build.rule(cfg.stop)
+    afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
     by_products = afford if has_latents_alone(inference) else None
     stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print, doubts)
     shown = f" · {run_dir}" if given is None or given.keep else ""
     figures = MetricsFile(run_dir / "metrics.csv", console.print)
-    finish = Finish(run_dir, folder, held_out, plan, int(cfg.seed), console, signals, figures, stop, shown)
+    finish = Finish(run_dir, folder, held_out, plan, cfg.seed, console, signals, figures, stop, shown)
     callbacks = [
         signals,
         *([MoveAnchor(rows, plan.begins)] if update.anchored else []),
-        *([RowLog(Path(str(cfg.data.log_rows)))] if cfg.data.log_rows else []),
+        *([RowLog(Path(cfg.data.log_rows))] if cfg.data.log_rows else []),
         bar,
         figures,
         stop,
         *report,
         Checkpoints(run_dir / "checkpoints", facts, data.first, every, cfg.checkpoint.every_minutes,
-                    int(cfg.checkpoint.keep_last), console.print),
+                    cfg.checkpoint.keep_last, console.print),
         finish,
-        Tracked(run_dir, folder, figures, bool(cfg.checkpoint.track)),
+        Tracked(run_dir, folder, figures, cfg.checkpoint.track),
     ]  # fmt: skip
     if (facts.get("stopped") and rule is not None) or data.first >= data.last:
         data.last = data.first  # what was cut short at the end, if anything, is all there is to do
@@ -253,7 +256,7 @@ def _cuts(plan: Plan, every: int, anchored: int) -> tuple[tuple[int, int], ...]:
     return (*([(every, 0)] if every else []), *([epochs] if anchored else []))
 
 
-def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> tuple[Inference, torch.Tensor]:
+def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[Inference, torch.Tensor]:
     """The inference problem of a config, checked on the first rows, and theta [P] at its start."""
     columns = tuple(column.name for column in folder.index.columns if column.name != "row_id")
     user_model = build.model(cfg.model) if given is None else given.model
@@ -282,18 +285,16 @@ def infer(cfg: DictConfig, folder: ShardFolder, given: Given | None = None) -> t
         objective,
         plate=cfg.plate,
         global_sites=cfg.global_sites,
-        seed=int(cfg.seed),
+        seed=cfg.seed,
     )
     refuse_mixed_numbers(folder.index, inference, theta, batch)
     return inference, theta
 
 
-def _anchored(cfg: DictConfig, inference: Inference) -> int:
+def _anchored(cfg: Train, inference: Inference) -> int:
     """How many locations are anchored."""
     if cfg.estimator == "plain":
         return 0
-    if cfg.estimator != "anchor":
-        raise UserError(f"estimator={cfg.estimator} is not known: use plain or anchor.")
     guide, each_step = inference.guide, int(cfg.program.get("sync_every", 1)) == 1
     if not (isinstance(guide, MeanField) and not guide.noise_size[1] and each_step):
         raise UserError(
@@ -303,10 +304,10 @@ def _anchored(cfg: DictConfig, inference: Inference) -> int:
     return guide.size
 
 
-def _trainer(cfg: DictConfig, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A Lightning trainer that runs our chunks once through; checkpoints, progress and stopping are our callbacks."""
-    options: dict[str, Any] = dict(OmegaConf.to_container(cfg.trainer, resolve=True))  # type: ignore[arg-type]
-    timeout = timedelta(seconds=float(options.pop("timeout")))
+    options: dict[str, Any] = plain(cfg.trainer)
+    timeout = timedelta(seconds=options.pop("timeout"))
     options.update(devices=here.local_size, num_nodes=here.size // here.local_size)
     plugins: list[Any] = []
     if not here.external:  # also within an allocation, whose variables Lightning takes for those of ranks
@@ -342,21 +343,21 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning_utilities)\..*")
 
 
-def _save_config(cfg: DictConfig, run_dir: Path) -> None:
+def _save_config(cfg: Train, run_dir: Path) -> None:
     """The resolved config, from which the other ranks start and by which a run folder explains itself."""
     (run_dir / ".hydra").mkdir(parents=True, exist_ok=True)
-    secrets.hand_on(cfg)
-    resolved = OmegaConf.create(secrets.redacted(OmegaConf.to_container(cfg, resolve=True)))
+    content = resolved(cfg)
+    secrets.hand_on(content)
     with atomic_write(run_dir / ".hydra" / "resolved.yaml") as file:
-        file.write(OmegaConf.to_yaml(resolved).encode())
+        file.write(OmegaConf.to_yaml(OmegaConf.create(secrets.redacted(plain(content)))).encode())
 
 
 def _report(
-    cfg: DictConfig, folder: ShardFolder, horizon: int, unit: int, facts: dict[str, Any], signals: StopOnSignal
+    cfg: Train, folder: ShardFolder, horizon: int, unit: int, facts: dict[str, Any], signals: StopOnSignal
 ) -> list[Any]:
     """Of a trial of a study, what reports to it."""
     if cfg.trial is None:
         return []
     from trainer.app.trial import Report  # Optuna, which only sweeps need
 
-    return [Report(cfg.trial, folder, int(cfg.seed), horizon, unit, facts, signals.check)]
+    return [Report(cfg.trial, folder, cfg.seed, horizon, unit, facts, signals.check)]

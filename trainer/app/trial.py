@@ -6,12 +6,13 @@ from typing import Any
 
 import optuna
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from pytorch_lightning import Callback
 
 from trainer.app import build
 from trainer.app.allowed import refuse_others
 from trainer.app.blocks import blocks, together
+from trainer.app.options.verbs import Trial
 from trainer.app.study import open_storage
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
@@ -26,13 +27,13 @@ _ROWS = 16_384  # at least, that a report looks at: the same ones in all trials,
 class Report(Callback):
     """Reports the ELBO per row of ``folder`` (the held-out rows, where there are any) at each step of `ends`.
 
-    ``node``: the config's `trial`; ``unit``: what the steps of `ends` are multiples of; ``facts``: the checkpoint's,
+    ``node``: the option `trial`; ``unit``: what the steps of `ends` are multiples of; ``facts``: the checkpoint's,
     where the reason to stop is kept; ``check`` is called at each block.
     """
 
     def __init__(
         self,
-        node: DictConfig,
+        node: Trial,
         folder: ShardFolder,
         seed: int,
         horizon: int,
@@ -69,13 +70,13 @@ class Report(Callback):
 
     @cached_property
     def _trial(self) -> optuna.Trial:
-        number = int(self.node.number)
+        number = self.node.number
         return optuna.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
 
     @cached_property
     def _study(self) -> optuna.Study:
         """Opened once, not at every report."""
-        study = optuna.load_study(storage=open_storage(str(self.node.storage)), study_name=str(self.node.study))
+        study = optuna.load_study(storage=open_storage(self.node.storage), study_name=self.node.study)
         pruner = OmegaConf.create(study.user_attrs["pruner"])
         refuse_others(pruner, ["optuna.pruners"])
         study.pruner = build.make(pruner)

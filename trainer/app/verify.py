@@ -3,16 +3,16 @@
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig
 from rich.console import Console
 
 from trainer.app.data import cache_of, places
+from trainer.app.options.verbs import Verify
 from trainer.app.watch import Watch
 from trainer.data.shards.folder import open_split, split_files
 from trainer.data.shards.verify import verify
 
 
-def run(cfg: DictConfig, run_dir: Path) -> float:
+def run(cfg: Verify, run_dir: Path) -> float:
     """Checks both splits and returns the rows that were checked; exits with 1 after naming every damaged shard.
 
     Raises UserError for several folders that are intact but do not go together.

@@ -16,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import UnsupportedValueType
 
 from trainer.app.completion import words_of
-from trainer.app.config import config_folder, register_open_nodes
+from trainer.app.config import config_folder, hydra_kept, register_open_nodes
 from trainer.app.options import verbs
-from trainer.app.options.kinds import Part, Unknown, bound, plain, record, shown
+from trainer.app.options.kinds import Part, shown
+from trainer.app.options.records import Unknown, bound, plain, record
 from trainer.errors import UserError, first_line
 
 _ALONE = Lock()  # Hydra composes with what is global to the process
@@ -54,16 +55,18 @@ def of_call(verb: str, chosen: Mapping[str, Any]) -> Any:
             OmegaConf.update(cfg, name, values[name])
         except UnsupportedValueType as error:
             OmegaConf.update(cfg, name, shown(values[name]))
-            options(verb, cfg)  # says what it may be, unless it may be any text
+            options(verb, cfg)  # says what it may be, unless that is any text
             raise UserError(f"{name}={shown(values[name])} must be text.") from error
         except Exception as error:
             raise _unknown(verb, name) from error
     return options(verb, cfg)
 
 
-def check(verb: str, words: Sequence[str], sweep: bool = False) -> None:
-    """Raises UserError for the words of a command that cannot be, before anything is done for it; of a sweep also for
-    the values that it is to try."""
+def check(verb: str, words: Sequence[str], sweep: bool = False) -> float:
+    """0, the exit code. Raises UserError for the words of a command that cannot be, before anything is done for it.
+
+    Those of a sweep are judged by each value that it is to try.
+    """
     parsed = [_parsed(verb, word) for word in words]
     for each in parsed:
         if each.is_sweep_override() and not sweep:
@@ -87,14 +90,16 @@ def check(verb: str, words: Sequence[str], sweep: bool = False) -> None:
             for value in _tried(each):
                 OmegaConf.update(changed := cfg.copy(), each.key_or_group, value)
                 options(verb, changed)
+    return 0
 
 
 def composed(verb: str, words: Sequence[str], hydra: bool = False) -> DictConfig:
     """The config of a verb. Raises UserError for words that name nothing that there is."""
-    register_open_nodes()
     try:
-        with _ALONE, initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-            return compose(verb, list(words), return_hydra_config=hydra)
+        with _ALONE, hydra_kept():
+            register_open_nodes()
+            with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+                return compose(verb, list(words), return_hydra_config=hydra)
     except Exception as error:
         raise _sentence(verb, words, error) from None
 

@@ -1,4 +1,4 @@
-"""What an option may be, said by its type, and the sentence for a value that it may not be.
+"""What an option may be, said by its type.
 
 A record is a frozen dataclass, one for each verb and each part of its config; the type of a field is all that is known
 of an option besides its default and its comment, which stand in conf/. A type is one of bool, int, float and str, a
@@ -9,27 +9,15 @@ another record, or `Part`: what is made of a class of anybody's. Nothing here lo
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin
 
-from omegaconf import DictConfig, OmegaConf
-
-from trainer.errors import UserError
-
-Record = TypeVar("Record")
+from omegaconf import DictConfig
 
 
 class Unfit(Exception):
     """A value is not of a kind."""
-
-
-class Unknown(UserError):
-    """A key names no option; ``key``: its full name."""
-
-    def __init__(self, key: str):
-        super().__init__(f"option {key} is unknown.")
-        self.key = key
 
 
 class Limit(Protocol):
@@ -109,46 +97,6 @@ Names = tuple[str, ...]
 Number = int | float
 
 
-def bound(kind: Any, value: Any, key: str) -> Any:
-    """``value`` as a ``kind``. Raises UserError with the option's name, the value and what it may be."""
-    if value == "???":
-        raise UserError(f"{key} is missing: give {key}=.")
-    inner = [each for each in get_args(kind) if is_dataclass(each)] if get_origin(kind) in (Union, UnionType) else []
-    if is_dataclass(kind) or (inner and value is not None):
-        return record(inner[0] if inner else kind, value, key)  # type: ignore[arg-type]
-    part = part_of(kind)
-    if part is not None:
-        return _part(part, value, key)
-    try:
-        return read(kind, value)
-    except Unfit as error:
-        said = words(kind)
-        more = f", {error}" if str(error) and "2**63" not in said else ""
-        raise UserError(f"{key}={shown(value)} must be {said}{more}.") from None
-
-
-def record(kind: type[Record], node: Any, key: str = "") -> Record:
-    """The record of a node. Raises UserError for a key that is unknown, one that is missing, and a value that no option
-    of the name may have."""
-    if not isinstance(node, Mapping):
-        below = ", ".join(f"{key}.{field.name}=" for field in fields(kind))  # type: ignore[arg-type]
-        raise UserError(f"{key}={shown(node)} must have its options given one by one: {below}.")
-    known, found, above = kinds_of(kind), {}, f"{key}." if key else ""
-    for name, value in node.items():
-        if name not in known:
-            raise Unknown(f"{above}{name}")
-        found[str(name)] = bound(known[str(name)], value, f"{above}{name}")
-    for name in known.keys() - found.keys():
-        raise UserError(f"{above}{name} is missing: give {above}{name}=.")
-    return kind(**found)
-
-
-def kinds_of(kind: type) -> dict[str, Any]:
-    """The kind of each option of a record."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(kind)}
-
-
 def read(kind: Any, value: Any) -> Any:
     """``value`` as a ``kind``, where it is one or can only mean one: 1e3 is a whole number, "0.1" a number.
 
@@ -190,7 +138,7 @@ def words(kind: Any) -> str:
         return f"{', '.join(others)}{', or ' if NoneType in args else ' or '}{last}"
     if origin is tuple:
         return f"a list, each {words(args[0])}" if args[0] is not str else "a name or a list of names, as [a,b]"
-    return "options of its own" if origin is dict else _WORDS[kind]
+    return _WORDS.get(kind, "options of its own")
 
 
 def shown(value: Any) -> str:
@@ -209,47 +157,6 @@ def part_of(kind: Any) -> PartOf | None:
     """How the options of a node are open, if they are."""
     marks = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     return next((mark for mark in marks if isinstance(mark, PartOf)), None)
-
-
-def plain(value: Any) -> Any:
-    """A record as dicts, lists and scalars, its interpolations resolved."""
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, DictConfig):
-        return OmegaConf.to_container(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _part(part: PartOf, value: Any, key: str) -> DictConfig:
-    """The node, read-only, with the types of the options that are known."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"{key}={shown(value)} must be a choice (svi VERB --help lists them), or have options below it.")
-    if part.several:
-        made = {name: each if each is None else _part(PartOf(), each, f"{key}.{name}") for name, each in value.items()}
-    else:
-        made = _typed(part.record, value, key)
-    node = DictConfig(made, key=key)
-    OmegaConf.set_readonly(node, True)
-    return node
-
-
-def _typed(record: type | None, value: Mapping[Any, Any], key: str) -> dict[Any, Any]:
-    from trainer.app.options.parts import RECORDS  # made of these kinds
-
-    target, made = value.get("_target_"), dict(value)
-    if not isinstance(target, str | NoneType):
-        raise UserError(f"{key}._target_={shown(target)} must be the name of a class or function: package.name.")
-    closed = RECORDS.get(str(target))
-    kinds = kinds_of(record or closed) if record or closed else {}
-    for name, each in value.items():
-        if name in kinds:
-            found = bound(kinds[name], each, f"{key}.{name}")
-            made[name] = list(found) if isinstance(found, tuple) else found
-        elif closed and not getattr(closed, "IS_OPEN", False) and not re.fullmatch("_.*_", str(name)):
-            raise Unknown(f"{key}.{name}")
-    for name in (kinds if record else {}).keys() - value.keys():
-        raise UserError(f"{key}.{name} is missing: give {key}.{name}=.")
-    return made
 
 
 def _any_of(kinds: tuple[Any, ...], value: Any) -> Any:

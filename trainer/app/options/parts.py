@@ -165,6 +165,7 @@ RECORDS: dict[str, type] = {
     "trainer.svi.schedules.RobbinsMonro": RobbinsMonro,
     "trainer.svi.schedules.Cosine": Cosine,
     "trainer.svi.schedules.OneCycle": OneCycle,
+    "trainer.svi.auto.Auto": Nothing,
     "trainer.svi.programs.Eager": Nothing,
     "trainer.svi.fused.Fused": Nothing,
     "trainer.svi.local_steps.LocalSteps": LocalSteps,

@@ -24,6 +24,7 @@ from trainer.app.options.kinds import (
 )
 
 Places = Annotated[str | tuple[str, ...], Filled("a folder, a file or an address, or several as [a,b]")]
+Columns = Annotated[str | tuple[str, ...], Filled("a source column, or several as [a,b]")]
 Threads = Annotated[int, Range(1, 1024)]
 Draws = Annotated[int, Range(1, 1_000_000)]
 
@@ -71,9 +72,11 @@ class Trainer:
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Annotated[int, Range(1, 1024)] | Literal["auto"]
     num_nodes: Annotated[int, Range(1, 100_000)]
-    max_time: Annotated[str, Pattern(r"\d+:\d\d:\d\d:\d\d", "a time as days:hours:minutes:seconds")] | dict[
-        str, Number
-    ] | None
+    max_time: (
+        Annotated[str, Pattern(r"\d+:\d\d:\d\d:\d\d", "a time as days:hours:minutes:seconds")]
+        | dict[str, Number]
+        | None
+    )
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Split:
 class Shard:
     source: str | None
     out: str | None
-    columns: dict[str, str | tuple[str, ...]]
+    columns: dict[str, Columns]
     like: Places | None
     rows: Count | None
     split: Split
@@ -241,7 +244,7 @@ class Sync:
 @dataclass(frozen=True)
 class Doctor:
     folder: str
-    threads: Threads | None
+    threads: Count | None
     timeout: Seconds
     debug: bool
     trainer: Annotated[DictConfig, PartOf(Trainer)]
