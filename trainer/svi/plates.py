@@ -22,6 +22,7 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.svi.promotion import Promoting
 from trainer.svi.rows import Column
+from trainer.svi.supports import harmless
 
 WEIGHT = "weight"
 
@@ -131,7 +132,10 @@ class DataPlate(Messenger):
         if self.weight is not None:
             msg["scale"] = msg["scale"] * self.weight.view(along)
             mask = mask & (self.weight > 0).view(along)  # 0 times an infinite density is no number
-        msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
+        partly = self.weight is not None or msg["mask"] is not None
+        msg["mask"] = counts = mask if msg["mask"] is None else mask & msg["mask"]
+        if partly and msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = harmless(msg["fn"], msg["value"], counts)
 
 
 class _ForeignIndices(Tensor):

@@ -1,4 +1,4 @@
-"""Whether values lie in the support of a distribution, element by element, and the support in words."""
+"""Whether values lie in the support of a distribution, element by element; a point of it; and what it is in words."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +7,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Independent, constraints
+
+_MULTINOMIAL = type(constraints.multinomial(1))
 
 
 def innermost(fn: Any) -> Any:
@@ -37,7 +39,45 @@ def holds(constraint: Any, value: Tensor) -> Tensor:
     """Whether each element of ``value`` satisfies it."""
     if constraint is constraints.simplex:  # torch allows 1e-6, which shares in float32 need not keep
         return (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < 1e-4)
-    return constraint.check(value.long() if value.dtype == torch.bool else value)
+    inside = constraint.check(value.long() if value.dtype == torch.bool else value)
+    return inside & (value % 1 == 0).all(-1) if type(constraint) is _MULTINOMIAL else inside  # torch takes 2.5 for one
+
+
+def harmless(fn: Any, value: Tensor, counts: Tensor) -> Tensor:
+    """``value`` with a point of the support in place of what does not count ([batch shape]) and lies outside.
+
+    A mask takes a density out of a sum, and its gradient is then 0 times what it is there, which need not be a number.
+    """
+    support = innermost(fn).support
+    point = _point(support, value)
+    if point is None or value.dim() != len(fn.batch_shape) + len(fn.event_shape):
+        return value
+    right = holds(support, value)
+    kept = right | counts.reshape(*counts.shape, *(1,) * (right.dim() - len(fn.batch_shape)))
+    return torch.where(kept.reshape(*kept.shape, *(1,) * (value.dim() - right.dim())), value, point.to(value.dtype))
+
+
+def _point(constraint: Any, like: Tensor) -> Tensor | None:
+    """A point inside, as far as its bounds tell."""
+    constraint = _base(constraint)
+    low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
+    if constraint is constraints.simplex:
+        return torch.full_like(like[..., :1], 1 / like.shape[-1])
+    if constraint is constraints.real or constraint is constraints.boolean:
+        return like.new_zeros(())
+    if getattr(constraint, "event_dim", 0) or (low is None and high is None):
+        return None
+    if low is None:
+        return torch.as_tensor(high, device=like.device) - 1
+    if high is None:
+        return torch.as_tensor(low, device=like.device) + 1
+    return torch.as_tensor(low if constraint.is_discrete else (low + high) / 2, device=like.device)
+
+
+def _base(constraint: Any) -> Any:
+    while isinstance(getattr(constraint, "base_constraint", None), constraints.Constraint):
+        constraint = constraint.base_constraint
+    return constraint
 
 
 def tensors_of(constraint: Any) -> Iterator[Tensor]:
@@ -60,8 +100,7 @@ def is_interval(constraint: Any) -> bool:
 
 def in_words(constraint: Any) -> str:
     """What lies in it: "0 or 1", "whole numbers from 0"."""
-    while isinstance(getattr(constraint, "base_constraint", None), constraints.Constraint):
-        constraint = constraint.base_constraint
+    constraint = _base(constraint)
     low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
     whole = "whole numbers " if getattr(constraint, "is_discrete", False) else ""
     low, high = _number(low), _number(high)
