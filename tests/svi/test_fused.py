@@ -114,8 +114,8 @@ def test_one_compiled_step_serves_seeds_rates_horizons_and_sizes(program):
     assert not torch.allclose(first.run(start, chunk, 6).state.theta, want.state.theta, rtol=1e-3)
     wrong, start, chunk = program()
     wrong.prepare(start, chunk)
-    fixed = wrong._fixed(start)
-    wrong.seed, wrong._fixed = 1, lambda state: fixed  # the eager program's noise is now another
+    drawn = wrong._noise(start, chunk.part(0, 1))
+    wrong.seed, wrong._noise = 1, lambda state, chunk: drawn  # the eager program's noise is now another
     with pytest.raises(UserError, match="differs from the eager one by 0"):
         wrong._compare(start, chunk.part(0, 1))
     again, start, _ = program()

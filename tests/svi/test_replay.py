@@ -19,13 +19,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GP
 
 def replayed(fused, state, chunk):
     """`Fused.prepare` without a compiler: the program replays the traced step."""
-    layout = fused._layout(chunk)
     function, (first, second) = fused.flat(state, chunk.part(0, 2))
     traced, numbers = trace(function, first, second), fused._numbers(state)
     rates = trace(fused._rates, [state.step, *numbers], [state.step + 1, *numbers])
     fused._constants = (*rates.constants, *traced.constants)
-    constants = len(rates.constants)
-    module = Scan(traced.graph, rates.graph, constants, layout.noise_size, layout.with_row_id, state.theta.dtype)
+    module = Scan(traced.graph, rates.graph, len(rates.constants))
     fused._call = Replay(module.before, module.step, lambda work: work)
     return fused
 

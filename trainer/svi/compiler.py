@@ -31,11 +31,11 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._at = time.monotonic()
+        self.at = time.monotonic()
 
     def done(self, name: str) -> None:
         now = time.monotonic()
-        self.seconds[name], self._at = now - self._at, now
+        self.seconds[name], self.at = now - self.at, now
 
 
 def main(folder: Path, path: Path, parent: int) -> None:
@@ -77,7 +77,10 @@ def compiler_line(error: Exception) -> str:
 
 
 def compile_recipe(given: dict[str, Any], folder: Path, stages: Stages) -> None:
-    """Leaves ``folder``/step.so. ``given``: the recipe, and "threads" and "compiler", on which its code depends."""
+    """Leaves ``folder``/step.so. ``given``: the recipe, and "threads" and "compiler", on which its code depends.
+
+    The noise (normals.cpp) is the same for every model: the compiler takes it while Python makes the step's code.
+    """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     import logging
     import warnings
@@ -87,6 +90,7 @@ def compile_recipe(given: dict[str, Any], folder: Path, stages: Stages) -> None:
     import torch._inductor.config as config
 
     from trainer.svi.scan import Recipe
+    from trainer.svi.side_by_side import SideBySide
 
     stages.done("import torch")
     warnings.simplefilter("ignore")
@@ -94,14 +98,17 @@ def compile_recipe(given: dict[str, Any], folder: Path, stages: Stages) -> None:
     torch.set_num_threads(given.pop("threads"))
     options = {
         "aot_inductor.output_path": str(folder / "step.so"),
+        "aot_inductor.enable_line_tables": False,
         "cpp.cxx": (given.pop("compiler"),),
         "cpp.vec_isa_ok": True,  # else a program is compiled and run to find out
     }
-    with torch.no_grad(), config.patch(options):
+    with torch.no_grad(), config.patch(options), SideBySide(Path(__file__).with_name("normals.cpp"), folder) as built:
         graph, inputs = _graph(Recipe(**given))
         stages.done("graph")
         torch._inductor.aot_compile(graph, tuple(inputs), options=options)
-        stages.done("Inductor and the compiler")
+        now = time.monotonic()
+        stages.seconds["Inductor"] = built.began - stages.at
+        stages.seconds["compiler and linker"] = now - built.began
 
 
 def _graph(recipe: "Recipe") -> tuple[Any, list[Any]]:

@@ -6,7 +6,6 @@ torch, the CPU, the compiler and the threads.
 
 import ast
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -22,16 +21,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from trainer.cache import cache_folder, prune, used, without_lock
-from trainer.svi import compiler, noise, scan
 from trainer.svi.native import SharedObject
 from trainer.svi.scan import Recipe
 
+_HERE = Path(__file__).parent
 _CHILD = """import sys
 from pathlib import Path
 folder, path, parent, *sys.path[:] = sys.argv[1:]
@@ -134,7 +132,7 @@ def _ended(process: "subprocess.Popen[bytes]", folder: Path, path: Path) -> None
 def key(recipe: Recipe) -> str:
     """Names what ``recipe`` compiles to on this machine: the same in every process, and after every change of what it
     does not depend on."""
-    code = [_code(module) for module in (noise, scan, compiler)]
+    code = [_code(_HERE / name) for name in ("scan.py", "compiler.py", "side_by_side.py", "normals.cpp")]
     parts = [asdict(recipe), _settings(), _libraries(), _processor(), *code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -146,9 +144,10 @@ def _settings() -> dict[str, Any]:
 
 
 @cache
-def _code(module: ModuleType) -> str:
-    """A module's text without its comments."""
-    return ast.unparse(ast.parse(inspect.getsource(module)))
+def _code(path: Path) -> str:
+    """A file's text, without the comments of Python."""
+    text = path.read_text()
+    return ast.unparse(ast.parse(text)) if path.suffix == ".py" else text
 
 
 @cache
@@ -175,5 +174,5 @@ def _processor() -> list[str]:
 
 def _places() -> list[str]:
     """Where the child finds modules: as this process, but not in the folder that it happens to run in."""
-    home = str(Path(compiler.__file__).parents[2])
+    home = str(_HERE.parents[1])
     return [*(place for place in sys.path if place not in ("", os.getcwd(), home)), home]

@@ -1,4 +1,4 @@
-"""The fused program: the pure step traced to one graph, scanned over a chunk's steps and compiled, noise included.
+"""The fused program: the pure step traced to one graph, scanned over a chunk's steps and compiled.
 
 No Python runs between the steps of a chunk; on a GPU it launches each with one call. The number of slots is an input,
 so a chunk ends at any step; seed, draws, N, learning rate, horizon and averaging are inputs too, so one compiled step
@@ -18,15 +18,24 @@ from torch import Tensor, nn
 
 from trainer.errors import UserError, first_line
 from trainer.svi.compiling import Compilation
+from trainer.svi.noise import chunk_noise
 from trainer.svi.programs import Chunk, ChunkResult, Eager, alone, draw_numbers
 from trainer.svi.replay import Replay, Section
 from trainer.svi.rows import Column, cat, maker, parts, rolled
-from trainer.svi.scan import Recipe, Scan, shapes_of, slot_noise
+from trainer.svi.scan import Recipe, Scan, shapes_of
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
 from trainer.svi.tracing import Traced, Untraceable, trace
 from trainer.svi.variance import Whitening
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+def _drawn(
+    size: tuple[int, int], seed: int, steps: range, draws: Tensor, row_id: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The noise of ``steps`` by torch."""
+    when = torch.arange(steps.start, steps.stop, device=draws.device)
+    return chunk_noise(size, seed, when, draws, row_id, dtype)
 
 
 @dataclass
@@ -44,6 +53,9 @@ class Fused:
     stages: ClassVar[tuple[int, ...]] = ()
     _call: Section | None = field(default=None, init=False, repr=False)
     _constants: tuple[Tensor, ...] = field(default=(), init=False, repr=False)
+    _noise_source: Callable[..., tuple[Tensor, Tensor | None]] = field(
+        default_factory=lambda: _drawn, init=False, repr=False
+    )
     _coming: Callable[[], Section] | None = field(default=None, init=False, repr=False)
     _compilation: Compilation | None = field(default=None, init=False, repr=False)
 
@@ -95,27 +107,24 @@ class Fused:
         self, traced: Traced, rates: Traced, state: State, chunk: Chunk, say: Callable[[str], None]
     ) -> Callable[[], Section]:
         """What gives the chunk as one compiled function, or on a GPU a step that is replayed."""
-        layout, dtype = self._layout(chunk), state.theta.dtype
         if state.theta.device.type == "cuda":
             if self.world_size > 1:
                 raise Untraceable("a sum over GPUs is not captured yet")
-            module = Scan(traced.graph, rates.graph, len(rates.constants), layout.noise_size, layout.with_row_id, dtype)
+            module = Scan(traced.graph, rates.graph, len(rates.constants))
             return lambda: Replay(module.before, torch.compile(module.step))
         recipe = Recipe(
             traced.graph.code,
             rates.graph.code,
             len(rates.constants),
-            layout.noise_size,
-            layout.with_row_id,
-            str(dtype).removeprefix("torch."),
             shapes_of(_carry(state)),
-            shapes_of([each[0] for each in layout.data(chunk)]),
+            shapes_of([each[0] for each in (*self._noise(state, chunk.part(0, 1)), *self._layout(chunk).data(chunk))]),
             shapes_of(self._fixed(state)),
         )
         compilation = self._compilation = Compilation(recipe, say)
 
         def loaded() -> Section:
             shared = compilation.wait()
+            self._noise_source = shared.noise
             return lambda carry, data, fixed: shared([*carry, *data, *fixed])
 
         return loaded
@@ -124,20 +133,18 @@ class Fused:
         if self._call is None:
             self.prepare(state, chunk)
         assert self._call is not None
-        data = self._layout(chunk).data(chunk.part(0, steps))
+        chunk = chunk.part(0, steps)
+        data = (*self._noise(state, chunk), *self._layout(chunk).data(chunk))
         *carry, terms, norms = self._call(_carry(state), data, self._fixed(state))
         return ChunkResult(_state(carry), self.reduce(terms), norms)
 
     def flat(self, state: State, chunk: Chunk) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
         """The pure step as a function of tensors in a row (carry, noise, data, rates, numbers), and these for each
         slot."""
-        layout, carry, device = self._layout(chunk), _carry(state), state.theta.device
+        layout, carry = self._layout(chunk), _carry(state)
         data, numbers = layout.data(chunk), self._numbers(state)
         rates = torch.stack([self._rates(state.step + k, *numbers) for k in range(len(chunk.batch_rows))])
-        drawn = slot_noise(
-            layout.noise_size, layout.with_row_id, *self._stream(device), state.step, data, state.theta.dtype
-        )
-        each = (*drawn, *data, rates)
+        each = (*self._noise(state, chunk), *data, rates)
         size = len(carry)
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -159,13 +166,17 @@ class Fused:
         frame: dict[str, Any] = {"start": start, "horizon": horizon}
         return dataclasses.replace(self.update, optimizer=optimizer, **frame).rates(step, num_obs)  # type: ignore[arg-type]
 
+    def _noise(self, state: State, chunk: Chunk) -> tuple[Tensor, ...]:
+        """The noise of the chunk's steps: [elements], [rows], each [K, ...]."""
+        size, first, device = self.inference.guide.noise_size, int(state.step), state.theta.device
+        draws = draw_numbers(self.groups, self.inference.objective.pairs, device)
+        steps = range(first, first + len(chunk.batch_rows))
+        elements, rows = self._noise_source(size, self.seed, steps, draws, chunk.row_id, state.theta.dtype)
+        return *((elements,) if size[0] else ()), *(() if rows is None else (rows,))
+
     def _fixed(self, state: State) -> tuple[Tensor, ...]:
         """What is the same for all steps of a round."""
-        return *self._stream(state.theta.device), *self._numbers(state), *self._constants
-
-    def _stream(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Seed and draws [A, R]: which noise is this rank's."""
-        return torch.tensor(self.seed, device=device), draw_numbers(self.groups, self.inference.objective.pairs, device)
+        return *self._numbers(state), *self._constants
 
     def _numbers(self, state: State) -> tuple[Tensor, ...]:
         """N, lr, and the round's start, horizon and first averaged step."""

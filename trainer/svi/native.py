@@ -1,4 +1,4 @@
-"""A graph of operations as a shared object that runs without Python.
+"""A compiled chunk: a graph of operations as a shared object that runs without Python, and the noise it takes.
 
 Inductor has compiled it ahead of time (AOTInductor); we call its C interface through ctypes, which lets go of Python's
 lock (torch's own binding holds it), so that another thread reads the next chunk meanwhile.
@@ -22,6 +22,10 @@ class SharedObject:
         self._container = ctypes.c_void_p()
         self._do("CreateWithDevice", ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None)
         self._inputs, self._outputs = self._count("Inputs"), self._count("Outputs")
+        self._normals = {torch.float32: self._library.normals32, torch.float64: self._library.normals64}
+        for function in self._normals.values():
+            function.restype = None
+            function.argtypes = [*[ctypes.c_int64] * 7, *[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for contiguous ``inputs`` of the shapes it was compiled for."""
@@ -32,6 +36,29 @@ class SharedObject:
         count_in, count_out = ctypes.c_size_t(self._inputs), ctypes.c_size_t(self._outputs)
         self._do("Run", self._container, given, count_in, made, count_out, None, None)
         return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(each, None, None) for each in made])
+
+    def noise(
+        self, size: tuple[int, int], seed: int, steps: range, draws: Tensor, row_id: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `trainer.svi.noise.chunk_noise`, by normals.cpp."""
+        (groups, pairs), (elements, per_row) = draws.shape, size
+        draws = draws.flatten().contiguous()
+
+        def normals(rows: int, count: int, ids: Tensor | None) -> Tensor:
+            out = torch.empty(len(steps), groups, pairs, rows, count, dtype=dtype)
+            place = None if ids is None else ids.data_ptr()
+            self._normals[dtype](
+                seed, steps.start, len(steps), len(draws), groups, rows, count, draws.data_ptr(), place,
+                torch.get_num_threads(), out.data_ptr(),
+            )  # fmt: skip
+            return out
+
+        by_element = normals(1, elements, None)[:, :, :, 0]
+        if not per_row:
+            return by_element, None
+        assert row_id is not None, "a guide with local latents needs row ids"
+        ids = row_id.contiguous()
+        return by_element, normals(ids.shape[-1], per_row, ids)
 
     def _do(self, name: str, *arguments: Any) -> None:
         if getattr(self._library, f"AOTInductorModelContainer{name}")(*arguments):

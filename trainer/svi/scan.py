@@ -1,4 +1,4 @@
-"""A chunk as one function of tensors: noise and rates for all its steps, then the traced step over the slots.
+"""A chunk as one function of tensors: the rates of all its steps, then the traced step over the slots.
 
 It is made of text and numbers alone, so that another process compiles it without the user's model (`Recipe`).
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.svi.noise import chunk_noise
-
 Function = Callable[..., Any]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 """The type of each tensor, as "float32", and its shape."""
+NUMBERS = 5
+"""N, lr, and the round's start, horizon and first averaged step."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,13 @@ class Recipe:
     """The code of the optimizer's rates."""
     rate_constants: int
     """How many constants the rates have; the step has the others."""
-    noise_size: tuple[int, int]
-    with_row_id: bool
-    dtype: str
-    """Theta's."""
     carry: Shapes
     data: Shapes
     """Without the axis of the slots."""
     fixed: Shapes
 
     def scan(self) -> "Scan":
-        return Scan(
-            called(self.step),
-            called(self.rates),
-            self.rate_constants,
-            self.noise_size,
-            self.with_row_id,
-            getattr(torch, self.dtype),
-        )
+        return Scan(called(self.step), called(self.rates), self.rate_constants)
 
 
 def shapes_of(tensors: Sequence[Tensor]) -> Shapes:
@@ -63,32 +52,21 @@ def called(code: str) -> Function:
 
 class Scan(nn.Module):
     """``step(*carry, *slot, *numbers, *constants)`` gives (*carry, terms, norm); ``rates(step, *numbers, *constants)``
-    the optimizer's rates at a step."""
+    the optimizer's rates at a step. What is fixed are the numbers, the constants of the rates and those of the step."""
 
-    def __init__(
-        self,
-        step: Function,
-        rates: Function,
-        rate_constants: int,
-        noise_size: tuple[int, int],
-        with_row_id: bool,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, step: Function, rates: Function, rate_constants: int):
         super().__init__()
         self._step, self._rates, self._rate_constants = step, rates, rate_constants
-        self._noise_size, self._with_row_id, self._dtype = noise_size, with_row_id, dtype
 
     def before(self, carry: Sequence[Tensor], data: Sequence[Tensor], fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What the steps take besides carry and ``fixed``, each [K, ...]."""
-        seed, draws, *numbers = fixed[:7]
-        noise = slot_noise(self._noise_size, self._with_row_id, seed, draws, carry[0], data, self._dtype)
+        """What the steps take besides carry and ``fixed``, each [K, ...]: the data and the rates."""
         steps = carry[0] + torch.arange(data[0].shape[0], device=carry[0].device)
-        constants = fixed[7 : 7 + self._rate_constants]
-        return *noise, *data, torch.vmap(lambda at: self._rates(at, *numbers, *constants))(steps)
+        given = fixed[: NUMBERS + self._rate_constants]
+        return *data, torch.vmap(lambda at: self._rates(at, *given))(steps)
 
     def shared(self, fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What is the same for all steps: the numbers, and the step's constants."""
-        return *fixed[2:7], *fixed[7 + self._rate_constants :]
+        return *fixed[:NUMBERS], *fixed[NUMBERS + self._rate_constants :]
 
     def step(self, carry: Sequence[Tensor], here: Sequence[Tensor], fixed: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The traced step: carry, terms, norm."""
@@ -97,19 +75,3 @@ class Scan(nn.Module):
     def call(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`step` of its tensors in a row."""
         return tuple(self._step(*tensors))
-
-
-def slot_noise(
-    size: tuple[int, int],
-    with_row_id: bool,
-    seed: Tensor,
-    draws: Tensor,
-    first: Tensor,
-    data: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """The noise of the chunk ``data`` (valid, batch_rows, [row_id], ...) that starts at step ``first``; each
-    [K, ...]."""
-    steps = first + torch.arange(data[0].shape[0], device=first.device)
-    elements, rows = chunk_noise(size, seed, steps, draws, data[2] if with_row_id else None, dtype)
-    return *((elements,) if size[0] else ()), *(() if rows is None else (rows,))
