@@ -19,12 +19,13 @@ from torch import Tensor
 import trainer.svi.fused as fused_module
 from trainer.svi.compiling import Compilation, key
 from trainer.svi.fused import Fused
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD, Adam
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.programs import Chunk
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.rows import Csr, Ragged
 from trainer.svi.scan import Recipe
 from trainer.svi.schedules import Constant

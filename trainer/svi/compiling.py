@@ -101,7 +101,10 @@ class Compilation:
         self.stages = found.get("stages", {})
         seconds = time.monotonic() - self._began
         if "not kept" in found:
-            self.say(f"compiled in {seconds:.0f} s, not kept: {self.path.parent} takes no file ({found['not kept']})")
+            self.say(
+                f"compiled in {seconds:.0f} s, but not kept, since {self.path.parent} cannot be written "
+                f"({found['not kept']}): set XDG_CACHE_HOME to a folder that can."
+            )
             return SharedObject(self._folder / "step.so")
         self.say(f"compiled in {seconds:.0f} s, kept in {self.path.parent}")
         prune(self.path.parent)
