@@ -19,6 +19,7 @@ from trainer.cache import cache_folder, prune
 from trainer.svi import compiling
 from trainer.svi.compiler import compiler_line
 from trainer.svi.compiling import _code
+from trainer.svi.noise import chunk_noise
 from trainer.svi.tracing import Untraceable
 
 pytestmark = [pytest.mark.xdist_group("fused"), pytest.mark.timeout(600)]
@@ -50,6 +51,37 @@ def in_a_process(cache: Path, folder: Path, seed: int) -> dict:
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float64, 4e-15)])
+@pytest.mark.parametrize(
+    ("groups", "pairs", "rows", "size"), [(1, 1, 5, (9, 0)), (2, 3, 33, (1, 2)), (3, 1, 700, (0, 5))]
+)
+def test_compiled_noise_is_that_of_torch(shared_object, dtype, rounding, groups, pairs, rows, size):
+    """Steps, rows and seeds of more than 32 bits; with two threads the same bits."""
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.arange(groups * pairs).view(groups, pairs) + 7
+    ids = torch.randint(0, 2**47, (4, groups, rows), generator=generator)
+    seed, steps = (123 << 40) + 77, range(2**33 - 2, 2**33 + 2)
+    want = chunk_noise(size, seed, torch.arange(steps.start, steps.stop), draws, ids, dtype)
+    got = shared_object.noise(size, seed, steps, draws, ids, dtype)
+    torch.set_num_threads(2)
+    again = shared_object.noise(size, seed, steps, draws, ids, dtype)
+    for a, b, c in zip(want, got, again):
+        if a is not None:
+            torch.testing.assert_close(b, a, rtol=0, atol=rounding)
+            assert torch.equal(b, c)
+    assert (got[1] is None) == (want[1] is None)
+
+
+@pytest.fixture(scope="module")
+def shared_object(compiled_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(compiled_folder))
+        fused, state = program(regression, dense())
+        fused.begin(state, dense(), lambda line: None)
+        return fused._compilation.wait()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ torch, the CPU, the compiler and the threads.
 import ast
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -29,6 +30,7 @@ from trainer.cache import cache_folder, prune, used, without_lock
 from trainer.svi.native import SharedObject
 from trainer.svi.scan import Recipe
 
+log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _CHILD = """import sys
 from pathlib import Path
@@ -99,6 +101,7 @@ class Compilation:
         if "error" in found:
             raise CannotCompile(found["error"])
         self.stages = found.get("stages", {})
+        log.info("compiled: %s", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages.items()))
         seconds = time.monotonic() - self._began
         if "not kept" in found:
             self.say(
