@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+import torch
 from app_models import linear
 from app_tools import config, svi
 
@@ -37,6 +38,12 @@ def test_a_table_and_shards_give_the_same_rows(run_dir, table, shards, tmp_path)
     assert sorted([*held_out["row_id"], *of_shards["row_id"]]) == list(range(3000))
     posterior = Posterior.load(run_dir / "posterior.pt", linear)
     np.testing.assert_array_equal(posterior.predict(table, 7)["y"].mean, of_table["y_mean"])
+
+
+def test_the_modules_of_a_class_are_made_in_the_type_of_the_run(fit):
+    run_dir = fit("model._target_=app_models.VAE", "max_steps=4")
+    assert predict.posterior_of(run_dir).theta.dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_classes_are_columns_of_their_own():

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.reparam import AutoReparam, LocScaleReparam, TransformReparam
+from pyro.infer.reparam import AutoReparam, HaarReparam, LocScaleReparam, TransformReparam
 from svi_problems import F64, build, noise_of, one_group
 from torch.distributions import transforms
 
@@ -218,6 +218,12 @@ def transformed(group, y):
     likelihood(effect[group], y)
 
 
+def correlated(group, y):
+    mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 1.0))
+    effect = pyro.sample("effect", dist.MultivariateNormal(y.new_zeros(4), torch.eye(4, dtype=F64)))
+    likelihood(mean + effect[group], y)
+
+
 def terms_at(model, elements, **columns):
     inference, theta = build(model, num_obs=1200, **columns)
     eps = torch.linspace(-1, 1, elements, dtype=F64)[None, None]
@@ -239,6 +245,7 @@ def test_a_reparameterised_model_is_the_one_written_by_hand():
     ("model", "names"),
     [
         (poutine.reparam(transformed, config={"level": TransformReparam()}), ("level",)),
+        (poutine.reparam(correlated, config={"effect": HaarReparam(-1)}), ("effect",)),  # keeps a density
         (AutoReparam(centered=0.0)(transformed), ("level", "effect")),
         (AutoReparam()(centred), ("effect", "total")),  # with a parameter between centred and not
     ],

@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.svi.step import Inference
 
 Name = Literal["float32", "float64"]
-_TYPES: dict[Name, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+TYPES: dict[Name, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 _SPEAKS_OF_TYPES = re.compile(
     r"dtype|scalar type|same type|type should be|should be the same|\bdouble\b", re.IGNORECASE
 )
@@ -32,7 +32,7 @@ def in_its_precision(
     names = names if wanted is None else [wanted]
     refused = ""
     for name in names:
-        torch.set_default_dtype(_TYPES[name])
+        torch.set_default_dtype(TYPES[name])
         try:
             problem = infer()
         except (RuntimeError, UserError) as error:
@@ -68,7 +68,7 @@ def _sentence(wanted: str | None, refused: str) -> str:
 
 def _reason(inference: Inference, name: Name, refused: str) -> str:
     """What is of this type: modules, else what torch said."""
-    held = {n: m for n, m in inference.parameters.modules.items() if _holds(m, _TYPES[name])}
+    held = {n: m for n, m in inference.parameters.modules.items() if _holds(m, TYPES[name])}
     named = [f'"{each}"' for each in held if each.split("_")[0] not in ("model", "guide")]  # by pyro.module
     found = named or sorted({f'"{type(module).__name__}"' for module in held.values()})
     if not found:

@@ -11,12 +11,14 @@ from trainer.app import build
 from trainer.app.allowed import refuse_others
 from trainer.app.data import cache_of, places, training_split
 from trainer.app.options.verbs import Predict
+from trainer.app.precision import TYPES
 from trainer.app.watch import Watch
 from trainer.data.shards.folder import is_packed
 from trainer.data.table import table_writer
 from trainer.errors import UserError
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.predictive import Prediction
+from trainer.svi.step import in_dtype
 
 POSTERIOR = "posterior.pt"
 """The file of a run folder that holds its answer."""
@@ -74,7 +76,8 @@ def posterior_of(folder: Path, allow: Sequence[str] = ()) -> Posterior:
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
     refuse_others(OmegaConf.create({name: cfg[name] for name in ("model", "guide")}), allow, folder)
-    model = build.model(cfg.model)
+    with in_dtype(TYPES[cfg.dtype]):  # a class makes its modules in the run's type
+        model = build.model(cfg.model)
     return Posterior.of_factory(
         folder / POSTERIOR, model, lambda columns, plate: build.guide(cfg.guide, model, columns, plate)
     )

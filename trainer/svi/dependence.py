@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.runtime import Message
@@ -20,6 +21,7 @@ from trainer.errors import UserError, first_line
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob
 from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.rows import Varying
+from trainer.svi.supports import innermost
 
 _SPREADS = (
     0.3,
@@ -72,7 +74,7 @@ def _checked(model: PlatedModel, batch: Batch, rows: int, global_sites: tuple[st
     for name, site in whole.items():
         if name in depends and name not in global_sites and not is_deterministic(site):
             raise _refused(name, site, model, rows, [found[name] for found in others if name in found])
-    return tuple(name for name, site in whole.items() if is_deterministic(site) and name not in depends)
+    return tuple(name for name, site in whole.items() if _is_function(site) and name not in depends)
 
 
 def _traced(
@@ -133,6 +135,11 @@ def _moved(values: Tensor) -> Tensor:
 def _is_term(site: Site) -> bool:
     """Whether an observed site has a density."""
     return bool(site["is_observed"]) and not is_deterministic(site)
+
+
+def _is_function(site: Site) -> bool:
+    """Whether a site is what others make of it: deterministic, or a reparameterised one that kept a density."""
+    return is_deterministic(site) or (bool(site["is_observed"]) and isinstance(innermost(site["fn"]), dist.Delta))
 
 
 def _differs(name: str, one: Sites, two: Sites) -> bool:
