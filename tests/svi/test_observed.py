@@ -224,6 +224,20 @@ def test_an_error_of_all_rows_is_left_as_it_is():
         RowCheck(PlatedModel(model, ["y"])).refuse(batch_of(y=X))
 
 
+class Untold(dist.Normal):
+    """A distribution of a user's own that tells no support."""
+
+    support = property(dist.TorchDistribution.support.fget)
+
+
+def test_a_distribution_without_a_support_is_taken_at_its_word():
+    model = observing(lambda a: Untold(a, 1.0, validate_args=False))
+    check = RowCheck(PlatedModel(model, ["y"]))
+    check.refuse(batch_of(y=X))
+    check.learn(batch_of(y=X))
+    assert check.is_right({"y": X})
+
+
 def test_torch_keeps_its_generator():
     model = observing(lambda a: dist.Normal(a, torch.rand(())))
     torch.manual_seed(3)

@@ -182,3 +182,18 @@ def test_what_a_mean_field_guide_cannot_describe_is_said():
     assert 'neither the data nor the priors tell "' in said[2]
     started(regression, say=said.append)
     assert len(said) == 3
+
+
+def test_a_search_that_meets_no_number_goes_on_without_a_mode():
+    """The log of 1.5 - w, at a mode that lies close to where it has none."""
+
+    def model(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=F64), 10.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal((1.5 - w).log(), 0.1), obs=y)
+
+    said = []
+    inference, (theta, whitening) = started(model, {"y": torch.full((50,), -3.0, dtype=F64)}, say=said.append)
+    assert ["not finite" in sentence for sentence in said] == [True]
+    assert inference.parameters.unflatten(theta)["guide.loc"].tolist() == [0.0]
+    assert whitening.factor.tolist() == [[0.25]]

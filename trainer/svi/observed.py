@@ -8,46 +8,29 @@ Shapes: B rows of a batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from trainer.errors import UserError, first_line
+from trainer.svi.faults import Fault, by_row, counted, observed, of_lookup, of_weight, outside, row_dim, without_density
 from trainer.svi.indices import Lookup, WatchIndices, always_fits
-from trainer.svi.latents import AtZero, Site, is_deterministic, log_prob
-from trainer.svi.plates import WEIGHT, Batch, PlatedModel, inside
+from trainer.svi.latents import AtZero
+from trainer.svi.plates import WEIGHT, Batch, PlatedModel
 from trainer.svi.rows import Column
 from trainer.svi.step import Inference
-from trainer.svi.supports import holds, in_words, innermost, is_interval, supported, tensors_of
+from trainer.svi.supports import holds, is_interval, support_of, supported, tensors_of
 
 R = TypeVar("R")
 _ROWS = 16_384  # evaluated at once
 _LEARN_ROWS, _PROBE_ROWS = 4096, 64
-_FEW = 5
-
-
-class Fault(NamedTuple):
-    """What is wrong with some rows of a batch."""
-
-    rows: list[int]
-    """Their places in the batch, the first few."""
-    what: str
-    """Of the first of them."""
-    why: str
-    remedy: str
-
-    def sentence(self, row_id: Sequence[int]) -> str:
-        """With the number of each of ``rows``."""
-        first, *more = dict.fromkeys(row_id)
-        others = f", and so in row{'s' * (len(more) > 1)} {', '.join(map(str, more))}" if more else ""
-        return f"{self.what} in row {first} (row_id){self.why}{others}: {self.remedy}."
-
+_OF_ROWS = (IndexError, RuntimeError, ValueError, AssertionError)
+"""What a model may raise for the values of some rows."""
 
 Call = Callable[[Callable[[], poutine.Trace], bool], poutine.Trace]
 """Calls a function with the model's parameters in place, which require a gradient where the flag says so."""
@@ -100,9 +83,10 @@ class RowCheck:
         batch = _rows(batch, slice(0, _LEARN_ROWS))
         trace, lookups = self._evaluate(batch)
         filters: dict[str, list[Callable[[Column], bool]]] = {}
-        for site in _observed(trace, self.model.plate):
-            support = innermost(site["fn"]).support
-            name = column_of(site["value"], batch.columns)
+        for site in observed(trace, self.model.plate):
+            support, name = support_of(site["fn"]), column_of(site["value"], batch.columns)
+            if support is None:
+                continue
             if name is None or any(True for _ in tensors_of(support)):
                 return  # the model has to be evaluated
             if not self._known(name, support, batch):
@@ -129,25 +113,25 @@ class RowCheck:
     def faults(self, batch: Batch, density: bool = False) -> Iterator[Fault]:
         """What is wrong with rows of ``batch``, one kind after the other."""
         if self.model.weighted:
-            yield from _of_weight(batch.columns[WEIGHT])
+            yield from of_weight(batch.columns[WEIGHT])
         try:
             trace, lookups = self._evaluate(batch)
-        except (IndexError, RuntimeError, ValueError) as error:
+        except _OF_ROWS as error:
             yield _failing(self._evaluate, batch, error)
             return
         used = torch.zeros(batch.size, dtype=torch.bool, device=batch.valid.device)
-        sites = list(_observed(trace, self.model.plate))
+        sites = list(observed(trace, self.model.plate))
         for site in sites:
-            dim = _row_dim(site, self.model.plate)
-            counts = _counts(site)
-            used |= _by_row(counts, dim, batch.size).any(1)
-            for fault in _outside(site, counts, supported(site["fn"], site["value"]), dim, batch.size):
+            dim = row_dim(site, self.model.plate)
+            counts = counted(site)
+            used |= by_row(counts, dim, batch.size).any(1)
+            for fault in outside(site, counts, supported(site["fn"], site["value"]), dim, batch.size):
                 if site["name"] not in self._of_latents(batch):
                     yield fault
         for lookup in lookups:
-            yield from _of_lookup(lookup, used if sites else ~used, batch.columns)
+            yield from of_lookup(lookup, used if sites else ~used, batch.columns)
         for site in sites if density else ():
-            for fault in _without_density(site, _row_dim(site, self.model.plate), batch.size):
+            for fault in without_density(site, row_dim(site, self.model.plate), batch.size):
                 if site["name"] not in self._of_latents(batch):
                     yield fault
 
@@ -171,8 +155,8 @@ class RowCheck:
             trace, _ = self._evaluate(_rows(batch, slice(0, _PROBE_ROWS)), with_gradient=True)
             self._varying = {
                 site["name"]
-                for site in _observed(trace, self.model.plate)
-                if any(each.requires_grad for each in tensors_of(getattr(innermost(site["fn"]), "support", None)))
+                for site in observed(trace, self.model.plate)
+                if any(each.requires_grad for each in tensors_of(support_of(site["fn"])))
             }
         return self._varying
 
@@ -191,9 +175,9 @@ def with_lookups_checked(evaluate: Callable[[Batch], R], batch: Batch) -> R:
         with WatchIndices(batch.columns) as watch:
             made = evaluate(batch)
         every = torch.ones(batch.size, dtype=torch.bool, device=batch.valid.device)
-        found = (fault for lookup in watch.found for fault in _of_lookup(lookup, every, batch.columns))
+        found = (fault for lookup in watch.found for fault in of_lookup(lookup, every, batch.columns))
         fault = next(found, None)
-    except (IndexError, RuntimeError, ValueError) as error:
+    except _OF_ROWS as error:
         fault = _failing(evaluate, batch, error)
     if fault is not None:
         raise UserError(fault.sentence([row if batch.row_id is None else int(batch.row_id[row]) for row in fault.rows]))
@@ -206,7 +190,7 @@ def _failing(evaluate: Callable[[Batch], Any], batch: Batch, error: Exception) -
     def fails(rows: list[int]) -> Exception | None:
         try:
             evaluate(batch.at(torch.tensor(rows, device=batch.valid.device)))
-        except (IndexError, RuntimeError, ValueError) as found:
+        except _OF_ROWS as found:
             return found
         return None
 
@@ -222,101 +206,12 @@ def _failing(evaluate: Callable[[Batch], Any], batch: Batch, error: Exception) -
     return Fault(rows, "the model cannot be evaluated", f" ({first_line(alone)})", "correct the row, or drop it")
 
 
-def _observed(trace: poutine.Trace, plate: str) -> Iterator[Site]:
-    """The sites inside the data plate whose values are data."""
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or not site["is_observed"] or isinstance(site["fn"], _Subsample):
-            continue
-        if inside(site, plate) and not is_deterministic(site) and torch.as_tensor(site["value"]).numel():
-            yield site
-
-
-def _counts(site: Site) -> Tensor:
-    """Whether mask and scale let an element of the batch shape count."""
-    value = site["value"]
-    counts = value.new_ones(site["fn"].batch_shape, dtype=torch.bool)
-    mask, scale = site["mask"], torch.as_tensor(site["scale"], device=value.device)
-    counts = counts & (scale > 0)
-    return counts if mask is None else counts & torch.as_tensor(mask, device=value.device)
-
-
-def _row_dim(site: Site, plate: str) -> int:
-    """The dimension of the batch shape, from the right, that is the rows'."""
-    return int(next(frame.dim for frame in site["cond_indep_stack"] if frame.name == plate))
-
-
-def _by_row(values: Tensor, dim: int, rows: int, inner: int = 0) -> Tensor:
-    """``values`` [batch shape + ``inner`` dimensions] as [B, ...], everything else flattened."""
-    dim = dim - inner
-    shape = torch.broadcast_shapes(values.shape, (rows, *(1,) * (-dim - 1)))
-    return values.expand(shape).movedim(dim, 0).reshape(rows, -1)
-
-
 def _all_hold(support: Any, column: Tensor) -> bool:
     return bool(holds(support, column).all())
 
 
 def _all_within(low: float, high: float, column: Tensor) -> bool:
     return bool(((column >= low) & (column <= high)).all())
-
-
-def _of_weight(weight: Tensor) -> Iterator[Fault]:
-    where = (~((weight >= 0) & torch.isfinite(weight))).nonzero()[:_FEW, 0].tolist()
-    if where:
-        what = f'column "{WEIGHT}" is {float(weight[where[0]]):g}'
-        yield Fault(where, what, "", "a row stands for 0 observations or more")
-
-
-def _outside(site: Site, counts: Tensor, right: Tensor, dim: int, rows: int) -> Iterator[Fault]:
-    """Values that count and are not ``right`` [batch shape + a few dimensions of an event]."""
-    shape = site["fn"].batch_shape
-    value = site["value"].expand(torch.broadcast_shapes(site["value"].shape, shape + site["fn"].event_shape))
-    inner = max(right.dim() - len(shape), 0)
-    bad = _by_row(counts.reshape(*counts.shape, *(1,) * inner) & ~right, dim, rows, inner)
-    where = bad.any(1).nonzero()[:_FEW, 0].tolist()
-    if not where:
-        return
-    of_event = value.dim() - len(shape)
-    each = _by_row(value, dim, rows, of_event)[where[0]].reshape(bad.shape[1], -1)[int(bad[where[0]].int().argmax())]
-    fn = innermost(site["fn"])
-    yield Fault(
-        where,
-        f'site "{site["name"]}" observes {_shown(each)}',
-        f", outside the support of {type(fn).__name__} ({in_words(fn.support)})",
-        "correct it, drop the row, or take it out of the likelihood with poutine.mask",
-    )
-
-
-def _of_lookup(lookup: Lookup, used: Tensor, columns: Mapping[str, Column]) -> Iterator[Fault]:
-    """Indices that torch refuses, and, of the rows that are ``used`` [B], those that it would count from the end."""
-    rows, at = lookup.outside(lookup.low)
-    if not len(rows):
-        rows, at = lookup.outside(0)
-        kept = rows < len(used)  # entries that no row has are not of any
-        rows, at = rows[kept], at[kept]
-        rows, at = rows[used[rows]], at[used[rows]]
-    if len(rows):
-        name = lookup.column(dict(columns))
-        yield Fault(
-            list(dict.fromkeys(rows.tolist()))[:_FEW],
-            f'{f"""column "{name}" """ if name else "an index made from the columns "}is {int(at[0])}',
-            f", where the model indexes a table of {lookup.size:,} (0 to {lookup.size - 1:,})",
-            "number the levels from 0, or give the table a place for each",
-        )
-
-
-def _without_density(site: Site, dim: int, rows: int) -> Iterator[Fault]:
-    density = log_prob(site)
-    bad = _by_row(_counts(site) & ~torch.isfinite(density), dim, rows)
-    where = bad.any(1).nonzero()[:_FEW, 0].tolist()
-    if where:
-        there = _by_row(density, dim, rows)[where[0]][bad[where[0]]][0]
-        yield Fault(
-            where,
-            f'the log density of site "{site["name"]}" is {float(there):g}',
-            " where training starts",
-            "look for extreme values in the row, and for a model that divides by zero or takes the log of it there",
-        )
 
 
 def column_of(value: Tensor, columns: Mapping[str, Column]) -> str | None:
@@ -334,8 +229,3 @@ def _rows(batch: Batch, rows: Any) -> Batch:
     count = len(next(iter(columns.values())))
     row_id = None if batch.row_id is None else batch.row_id[rows]
     return Batch(columns, batch.valid.new_tensor(count), batch.scale, row_id)
-
-
-def _shown(values: Tensor) -> str:
-    each = [f"{value:.6g}" for value in values.tolist()[:4]]
-    return each[0] if len(values) == 1 else f"[{', '.join(each)}{', …' if len(values) > 4 else ''}]"

@@ -18,6 +18,14 @@ def innermost(fn: Any) -> Any:
     return fn
 
 
+def support_of(fn: Any) -> Any:
+    """The support of the `innermost` distribution, None where it does not tell one."""
+    try:
+        return innermost(fn).support
+    except (NotImplementedError, AttributeError):
+        return None
+
+
 def supported(fn: Any, value: Tensor) -> Tensor:
     """Whether each element of ``value`` lies in the support; where ``fn`` masks it, it does.
 
@@ -31,7 +39,7 @@ def supported(fn: Any, value: Tensor) -> Tensor:
         return supported(fn.base_dist, value)
     try:
         return holds(fn.support, value)
-    except (NotImplementedError, AttributeError):  # it does not say
+    except (NotImplementedError, AttributeError):  # it has none, or none that can be checked
         return value.new_ones(value.shape[: value.dim() - len(fn.event_shape)], dtype=torch.bool)
 
 
@@ -48,8 +56,8 @@ def harmless(fn: Any, value: Tensor, counts: Tensor) -> Tensor:
 
     A mask takes a density out of a sum, and its gradient is then 0 times what it is there, which need not be a number.
     """
-    support = innermost(fn).support
-    point = _point(support, value)
+    support = support_of(fn)
+    point = None if support is None else _point(support, value)
     if point is None or value.dim() != len(fn.batch_shape) + len(fn.event_shape):
         return value
     right = holds(support, value)
