@@ -13,9 +13,10 @@ from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
 from trainer.posterior import together as together_module
 from trainer.posterior.together import Together
-from trainer.svi.guides import MeanField, PyroGuide
+from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory
 from trainer.svi.plates import PlatedModel
+from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.rows import Csr
 
 ROWS, PAIRS = 23, 9
