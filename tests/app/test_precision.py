@@ -106,7 +106,7 @@ def test_dtype_is_the_users_word(capsys):
     with pytest.raises(UserError, match=r"dtype=float64 cannot be.*leave dtype= out"):
         fit(Net().model, TABLE, max_steps=8, options=OPTIONS, dtype="float64", progress=False)
     with pytest.raises(UserError, match="dtype=float16 must be float32 or float64"):
-        in_its_precision("float16", 1, lambda: None, print)
+        fit(plain, TABLE, max_steps=8, options=OPTIONS, dtype="float16", progress=False)
     with pytest.raises(UserError, match="neither in float64 nor in float32"):
         fit(both, TABLE, max_steps=8, options=OPTIONS, progress=False)
 

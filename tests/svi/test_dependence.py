@@ -92,6 +92,7 @@ def test_the_value_of_terms_by_hand():
 DEPENDENT = {
     "a sum over the rows": (factor(lambda w, level, c: -((w - c["y"]) ** 2).sum()), '"term"\\) stands outside'),
     "a mean of the rows": (factor(lambda w, level, c: -((w - c["y"].mean()) ** 2)), "one value for each row"),
+    "for many rows": (lambda w, level, c: len(c["y"]) > 9 and pyro.factor("term", -(w**2)), "depends on the rows"),
     "their number": (factor(lambda w, level, c: -(w**2) * len(c["y"])), 'factor\\("term"\\).*depends on the rows'),
     "through numpy": (factor(lambda w, level, c: -(w**2) * float(c["y"].numpy().max())), "depends on the rows"),
     "two values only": (factor(lambda w, level, c: -(w**2) * c["flag"][0]), "depends on the rows"),

@@ -143,8 +143,8 @@ def _is_function(site: Site) -> bool:
 
 
 def _differs(name: str, one: Sites, two: Sites) -> bool:
-    if name not in two:
-        return False
+    if name not in two:  # a site that other rows do not have
+        return True
     return any(_apart(a, b) for a, b in zip(_facts(one[name]), _facts(two[name])))
 
 
