@@ -9,7 +9,7 @@ import torch
 
 from trainer.data.shards.index import ROW_ID, Column, Index
 from trainer.errors import UserError
-from trainer.svi.plates import WEIGHT, Batch, arguments
+from trainer.svi.plates import Batch, arguments
 from trainer.svi.step import Inference
 from trainer.svi.uses import calculates_with
 
@@ -42,8 +42,8 @@ def precision_lines(index: Index, names: Sequence[str], dtype: torch.dtype) -> l
 
 
 def columns_taken(takers: Iterable[Any], columns: Iterable[str]) -> set[str]:
-    """Those of ``columns`` that a model or a guide has as arguments, and "weight"."""
-    taken = {WEIGHT}
+    """Those of ``columns`` that a model or a guide has as arguments."""
+    taken: set[str] = set()
     for taker in takers:
         if callable(taker) and not inspect.isclass(taker):
             call = taker.forward if isinstance(taker, torch.nn.Module) else taker

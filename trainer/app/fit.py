@@ -11,10 +11,12 @@ from rich.console import Console
 
 from trainer.app.allowed import typed
 from trainer.app.columns import columns_line, columns_taken
-from trainer.app.options.entrance import of_call
-from trainer.app.options.verbs import Train
+from trainer.app.options.entrance import of_call, option
+from trainer.app.options.kinds import Count, Names, Seed, Share
+from trainer.app.options.verbs import Missing, Precision, Train
 from trainer.app.ranks import share_threads, world
 from trainer.app.train import Given, quiet_lightning, train
+from trainer.app.weights import packed_for
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.pack import pack
 from trainer.data.shards.folder import ShardFolder, is_packed
@@ -23,6 +25,7 @@ from trainer.data.sources.source import open_source
 from trainer.errors import Stopped, UserError
 from trainer.lit.signals import StopOnSignal
 from trainer.posterior.posterior import Posterior, between_seeds
+from trainer.svi.plates import WEIGHT
 from trainer.svi.process import own_state
 
 _AGREE = 1.05
@@ -38,6 +41,7 @@ def fit(
     categories: Sequence[str] = (),
     missing: str = "error",
     held_out: float = 0.0,
+    weight: str | None = None,
     batch_size: int | None = None,
     max_epochs: float | None = None,
     max_steps: int | None = None,
@@ -56,6 +60,8 @@ def fit(
     ``guide``: "mean_field", one of `pyro.infer.autoguide`'s classes, or a guide of your own.
     ``columns``, ``standardise``, ``categories``, ``missing``, ``held_out``: as for `svi shard` (not with a shard
         folder, which is packed); without ``columns`` those of the data that the model takes.
+    ``weight``: the column that says how many observations a row stands for; in a dict of arrays the key "weight" does
+        without it (docs/data.md).
     ``seeds``: how many fits to make, from ``seed`` on; the one of the highest ELBO is returned, with ``rhat`` between
         them.
     ``run_dir``: keep checkpoints, metrics and summary there (a folder for each of several seeds); None: no file is left
@@ -64,8 +70,14 @@ def fit(
 
     Raises UserError for what cannot be right, with the remedy; KeyboardInterrupt when it is interrupted.
     """
-    if seeds < 1:
-        raise UserError(f"seeds={seeds} must be at least 1.")
+    seed, seeds = option(Seed, seed, "seed"), option(Count, seeds, "seeds")
+    weight, dtype = option(str | None, weight, "weight"), option(Precision, dtype, "dtype")
+    packing = {
+        "standardise": option(Names, standardise, "standardise"),
+        "categories": option(Names, categories, "categories"),
+        "missing": option(Missing, missing, "missing"),
+        "held_out": option(Share, held_out, "held_out"),
+    }
     given = {"batch_size": batch_size, "max_epochs": max_epochs, "max_steps": max_steps, "dtype": dtype}
     chosen = {**{name: value for name, value in given.items() if value is not None}, **(options or {})}
     names = typed([f"{name}={value}" for name, value in chosen.items()])
@@ -73,8 +85,9 @@ def fit(
     with own_state(), contextlib.ExitStack() as opened:
         keep = run_dir is not None
         folder = Path(run_dir or opened.enter_context(TemporaryDirectory(prefix="svi-run-")))
-        packing = {"standardise": standardise, "categories": categories, "missing": missing, "held_out": held_out}
-        path = _packed(data, columns, packing, dtype, (model, guide), opened, console)
+        path = _packed(data, columns, packing, dtype, weight, (model, guide), opened, console)
+        if weight is not None and _is_packed(data):
+            chosen["weight"] = weight
         fits = []
         for each in range(seed, seed + seeds):
             own = folder if seeds == 1 else folder / f"seed-{each}"
@@ -98,25 +111,35 @@ def _packed(
     columns: ColumnMap | None,
     packing: Mapping[str, Any],
     dtype: str | None,
+    weight: str | None,
     takers: tuple[Any, ...],
     opened: contextlib.ExitStack,
     console: Console,
 ) -> str | list[str]:
     """The shard folder of ``data``, or several: its own, or one that is removed with ``opened``."""
-    several = isinstance(data, list | tuple) and all(isinstance(each, str | Path) for each in data)
-    if several or isinstance(data, ShardFolder) or (isinstance(data, (str, Path)) and is_packed(data)):
-        if columns or any(value not in ((), [], 0.0, "error") for value in packing.values()):
+    if _is_packed(data):
+        if columns or any(value not in ((), 0.0, "error") for value in packing.values()):
             raise UserError(f"columns, {', '.join(packing)} belong to packing: this data is packed already.")
-        return [str(each) for each in data] if several else str(getattr(data, "place", data))
+        return [str(each) for each in data] if isinstance(data, list | tuple) else str(getattr(data, "place", data))
     path = Path(opened.enter_context(TemporaryDirectory(prefix="svi-data-"))) / "shards"
     source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
     if columns is None:
-        taken = columns_taken(takers, source.fields)
-        columns = {name: name for name in source.fields if name in taken} or None
+        columns = packed_for(data, source.fields, columns_taken(takers, source.fields), weight, console.print) or None
+    elif weight is not None:
+        if columns.get(WEIGHT, weight) not in (weight, columns.get(weight)):
+            raise UserError(f"weight={weight}, but columns has {WEIGHT}={columns[WEIGHT]}: give one of them.")
+        columns = {**columns, WEIGHT: columns.get(weight, weight)}
     wide = "float64" if dtype == "float64" else None
     train, _ = pack(source, path, columns=columns, float_dtype=wide, **packing)
     console.print(columns_line(train))
     return str(path)
+
+
+def _is_packed(data: Any) -> bool:
+    """Whether it is a shard folder, or a list of several."""
+    if isinstance(data, list | tuple):
+        return all(isinstance(each, str | Path) for each in data)
+    return isinstance(data, ShardFolder) or (isinstance(data, (str, Path)) and is_packed(data))
 
 
 def _fitted(cfg: Train, run_dir: Path, console: Console, given: Given) -> Posterior:
@@ -124,7 +147,7 @@ def _fitted(cfg: Train, run_dir: Path, console: Console, given: Given) -> Poster
     here = world(cfg.trainer)
     if here.size > 1:
         raise UserError("fit works in this process alone: for several ranks, use svi train.")
-    with own_state(int(cfg.seed)):
+    with own_state(cfg.seed):
         threads = share_threads(1, cfg.threads)
         quiet_lightning()
         try:

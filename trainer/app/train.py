@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from rich.console import Console
 
-from trainer.app import build, resume, secrets
+from trainer.app import build, resume, secrets, weights
 from trainer.app.allowed import refuse_others
 from trainer.app.blocks import AllRows
 from trainer.app.budget import optimizer_of, update_of
@@ -60,7 +60,7 @@ from trainer.posterior.convergence import segment_ends
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
-from trainer.svi.plates import WEIGHT, Batch
+from trainer.svi.plates import Batch
 from trainer.svi.pyro_guides import NO_LATENT
 from trainer.svi.start import has_latents_alone, laplace_start
 from trainer.svi.step import Inference
@@ -156,7 +156,10 @@ def _train(
     dtype, (inference, theta) = in_its_precision(
         cfg.dtype, folder.num_rows, lambda: infer(cfg, folder, given), console.print
     )
-    for line in precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()):
+    for line in (
+        *weights.told(folder.index, inference.model.own, inference.model.weighted),
+        *precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()),
+    ):
         console.print(line)
     began, first = time.monotonic(), first_rows(folder, inference.model.arguments)
     checked = first_pass(folder, first, held_out, inference, theta, plan.step_after(1.0))
@@ -258,8 +261,9 @@ def _cuts(plan: Plan, every: int, anchored: int) -> tuple[tuple[int, int], ...]:
 
 def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[Inference, torch.Tensor]:
     """The inference problem of a config, checked on the first rows, and theta [P] at its start."""
-    columns = tuple(column.name for column in folder.index.columns if column.name != "row_id")
     user_model = build.model(cfg.model) if given is None else given.model
+    present = [column.name for column in folder.index.columns if column.name != "row_id"]
+    columns = tuple(weights.shown_to_model(cfg.weight, folder.index, user_model, present))
     factory = build.guide(cfg.guide, user_model, columns, cfg.plate)
     if given is not None and given.guide != "mean_field":
         factory = guide_factory(given.guide, columns, cfg.plate)
@@ -268,8 +272,6 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS], dtype) for n in (*columns, "row_id")}
     count = len(rows["row_id"])
-    if WEIGHT in rows and not (isinstance(rows[WEIGHT], torch.Tensor) and rows[WEIGHT].dim() == 1):
-        raise UserError('column "weight" holds several numbers a row: a row stands for 0 observations or more.')
     batch = Batch(
         {name: rows[name] for name in columns},
         torch.tensor(count),

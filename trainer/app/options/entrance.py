@@ -37,6 +37,11 @@ def options(verb: str, cfg: DictConfig, **instead: Any) -> Any:
     return _told(verb, content)
 
 
+def option(kind: Any, value: Any, name: str) -> Any:
+    """An argument of a call as a ``kind``. Raises UserError as for an option."""
+    return bound(kind, _plain_value(value), name)
+
+
 def resolved(record: Any) -> DictConfig:
     """A record as a config again, to be written down."""
     return OmegaConf.create(OmegaConf.to_container(OmegaConf.create(plain(record)), resolve=True))  # type: ignore

@@ -25,6 +25,8 @@ from trainer.app.options.kinds import (
 
 Places = Annotated[str | tuple[str, ...], Filled("a folder, a file or an address, or several as [a,b]")]
 Columns = Annotated[str | tuple[str, ...], Filled("a source column, or several as [a,b]")]
+Missing = Literal["error", "drop"]
+Precision = Literal["float32", "float64"] | None
 Threads = Annotated[int, Range(1, 1024)]
 Draws = Annotated[int, Range(1, 1_000_000)]
 
@@ -122,8 +124,9 @@ class Train:
     draws: Annotated[int, Range(1, 65_536)] | None
     slots: Annotated[int, Range(1, 1_000_000)] | None
     seed: Seed
-    dtype: Literal["float32", "float64"] | None
+    dtype: Precision
     plate: str
+    weight: str | None
     global_sites: Names
     threads: Threads | None
     ckpt_path: str | None
@@ -170,7 +173,7 @@ class Shard:
     group_by: str | None
     categories: Names
     standardise: Names
-    missing: Literal["error", "drop"]
+    missing: Missing
     block_rows: Count
     shard_bytes: Count
     memory_bytes: Count

@@ -26,6 +26,8 @@ from trainer.data.sources.source import Source, open_source
 from trainer.errors import UserError
 
 ENTRY_BYTES = 12  # of a csr column, about: an index and a value
+WEIGHT = "weight"
+"""The column of weights; `Index.meta` has this key where packing was asked for it."""
 _PLACES = 0  # stream of the hash
 _READ_ROWS, _READ_BYTES = 1 << 16, 1 << 22  # of one batch: fixed, since the shifts' rounding depends on it
 
@@ -53,6 +55,8 @@ class Table:
     """T, where it is that of another table."""
     mixed: dict[str, str] = field(default_factory=dict)
     """What is wrong with columns of text that are numbers in part, where a model calculates with them."""
+    weighted: bool = False
+    """Whether a column `weight` was asked for."""
     spared: dict[str, str] | None = None
     """Where columns that cannot be packed are left out: why, by column."""
 
@@ -107,6 +111,7 @@ def describe(
 
     ``like``: a packed table that says it.
     """
+    weighted = columns is not None and WEIGHT in columns if like is None else bool(like.meta.get(WEIGHT))
     if like is not None:
         columns = like.meta.get("columns", {})
         settled |= {"shifts": like.meta.get("standardised", {}), "longest": _longest(like)}
@@ -143,7 +148,7 @@ def describe(
     entry_bytes = sum(opened.fields[r.parts[0]].entries * ENTRY_BYTES for r in made if not r.is_dense)
     table = Table(
         opened.name, opened.num_rows, made, group, split, seed, tuple(standardise), float_dtype,
-        entry_bytes=entry_bytes, mixed=mixed, spared=spared, **settled,
+        entry_bytes=entry_bytes, mixed=mixed, weighted=weighted, spared=spared, **settled,
     )  # fmt: skip
     return opened, table
 

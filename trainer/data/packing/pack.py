@@ -17,7 +17,7 @@ import numpy as np
 from trainer.data.packing.apply import options_like
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.emit import SIDES, Cut, first_of_groups
-from trainer.data.packing.ingest import Scatter, Table, Tally, check_rows, describe, total
+from trainer.data.packing.ingest import WEIGHT, Scatter, Table, Tally, check_rows, describe, total
 from trainer.data.packing.moments import Moments
 from trainer.data.packing.partial import partial_folder
 from trainer.data.packing.runs import Runs, RunsFile
@@ -275,7 +275,7 @@ def write_indexes(cut: Cut, folder: Path, made: Sequence[Sequence[Made]]) -> tup
 
 def _meta(cut: Cut) -> dict[str, Any]:
     table = cut.table
-    told = {"mixed": table.mixed, "spared": table.spared}
+    told = {"mixed": table.mixed, "spared": table.spared, WEIGHT: table.weighted}
     return {
         **{name: sentences for name, sentences in told.items() if sentences},
         "source": table.name,
