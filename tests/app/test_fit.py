@@ -235,7 +235,7 @@ def test_agreement_between_seeds_by_hand():
             "optimizer=adan is unknown",
         ),
         ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"guide": "full_rank"}, "guide=full_rank is unknown"),
-        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"seeds": 0}, "seeds=0 must be at least 1"),
+        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"seeds": 0}, "seeds=0 must be a whole number from 1 up"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(data, more, message):
@@ -279,7 +279,7 @@ def test_a_weight_counts_a_row_that_many_times(table):
     assert short.metrics["elbo"] == pytest.approx(long.metrics["elbo"], abs=1e-3)
     assert short.metrics["elbo_per_row"] == pytest.approx(long.metrics["elbo_per_row"], rel=1e-6)
     assert short.predict({"x": x[:3]})["y"].mean.shape == (3,)
-    with pytest.raises(UserError, match='column "weight" holds a negative number'):
+    with pytest.raises(UserError, match='column "weight" is -'):
         quick_fit({"x": x, "y": y, "weight": -times.astype(float)})
 
 

@@ -54,7 +54,7 @@ def record(kind: type[Record], node: Any, key: str = "") -> Record:
         if name not in known:
             raise Unknown(f"{above}{name}")
         found[str(name)] = bound(known[str(name)], value, f"{above}{name}")
-    for name in known.keys() - found.keys():
+    for name in (name for name in known if name not in found):
         raise UserError(f"{above}{name} is missing: give {above}{name}=.")
     return kind(**found)
 
@@ -104,6 +104,6 @@ def _typed(fixed: type | None, value: Mapping[Any, Any], key: str) -> dict[Any, 
             made[name] = list(found) if isinstance(found, tuple) else found
         elif closed and not getattr(closed, "IS_OPEN", False) and not re.fullmatch("_.*_", str(name)):
             raise Unknown(f"{key}.{name}")
-    for name in (kinds if fixed else {}).keys() - value.keys():
+    for name in (name for name in kinds if fixed and name not in value):
         raise UserError(f"{key}.{name} is missing: give {key}.{name}=.")
     return made
