@@ -27,7 +27,7 @@ from trainer.svi.step import Inference
 from trainer.svi.supports import holds, is_interval, support_of, supported, tensors_of
 
 R = TypeVar("R")
-_ROWS = 16_384  # evaluated at once
+_ROWS = 65_536  # evaluated at once, as in a pass over all rows
 _LEARN_ROWS, _PROBE_ROWS = 4096, 64
 _OF_ROWS = (IndexError, RuntimeError, ValueError, AssertionError)
 """What a model may raise for the values of some rows."""
