@@ -25,7 +25,10 @@ from trainer.posterior.convergence import (
     segment_means,
     step_to_go,
 )
+from trainer.svi.exact_fit import met_exactly
 
+EXACT = "no_maximum"
+"""Why a run ends whose observations are met exactly: there is no optimum, whatever the other figures say."""
 _WORDS = {
     "mc_error": "Monte Carlo error {:.2g} scales (limit {:.2g})",
     "scale_error": "Monte Carlo error {:.2g} of a log scale (limit {:.2g})",
@@ -86,6 +89,11 @@ class Stop(Callback):
         here, average = module.update.at(module.step - 1), module.theta.cpu()
         ends = segment_ends(here, self.epoch, module.program.sync_every)
         moved, left = self.end_round(trainer, module)
+        exact = met_exactly(module.inference, module.theta.cpu(), self.end_round.sample)
+        if exact is not None and (self.rule is not None or module.step == module.update.horizon):
+            self.facts["stopped"], trainer.should_stop = EXACT, True
+            self.say(exact)
+            return
         means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
         evidence = None
         if moved:

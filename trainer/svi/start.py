@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trainer.svi.exact_fit import refuse_exact
 from trainer.svi.guides import KL, MeanField
 from trainer.svi.noise import element_noise
 from trainer.svi.step import Inference, StepBatch, StepNoise, in_dtype
@@ -28,6 +30,7 @@ _PAIRS, _PAIR_ROWS = 8, 2**15  # of a mean curvature; none for many rows, whose 
 _TOGETHER = 16  # rows of a Hessian that are made at once
 _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
 _RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hessian
+_APART, _COLUMNS_APART = 1e4, 1e6  # units of latents, scales of columns
 _NO_MAXIMUM = (
     'the log joint has no maximum along "{}", or hardly falls around it: that is usual for the scale of a centred '
     "hierarchy; with separable data or an improper prior the answer lies at infinity, so give it a proper prior."
@@ -51,10 +54,23 @@ def laplace_start(
     """
     guide = inference.guide
     if not isinstance(guide, MeanField) or not has_latents_alone(inference) or guide.size > MOST_LATENTS:
+        _tell_of_scales(rows, say)
         return None
     with _exact(inference):
-        mode = _settled(inference, rows, guide, theta.device, say)
+        loss = _joint(inference, rows)
+        found = _mode(loss, guide.size, theta.device)
+        doubts: list[str] = []
+        mode = _settled(loss, found, guide, doubts.append)
+        units = _units(loss, theta) if mode is None else None
+        if units is not None:
+            scaled = _mode(lambda at: loss(units * at), guide.size, theta.device)
+            found = Mode(units * scaled.loc, scaled.settled, units * scaled.lowest)
+            mode = _settled(loss, found, guide, doubts.append)
+        for sentence in doubts[-1:] if mode is None else ():
+            say(sentence)
+        refuse_exact(inference, rows, found.lowest, _joint, _lowest if mode is None else None)
         if mode is None:
+            _tell_of_scales(rows, say)
             plain = torch.eye(guide.size, dtype=theta.dtype, device=theta.device)
             return theta, Whitening(PLAIN * plain, 0.0 * plain)
         loc, hessian = mode
@@ -74,15 +90,14 @@ def has_latents_alone(inference: Inference) -> bool:
 
 
 def _settled(
-    inference: Inference, rows: StepBatch, guide: MeanField, device: torch.device, say: Callable[[str], None]
+    loss: Callable[[Tensor], Tensor], found: "Mode", guide: MeanField, say: Callable[[str], None]
 ) -> tuple[Tensor, Tensor] | None:
     """The mode [D] and the Hessian [D, D] there, if that looks like a Gaussian's."""
-    loss = _joint(inference, rows)
-    loc, settled = _mode(loss, guide.size, device)
+    loc = found.loc
     if not torch.isfinite(loc).all() or not torch.isfinite(loss(loc)):
         say(_NOT_FINITE)
         return None
-    if not settled:
+    if not found.settled:
         say(_NO_MAXIMUM.format(guide.latent_name(int(loc.abs().argmax()))))
         return None
     hessian = _hessian(loss, loc)
@@ -157,30 +172,56 @@ def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
     return scale[:, None] * torch.linalg.inv(root).T
 
 
-def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> tuple[Tensor, bool]:
-    """Where ``loss`` is lowest, by L-BFGS (Liu and Nocedal 1989) from 0, and whether it settled there."""
+class Mode(NamedTuple):
+    """What a search for the lowest loss comes to."""
+
+    loc: Tensor
+    """[D] where it ends."""
+    settled: bool
+    lowest: Tensor
+    """[D] the lowest place that it has seen."""
+
+
+def _units(loss: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor | None:
+    """Of each latent [D], by the curvature at 0, where they differ by so much that a search in other units fails."""
+    curvature = _hessian(loss, torch.zeros(theta.numel() // 2, dtype=torch.float64, device=theta.device)).diagonal()
+    if not curvature.isfinite().all():
+        return None
+    units = torch.where(curvature > 0, curvature, 1.0).rsqrt()
+    return units if units.max() > _APART * units.min() else None
+
+
+def _lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    return _mode(loss, len(like), like.device).lowest
+
+
+def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> Mode:
+    """Where ``loss`` is lowest, by L-BFGS (Liu and Nocedal 1989) from 0."""
     loc = torch.zeros(size, dtype=torch.float64, device=device, requires_grad=True)
-    before = math.inf
+    before, least, lowest = math.inf, math.inf, loc.detach().clone()
     for _ in range(_ROUNDS):
         optimizer = torch.optim.LBFGS([loc], max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_change=0.0)
 
         def closure() -> Tensor:
+            nonlocal least, lowest
             optimizer.zero_grad()  # noqa: B023
             value = loss(loc)
             value.backward()
+            if float(value.detach()) < least:
+                least, lowest = float(value.detach()), loc.detach().clone()
             return value
 
         try:
             optimizer.step(closure)
         except IndexError:  # its line search has no step left to take where all that it tried are not finite
-            return torch.full_like(loc, math.nan).detach(), False
+            return Mode(torch.full_like(loc, math.nan).detach(), False, lowest)
         now = float(loss(loc.detach()))
         if not (math.isfinite(now) and bool(torch.isfinite(loc).all())):
             break
         if before - now < 1e-3:
-            return loc.detach(), True
+            return Mode(loc.detach(), True, lowest)
         before = now
-    return loc.detach(), False
+    return Mode(loc.detach(), False, lowest)
 
 
 def _hessian(loss: Callable[[Tensor], Tensor], where: Tensor) -> Tensor:
@@ -231,6 +272,21 @@ def _tell_of_ridge(guide: MeanField, correlation: Tensor, say: Callable[[str], N
             f'"{first}" and "{second}" can nearly stand in for each other: their posterior sds are up to '
             f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; centre the columns, or take a "
             "full-rank guide."
+        )
+
+
+def _tell_of_scales(rows: StepBatch, say: Callable[[str], None]) -> None:
+    """Says which columns are so far apart in scale that steps of one size for all do not reach an optimum."""
+    sizes: dict[str, float] = {}
+    for name, column in rows.columns.items():
+        if isinstance(column, Tensor) and column.is_floating_point():
+            flat = column[0].double().reshape(column.shape[1], -1).std(0, correction=0).tolist()
+            sizes |= {f"{name}[{i}]" if len(flat) > 1 else name: sd for i, sd in enumerate(flat) if sd > 0}
+    small, large = min(sizes, key=sizes.__getitem__, default=""), max(sizes, key=sizes.__getitem__, default="")
+    if sizes and sizes[large] > _COLUMNS_APART * sizes[small]:
+        say(
+            f'the scales of columns "{small}" (sd {sizes[small]:.1g}) and "{large}" (sd {sizes[large]:.1g}) are too '
+            "far apart for steps of one size: give standardise=[...] when packing, or use other units."
         )
 
 

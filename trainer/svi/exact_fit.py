@@ -1,0 +1,190 @@
+"""Fits without an optimum: where a model meets its observations exactly, their spread goes to 0 and the density to
+infinity, as for a constant column, or one that is a linear function of the others.
+
+The spread of a distribution is compared with that of what it stands for: an sd with the sd of the column, in logarithms
+where the support is positive. Shapes: B rows, D latents.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Independent, TransformedDistribution, constraints, transforms
+
+from trainer.errors import UserError
+from trainer.svi.guides import MeanField, Noise
+from trainer.svi.latents import Site, is_discrete
+from trainer.svi.plates import Batch, inside
+from trainer.svi.step import Inference, StepBatch
+
+_OF_FLOAT32, _OF_FLOAT64 = 1e-6, 1e-10  # of a column's spread: what rounding may leave of an exact value
+_ROUNDING = 1e-12  # of its size, below which a column is constant
+_FEW = 2048
+_MOST_STEPS = 60  # of a factor of ten, in one latent
+_FREE = (transforms.ExpTransform, transforms.SigmoidTransform, transforms.TanhTransform)
+Loss = Callable[[Tensor], Tensor]
+
+
+class Spread(NamedTuple):
+    """Of an observed site."""
+
+    what: str
+    """The column, or the site where no column is observed as it stands."""
+    spread: Tensor
+    """[] log of the median row's, beside that of the values."""
+    constant: bool
+    """Whether the values are."""
+
+    def sentence(self, latent: str) -> str:
+        """What is wrong, and what to do; ``latent``: what makes the spread."""
+        if self.constant:
+            told, remedy = "is constant", "leave it out"
+        else:
+            told = "is an exact function of the other columns"
+            remedy = "look for a column that holds the answer and for rows that repeat a few, leave it out"
+        return (
+            f"{self.what} {told}, so the density has no maximum: it grows without end as {latent} goes to its limit; "
+            f"{remedy}, or fix {latent} at the precision of the measurement."
+        )
+
+
+def refuse_exact(
+    inference: Inference, rows: StepBatch, at: Tensor, joint: Callable[[Inference, StepBatch], Loss],
+    lowest: Callable[[Loss, Tensor], Tensor] | None,
+) -> None:  # fmt: skip
+    """Raises UserError where an observed site's spread is nothing at the latents ``at`` [D].
+
+    ``joint(inference, rows)``: minus the log joint. ``lowest(loss, like)``, given where no mode is known: the place
+    near 0, a tensor as ``like``, at which a loss is lowest; then also where minus the log joint falls without end as
+    the spread goes to 0.
+    """
+    at, few = at.detach().clone().requires_grad_(), _first(rows)
+    for name, found in _spreads(inference, {"guide.loc": at, "guide.log_scale": 0.0 * at}, few).items():
+        if not found.spread.requires_grad:  # a known one
+            continue
+        (slope,) = torch.autograd.grad(found.spread, at, retain_graph=True, allow_unused=True)
+        if slope is None or not slope.isfinite().all() or not slope.any():
+            continue
+        latent = int(slope.abs().argmax())
+        by_ten = math.log(10.0) / float(slope[latent])
+        exact = bool(found.spread <= _limit(few))
+        if not exact and lowest is not None:
+            exact = all(
+                _falls(inference, some, joint(inference, some), at.detach(), lowest, name, latent, by_ten)
+                for some in (few, rows)
+            )
+        if exact:
+            assert isinstance(inference.guide, MeanField)
+            raise UserError(found.sentence(f'"{inference.guide.latent_name(latent)}"'))
+
+
+def met_exactly(inference: Inference, theta: Tensor, rows: StepBatch) -> str | None:
+    """A sentence where at ``theta`` [P] an observed site's spread is nothing beside that of its values."""
+    few = _first(rows)
+    with torch.no_grad():
+        found = _spreads(inference, inference.parameters.unflatten(theta), few).values()
+    return next((each.sentence("its scale") for each in found if each.spread <= _limit(few)), None)
+
+
+def _falls(
+    inference: Inference, rows: StepBatch, loss: Loss, at: Tensor, lowest: Callable[[Loss, Tensor], Tensor], name: str,
+    latent: int, by_ten: float,
+) -> bool:  # fmt: skip
+    """Whether the loss is lower each time that ``latent`` takes the spread down by ten, until that is nothing."""
+    free = torch.ones_like(at)
+    free[latent] = 0.0
+    least = float(loss(at))
+    for _ in range(_MOST_STEPS):
+        with torch.no_grad():
+            if _spreads(inference, {"guide.loc": at, "guide.log_scale": 0.0 * at}, rows)[name].spread <= _limit(rows):
+                return True
+        moved = at.clone()
+        moved[latent] -= by_ten
+        at = moved + free * lowest(lambda change: loss(moved + free * change), at)  # noqa: B023
+        before, least = least, float(loss(at))
+        if not least < before:
+            return False
+    return False
+
+
+def _first(rows: StepBatch) -> StepBatch:
+    """A few of ``rows``, on which most models are seen not to be exact."""
+    count = min(_FEW, int(rows.batch_rows))
+    columns = {name: column[0][:count][None] for name, column in rows.columns.items()}
+    number = torch.tensor(count, device=rows.batch_rows.device)
+    return StepBatch(columns, number[None], number, None if rows.row_id is None else rows.row_id[:, :count])
+
+
+def _limit(rows: StepBatch) -> float:
+    """The log of the relative spread that rounding may leave, by how finely the columns are stored."""
+    coarse = any(
+        column.is_floating_point() and bool((column == column.float()).all()) and bool((column != column.round()).any())
+        for column in rows.columns.values()
+        if isinstance(column, Tensor)
+    )
+    return math.log(_OF_FLOAT32 if coarse else _OF_FLOAT64)
+
+
+def _spreads(inference: Inference, values: dict[str, Tensor], rows: StepBatch) -> dict[str, Spread]:
+    """Of the observed sites in the data plate whose distribution has one."""
+    dtype = next(iter(values.values())).dtype
+    columns = {name: c[0].to(dtype) if c.is_floating_point() else c[0] for name, c in rows.columns.items()}
+    row_id = None if rows.row_id is None else rows.row_id[0]
+    batch = Batch(columns, rows.valid[0], inference.num_obs / rows.batch_rows.double(), row_id)
+    elements, per_row = inference.guide.noise_size
+    some = next(iter(values.values()))
+    noise = Noise(some.new_zeros(elements), some.new_zeros(batch.size, per_row) if per_row else None, 0)
+
+    def trace(params: dict[str, Tensor]) -> poutine.Trace:
+        return inference.guide.draw(inference.model, params, noise, batch, "monte_carlo").trace
+
+    with pyro.validation_enabled(False):
+        nodes = inference.parameters.call(values, trace).nodes
+    observed = [name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood" and name in nodes]
+    made = {name: _relative(nodes[name], columns) for name in observed if inside(nodes[name], inference.model.plate)}
+    return {name: each for name, each in made.items() if each is not None}
+
+
+def _relative(site: Site, columns: dict[str, Any]) -> Spread | None:
+    fn, value = site["fn"], site["value"]
+    same = (n for n, each in columns.items() if isinstance(each, Tensor) and torch.equal(each.to(value), value))
+    column = next(same, None)
+    while True:
+        if isinstance(fn, Independent) or hasattr(fn, "_mask"):
+            fn = fn.base_dist
+        elif isinstance(fn, TransformedDistribution) and all(isinstance(each, _FREE) for each in fn.transforms):
+            for each in reversed(fn.transforms):
+                value = each.inv(value)
+            fn = fn.base_dist
+        else:
+            break
+    spread = None if is_discrete(fn) or isinstance(fn, pyro.distributions.Delta) else _spread(fn)
+    if spread is None or value.dim() == 0 or not value.is_floating_point():
+        return None
+    value = value.double()
+    positive = isinstance(fn.support, type(constraints.positive)) or fn.support is constraints.nonnegative
+    if positive:
+        spread, value = spread / fn.mean.abs(), value.log()
+    deviation, size = value.std(0, correction=0), value.abs().amax(0)
+    constant = deviation <= _ROUNDING * size
+    whole = torch.ones_like(size) if positive else torch.where(size > 0, size, 1.0)
+    ratio = (spread / torch.where(constant, whole, deviation)).expand_as(value)
+    median = ratio.reshape(len(value), -1).median(0).values
+    least = median.argmin()
+    what = f'what is observed at site "{site["name"]}"' if column is None else f'column "{column}"'
+    return Spread(what, median[least].log(), bool(constant.reshape(-1)[least]))
+
+
+def _spread(fn: Any) -> Tensor | None:
+    """The sd of a distribution, or its scale where it has none."""
+    try:
+        spread = fn.variance.sqrt()
+    except (NotImplementedError, AttributeError):
+        spread = None
+    if spread is None or not spread.isfinite().all():
+        spread = getattr(fn, "scale", None)
+    return spread if isinstance(spread, Tensor) else None
