@@ -92,6 +92,20 @@ def test_a_known_scale_has_an_optimum():
     assert posterior.summary()[0].mean == pytest.approx(3.3 * N / 0.25 / precision, rel=1e-5)
 
 
+def test_an_effect_of_each_row_has_a_posterior():
+    """The joint density grows without end as the effects meet the rows; with them integrated out it does not."""
+
+    def model(row, y=None):
+        tau, sigma = (pyro.sample(name, dist.LogNormal(0.0, 0.5)) for name in ("tau", "sigma"))
+        with pyro.plate("rows", 20):
+            effect = pyro.sample("effect", dist.Normal(0.0, tau))
+        with pyro.plate("data", len(row)):
+            pyro.sample("y", dist.Normal(effect[row], sigma), obs=y)
+
+    posterior = fit(model, {"row": np.arange(20), "y": NOISE[:20]}, **QUICK)
+    assert posterior.metrics["stop_reason"] != "no_maximum"
+
+
 def test_a_run_without_a_search_for_a_start_ends_without_an_optimum(capsys):
     """The spread of a guide's own optimum is looked at, whatever the guide."""
 
