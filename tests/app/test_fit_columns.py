@@ -132,6 +132,21 @@ def test_fractions_are_kept_where_they_count_and_refused_where_they_cannot(by_le
         by_level.predict({"c": [1.0, 2.5]})
 
 
+def test_a_column_that_was_fitted_with_is_missed_and_one_that_is_observed_is_not() -> None:
+    def shifted(x, z=None, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            mean = b * x + (0.0 if z is None else z)
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=None if y is None else (y - 1) / 2)
+
+    posterior = fit(shifted, {"x": NUMBERS, "z": NUMBERS[::-1].copy(), "y": NUMBERS}, **OPTIONS)
+    said: list[str] = []
+    list(posterior.predictions({"x": [1.0], "z": [1.0]}, say=said.append))
+    assert not said
+    list(posterior.predictions({"x": [1.0]}, say=said.append))
+    assert said == ["the data has no column z, which the model was fitted with: it takes its default there."]
+
+
 def test_shards_of_other_codes_are_not_predicted(tmp_path: Path) -> None:
     words = RNG.choice(["a", "b", "c"], N)
     posterior = fit(level, {"c": words, "y": NUMBERS}, **OPTIONS)

@@ -244,3 +244,20 @@ def test_what_cannot_be_packed_is_left_out_where_that_is_asked_for(tmp_path: Pat
     assert "spared" not in packed({"x": table["x"]}, tmp_path / "plain", spare=True)[0].meta
     with pytest.raises(UserError, match="holds datetime64"):
         packed({"day": table["day"]}, tmp_path / "none", spare=True)
+
+
+def test_numbers_that_are_names_become_codes(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("c,y\n00501,1\n10001,2\n00501,3\n")
+    for table, words in (
+        (tmp_path / "t.csv", ["00501", "10001"]),
+        ({"c": np.array([501, 10001, 501])}, [501, 10001]),
+        (pd.DataFrame({"c": pd.Series([501, 10001, 501], dtype="Int64")}), [501, 10001]),
+        ({"c": np.array([0.5, 1.5, 0.5])}, [0.5, 1.5]),
+    ):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        index, found = packed(table, out, columns={"k": "c"}, categories=["c"])
+        assert (index.column("k").vocabulary, found["k"].tolist()) == (words, [0, 1, 0])
+        again, _ = packed(table, out.with_suffix(".like"), like=out)
+        assert again.column("k").vocabulary == words
+    with pytest.raises(UserError, match=r"categories=\[c\] names a column of neither text nor single numbers"):
+        packed({"c": np.ones((2, 2))}, tmp_path / "no", categories=["c"])

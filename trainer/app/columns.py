@@ -10,6 +10,7 @@ import torch
 from trainer.data.shards.index import ROW_ID, Column, Index
 from trainer.errors import UserError
 from trainer.svi.plates import Batch, arguments
+from trainer.svi.pyro_guides import is_autoguide
 from trainer.svi.step import Inference
 from trainer.svi.uses import calculates_with
 
@@ -45,7 +46,8 @@ def columns_taken(takers: Iterable[Any], columns: Iterable[str]) -> set[str]:
     """Those of ``columns`` that a model or a guide has as arguments."""
     taken: set[str] = set()
     for taker in takers:
-        if callable(taker) and not inspect.isclass(taker):
+        made = getattr(taker, "func", taker)
+        if callable(taker) and not inspect.isclass(made) and not is_autoguide(made):  # those take what the model takes
             call = taker.forward if isinstance(taker, torch.nn.Module) else taker
             found = inspect.signature(call).parameters.values()
             taken |= set(columns) if any(each.kind is each.VAR_KEYWORD for each in found) else {e.name for e in found}

@@ -64,6 +64,18 @@ def parameters_of(inference: Inference, theta: Tensor, batch: Batch) -> dict[str
     return {name: value for name, value in values.items() if name[:6] != "guide."}
 
 
+def predicts_by(inference: Inference, theta: Tensor, batch: Batch, name: str) -> bool:
+    """Whether a likelihood depends on the column ``name``, other than by observing it."""
+    rolled = batch._replace(columns={**batch.columns, name: batch.columns[name].roll(1, 0)})
+    nodes: list[Any] = [draw(inference, theta, each, 0, 0).trace.nodes for each in (batch, rolled)]
+    for site, kind in zip(inference.sites, inference.kinds):
+        if kind == "likelihood":
+            one, two = (each[site]["fn"].log_prob(nodes[0][site]["value"]) for each in nodes)
+            if not torch.equal(one, two):
+                return True
+    return False
+
+
 def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int) -> dict[str, Site]:
     """The observed sites, as nodes of a trace in which they are drawn given draw ``number`` of the latents.
 

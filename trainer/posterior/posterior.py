@@ -23,7 +23,7 @@ from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
-from trainer.posterior.draws import draw, dtype_of, latents_of, parameters_of
+from trainer.posterior.draws import draw, dtype_of, latents_of, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
 from trainer.posterior.predictive import Prediction, joined, predicted, rows_together
 from trainer.posterior.summary import SiteSummary, summarise
@@ -122,7 +122,7 @@ class Posterior:
         progress: Callable[[int, int | None], None] | None,
         say: Callable[[str], None],
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
-        total, tables = self._columns(data)
+        total, tables = self._columns(data, say)
         words, done, doubted = self._words(), 0, set[str]()
         for batch in self._batches(tables):
             with refusing_fractions(self.index, batch):
@@ -161,8 +161,8 @@ class Posterior:
             row_id = tensors.pop(ROW_ID)
             yield Batch(tensors, torch.tensor(len(row_id)), torch.ones((), dtype=torch.float64), row_id)
 
-    def _columns(self, data: Any) -> tuple[int, Iterator[dict[str, np.ndarray]]]:
-        """How many rows there are, and the rows, in tables of a few thousand."""
+    def _columns(self, data: Any, say: Callable[[str], None]) -> tuple[int, Iterator[dict[str, np.ndarray]]]:
+        """How many rows there are, and the rows, in tables of a few thousand; ``say`` is told of columns they lack."""
         folder = _shard_folder(data)
         if folder is not None:
             names = arguments(self.inference.model.fn, [column.name for column in folder.index.columns])
@@ -171,6 +171,10 @@ class Posterior:
         source: Source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
         check_columns(self.index, source, self._required())
         taken = arguments(self.inference.model.fn, available(self.index, source))
+        fitted = arguments(self.inference.model.fn, [column.name for column in self.index.columns])
+        for name in fitted:
+            if name not in (ROW_ID, *taken) and predicts_by(self.inference, self.theta, self.rows, name):
+                say(f"{source.name} has no column {name}, which the model was fitted with: it takes its default there.")
         return source.num_rows, rows_like(self.index, source, taken, _ROWS)
 
     def _required(self) -> list[str]:

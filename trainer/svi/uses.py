@@ -6,6 +6,7 @@ import torch
 from pyro import poutine
 
 from trainer.svi.latents import AtZero
+from trainer.svi.observed import column_of
 from trainer.svi.plates import Batch
 from trainer.svi.step import Inference
 
@@ -25,8 +26,9 @@ def calculates_with(inference: Inference, theta: torch.Tensor, batch: Batch, nam
             parameters.call(parameters.unflatten(theta), run)
     except Exception:  # whatever the user's model raises
         return False
-    observed = [site for site in found[0].nodes.values() if site["type"] == "sample" and site["is_observed"]]
-    labels: list[Any] = [site["fn"] for site in observed if site["value"] is floats.columns[name]]
+    observed: list[Any] = [site for site in found[0].nodes.values() if site["type"] == "sample" and site["is_observed"]]
+    column = {name: floats.columns[name]}
+    labels = [site["fn"] for site in observed if column_of(site["value"], column)]
     return not any(isinstance(_base(fn), torch.distributions.Categorical) for fn in labels)
 
 

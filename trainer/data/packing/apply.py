@@ -143,7 +143,7 @@ def _check_kind(recipe: Recipe, part: str, source: Source, also: tuple[str, ...]
     if not recipe.is_dense:
         kinds: tuple[str, ...] = (recipe.kind,)
     elif recipe.vocabulary is not None:
-        kinds = ("text",)
+        kinds = ("text",) if isinstance(next(iter(recipe.vocabulary), ""), str) else ("text", "int", "float")
     else:
         kinds = {"b": ("bool",), "i": ("int", "bool")}.get(np.dtype(recipe.dtype).kind, NUMERIC)
     if field.kind not in kinds + also or field.shape != shape:

@@ -114,10 +114,12 @@ def recipes(
     float_dtype: str | None,
     wide: Iterable[str] = (),
     spared: dict[str, str] | None = None,
+    categories: Iterable[str] = (),
 ) -> list[Recipe]:
     """A recipe for each of ``columns`` (every source column by its own name when None); those in ``wide`` in float64.
 
-    Reads the text columns of ``source`` once, for their vocabularies. Raises UserError for an unknown column, text in
+    Those in ``categories`` become codes also where they are numbers. Reads the columns of text and categories once, for
+    their vocabularies. Raises UserError for an unknown column, text in
     a list, a type that is no number, truth value or text, and a name that a model's argument cannot have; with
     ``spared`` such a column is left out, and its sentence put there.
     """
@@ -126,7 +128,12 @@ def recipes(
     made = []
     for name, parts in columns.items():
         try:
-            made.append(_recipe(name, parts, source, float_dtype, name in wide))
+            if not (name.isidentifier() and name.isascii() and len(name) <= 64):
+                raise UserError(f"'{name}' cannot name an argument of a model: rename it, as in columns.x='{name}'.")
+            if isinstance(parts, str) and {name, parts} & set(categories):
+                made.append(_category(name, parts, source))
+            else:
+                made.append(_recipe(name, parts, source, float_dtype, name in wide))
         except UserError as error:
             if spared is None:
                 raise
@@ -144,8 +151,6 @@ def recipes(
 
 def _recipe(name: str, parts: str | Sequence[str], source: Source, float_dtype: str | None, wide: bool) -> Recipe:
     float_dtype = "float64" if wide else float_dtype
-    if not (name.isidentifier() and name.isascii() and len(name) <= 64):
-        raise UserError(f"'{name}' cannot name an argument of a model: rename it, as in columns.x='{name}'.")
     if isinstance(parts, str):
         field = source.fields[parts]
         kind, shape = field.kind, field.shape
@@ -153,7 +158,7 @@ def _recipe(name: str, parts: str | Sequence[str], source: Source, float_dtype: 
             names, dtype = list(field.names) or None, _varying_dtype(field.dtype, float_dtype)
             return Recipe(name, (parts,), False, shape, dtype, names, kind, float_dtype is None and dtype == "float64")
         if kind == "text" and not shape:
-            return Recipe(name, (parts,), False, (), "int64", vocabulary=[])
+            return _category(name, parts, source)
         check_usable(parts, source.fields[parts], source)
         if kind == "int" or (kind == "bool" and not wide):
             return Recipe(name, (parts,), False, shape, "int64" if kind == "int" else "bool")
@@ -173,6 +178,14 @@ def _recipe(name: str, parts: str | Sequence[str], source: Source, float_dtype: 
     return _floats(
         Recipe(name, tuple(parts), True, (len(parts),), ""), [source.fields[part] for part in parts], float_dtype
     )
+
+
+def _category(name: str, part: str, source: Source) -> Recipe:
+    """Codes, of which the vocabulary is to be found. Raises UserError for what is neither text nor single numbers."""
+    check_usable(part, source.fields[part], source)
+    if source.fields[part].kind not in ("text", "int", "float") or source.fields[part].shape:
+        raise UserError(f"categories=[{part}] names a column of neither text nor single numbers: leave it out there.")
+    return Recipe(name, (part,), False, (), "int64", vocabulary=[])
 
 
 def _floats(recipe: Recipe, fields: Sequence[Field], float_dtype: str | None) -> Recipe:
@@ -233,7 +246,8 @@ def _text(raw: Raw) -> pa.Array:
     assert not isinstance(raw, VaryingRows)
     if isinstance(raw, np.ndarray):
         return pa.array(np.char.decode(raw, "utf-8") if raw.dtype.kind == "S" else raw, from_pandas=True)
-    return raw.dictionary_decode() if pa.types.is_dictionary(raw.type) else raw
+    raw = raw.dictionary_decode() if pa.types.is_dictionary(raw.type) else raw
+    return pc.if_else(pc.is_nan(raw), None, raw) if pa.types.is_floating(raw.type) else raw
 
 
 def _codes(raw: Raw, part: str, vocabulary: list[Any], first_row: int) -> tuple[np.ndarray, np.ndarray]:

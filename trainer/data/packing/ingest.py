@@ -21,7 +21,7 @@ from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import PLACE, scramble
 from trainer.data.packing.split import Split
 from trainer.data.shards.index import ROW_ID, Index
-from trainer.data.sources.mixed import mixed_columns, number_like
+from trainer.data.sources.mixed import as_words, mixed_columns, number_like
 from trainer.data.sources.source import Source, open_source
 from trainer.errors import UserError
 
@@ -121,9 +121,14 @@ def describe(
         opened = open_source(source, None if columns is None else source_columns(columns) + keys)
     else:
         opened = source
-    opened = opened if like is None else words_like(like, opened)
+    named = [*categories, *(parts for name, parts in (columns or {}).items() if name in categories)]
+    words = {part for part in named if isinstance(part, str) and part in opened.fields}
+    opened = as_words(opened, words) if like is None else words_like(like, opened)
     spared: dict[str, str] | None = {} if spare else None
-    made = recipes(opened, columns, float_dtype, standardise, spared) if like is None else recipes_like(like, opened)
+    if like is None:
+        made = recipes(opened, columns, float_dtype, standardise, spared, categories)
+    else:
+        made = recipes_like(like, opened)
     for name in (ROW_ID,) if group_by is None else (ROW_ID, "length"):
         if any(recipe.name == name for recipe in made):
             sentence = f"the shards keep the column '{name}' for themselves: give yours another name."
