@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.fields import NUMERIC, CsrRows, Rows, choose
+from trainer.data.fields import NUMERIC, VARYING, CsrRows, Rows, choose
 from trainer.data.packing.columns import Recipe, check_usable, vocabularies
 from trainer.data.shards.index import ROW_ID, Column, Index
 from trainer.data.sources.mixed import as_words, first_word
@@ -147,7 +147,8 @@ def _check_kind(recipe: Recipe, part: str, source: Source, also: tuple[str, ...]
     else:
         kinds = {"b": ("bool",), "i": ("int", "bool")}.get(np.dtype(recipe.dtype).kind, NUMERIC)
     if field.kind not in kinds + also or field.shape != shape:
-        check_usable(part, field, source)
+        if field.kind not in VARYING:
+            check_usable(part, field, source)
         was, now = (f"{kind} of shape {list(s)}" if s else kind for kind, s in ((kinds[0], shape), field[:2]))
         stray = first_word(source, part) if field.kind == "text" else None
         where = f" ('{stray[1]}' in row {stray[0]}, counted from 0)" if stray else ""

@@ -205,7 +205,7 @@ def check_usable(part: str, field: Field, source: Source) -> None:
     """Raises UserError where a source column has neither numbers, truth values nor text."""
     if field.kind == TWICE:
         raise UserError(f"'{source.name}' has two columns named '{part}': rename one of them.")
-    if field.kind not in (*NUMERIC, *VARYING, "text"):
+    if field.kind not in (*NUMERIC, "text"):
         kind = "no value in any row" if field.kind == "null" else field.kind
         times = any(word in kind for word in ("timestamp", "date", "time", "duration"))
         if " and " in kind:
