@@ -16,7 +16,8 @@ from trainer.errors import UserError
 from trainer.lit.module import VariationalModule
 from trainer.lit.strategy import raise_together, sum_over_ranks
 from trainer.posterior.elbo import Block
-from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_hessian, full_product
+from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_hessian, full_loss, full_product
+from trainer.posterior.optimum import problem_of
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.noise import mixed_seed
 from trainer.svi.rows import cat
@@ -86,12 +87,17 @@ class AllRows:
         module = _module(trainer)
         return full_product(module.inference, theta, along, self._pass(module, trainer))
 
+    def loss(self, trainer: pl.Trainer, theta: Tensor, draws: Draws, number: int) -> tuple[float, Tensor]:
+        """Minus the ELBO (nats) at ``theta`` and its gradient [P], float64, by the draws of a ``number``."""
+        module = _module(trainer)
+        return full_loss(problem_of(module.inference), theta, self._pass(module, trainer, 1 + number), draws)
+
     def hessian(self, trainer: pl.Trainer, theta: Tensor, size: int) -> Tensor:
         """float64 [D, D] of minus the ELBO (nats) by the first D = ``size`` parameters at ``theta``."""
         module = _module(trainer)
         return full_hessian(module.inference, theta, size, self._pass(module, trainer))
 
-    def _pass(self, module: VariationalModule, trainer: pl.Trainer, fresh: bool = False) -> Pass:
+    def _pass(self, module: VariationalModule, trainer: pl.Trainer, fresh: int = 0) -> Pass:
         count, size = len(self.folder.block_rows), max(1, _TOGETHER // int(self.folder.block_rows[0]))
         groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
         here, total = together(_groups(self.folder, trainer, self.check, groups))

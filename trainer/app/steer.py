@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
@@ -16,10 +17,13 @@ from trainer.lit.strategy import from_rank_zero
 from trainer.posterior.convergence import Rule, newton_step, step_to_go
 from trainer.posterior.gradient import MANY, Draws
 from trainer.posterior.newton import NEAR, polished, step_by_products
+from trainer.posterior.optimum import can_be_settled, settled
+from trainer.svi.plates import Batch
 from trainer.svi.start import whitening_at
 from trainer.svi.step import StepBatch
 from trainer.svi.variance import Anchor, Whitening
 
+_FEW_ROWS = 64  # of the sample, for guides that look at columns
 _AGAIN = 4  # times as many steps, before what failed is tried again
 _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 
@@ -44,6 +48,7 @@ class EndRound:
     anew at that place; without one by passes over all rows, after ``afford`` steps (None: never), and where they fail,
     after four times as many.
 
+    A guide of Pyro's or the user's is brought to its optimum over all rows, what is left in nats for each parameter.
     ``sample``: the rows that give the curvature.
     """
 
@@ -59,7 +64,8 @@ class EndRound:
             theta, whitening, left = self._by_curvature(trainer, module, average, whitening)
             slots = (*own, *whitening)
         elif self.afford is not None and module.step > max(self.afford, _AGAIN * facts.get("no_newton_at", 0)):
-            theta, left = self._by_products(trainer, module, average)
+            steps = self._settled if can_be_settled(module.inference) else self._by_products
+            theta, left = steps(trainer, module, average)
             if theta is average:
                 facts["no_newton_at"] = module.step
         module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
@@ -107,3 +113,20 @@ class EndRound:
             module.say(f"step {module.step:,}: no Newton steps, since curvature is not to be had: {error}")
             made = None
         return (theta, math.nan) if made is None else (from_rank_zero(made.theta), made.left)
+
+    def _settled(self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
+        inference, device, dtype = module.inference, theta.device, theta.dtype
+        of_one = {name: column[0, :_FEW_ROWS] for name, column in self.sample.columns.items()}
+        count = len(next(iter(of_one.values())))
+        scale = torch.tensor(inference.num_obs / count, dtype=torch.float64)
+        rows = Batch(of_one, torch.tensor(count), scale, torch.arange(count))
+
+        def loss(theta: Tensor, draws: Draws, number: int) -> tuple[float, Tensor]:
+            value, gradient = self.rows.loss(trainer, theta.to(device, dtype), draws, number)
+            return value, gradient.cpu()
+
+        module.say(f"step {module.step:,}: to the optimum over all rows, in some dozens of passes")
+        found = settled(inference, theta.cpu(), loss, rows)
+        if found is None:
+            return theta, math.nan
+        return from_rank_zero(found.theta.to(device, dtype)), found.gain / len(theta)

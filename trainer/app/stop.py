@@ -33,6 +33,7 @@ _WORDS = {
     "mc_error": "Monte Carlo error {:.2g} scales (limit {:.2g})",
     "scale_error": "Monte Carlo error {:.2g} of a log scale (limit {:.2g})",
     "rhat": "R-hat {:.3f} between the halves of the average (limit {:.3g})",
+    "gain": "{:.2g} nats a parameter to gain over all rows (limit {:.2g})",
     "gradient": "{:.2g} scales to go by the gradient over all rows (limit {:.2g})",
 }
 
@@ -94,6 +95,9 @@ class Stop(Callback):
             self.facts["stopped"], trainer.should_stop = EXACT, True
             self.say(exact)
             return
+        if not can_be_judged(module.inference):
+            self._judge_gain(trainer, module, left if moved else math.nan)
+            return
         means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
         evidence = None
         if moved:
@@ -105,10 +109,24 @@ class Stop(Callback):
         if evidence is not None:
             self._judge(trainer, module, evidence, moved and not module.update.whitened)
 
+    def _judge_gain(self, trainer: pl.Trainer, module: VariationalModule, gain: float) -> None:
+        """Of a guide of Pyro's or the user's: ``gain`` is what is left, nan where nothing tells."""
+        if not math.isnan(gain):
+            self._judge(trainer, module, Evidence(None, None, None, None, gain), False)
+        elif module.step == module.update.horizon:
+            self.say(
+                f"the budget of {module.step:,} steps is spent, and nothing tells whether this guide is at its "
+                f"optimum: see whether the ELBO rises with max_steps={2 * module.step}"
+            )
+
     def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence, at_noise: bool) -> None:
         """``at_noise``: what the gradient leaves to go is as little as its draws can tell."""
         theta, rule, last = module.theta, self.rule or Rule(), module.step == module.update.horizon
-        if math.isnan(evidence.gradient) and (last or set(rule.short_of(evidence)) <= {"gradient"}):
+        if (
+            evidence.gradient is not None
+            and math.isnan(evidence.gradient)
+            and (last or set(rule.short_of(evidence)) <= {"gradient"})
+        ):
             gradient = self.end_round.rows.gradient(trainer, theta)
             step = axis_step(module.inference, theta, gradient)
             evidence = evidence._replace(gradient=step_to_go(module.inference, theta, step))

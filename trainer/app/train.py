@@ -57,6 +57,7 @@ from trainer.lit.row_log import RowLog
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import RankStrategy, SlurmStep, sum_over_ranks
 from trainer.posterior.convergence import segment_ends
+from trainer.posterior.optimum import can_be_settled
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
@@ -221,7 +222,7 @@ def _train(
     rows = AllRows(folder, cfg.seed, facts, bar.on_pass, signals.check)
     rule = build.rule(cfg.stop)
     afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
-    by_products = afford if has_latents_alone(inference) else None
+    by_products = afford if has_latents_alone(inference) or can_be_settled(inference) else None
     stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print, doubts)
     shown = f" · {run_dir}" if given is None or given.keep else ""
     figures = MetricsFile(run_dir / "metrics.csv", console.print)

@@ -38,8 +38,10 @@ class Evidence(NamedTuple):
     scale_error: float | None
     """The same of the averaged log scale, or half of the difference between the halves where that is larger."""
     rhat: float | None
-    gradient: float
+    gradient: float | None
     """The step that the gradient over all rows leaves to go, in scales; nan where it was not worth a pass."""
+    gain: float | None = None
+    """Nats that fresh draws leave, for each parameter of a guide that is not mean-field."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Rule:
     scale_error: float = 0.02
     rhat: float = 1.01
     gradient: float = 0.1
+    gain: float = 0.005
 
     def short_of(self, evidence: Evidence) -> list[str]:
         """The limits that ``evidence`` does not meet (a gradient of nan meets none)."""

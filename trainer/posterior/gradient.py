@@ -87,6 +87,16 @@ def full_product(inference: Inference, theta: Tensor, along: Tensor, rows: Pass)
     return _over_parts(inference, theta, rows, FEW, derivative, len(along))
 
 
+def full_loss(inference: Inference, theta: Tensor, rows: Pass, draws: Draws) -> tuple[float, Tensor]:
+    """Minus the ELBO (nats) and its gradient [P], float64, at ``theta`` over all rows."""
+
+    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, count: int) -> Tensor:
+        return torch.cat([loss.detach()[None], torch.autograd.grad(loss, at)[0].double()])
+
+    found = _over_parts(inference, theta, rows, draws, derivative, 1 + len(theta))
+    return float(found[0]), found[1:]
+
+
 def full_hessian(inference: Inference, theta: Tensor, size: int, rows: Pass) -> Tensor:
     """float64 [D, D]: the second derivative of minus the ELBO (nats) by the first D = ``size`` parameters."""
 

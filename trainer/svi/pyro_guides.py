@@ -64,6 +64,19 @@ class PyroGuide:
         self.kind = _kind(self.callables[0], own.empty, any(is_latent(site) for site in q.nodes.values()))
         return {}
 
+    def log_q_of_a_draw(self, batch: Batch) -> Tensor:
+        """log q [] of a draw from torch's own generator, as a function of the parameters alone."""
+        with torch.no_grad():
+            drawn = poutine.trace(self.guide).get_trace(batch)
+        return torch.stack(list(self._log_q(batch, drawn).values())).sum()
+
+    def _log_q(self, batch: Batch, drawn: poutine.Trace) -> dict[str, Tensor]:
+        """log q [] by site at the values of ``drawn``, as a function of the parameters alone."""
+        fixed = drawn.copy()
+        fixed.detach_()
+        q = poutine.trace(poutine.replay(self.guide, trace=fixed)).get_trace(batch)
+        return {name: total_log_prob(site) for name, site in q.nodes.items() if is_latent(site)}
+
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         return {}
 
@@ -98,16 +111,15 @@ class PyroGuide:
         return q, poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
-        if kl == "sticking_the_landing":
-            raise UserError(
-                "objective.kl=sticking_the_landing needs guide=mean_field: use kl=monte_carlo with this guide."
-            )
         with NoiseMode(self.layout, noise.elements, noise.rows, noise.seed):
             q, trace = self._traces(model, batch)
         entropy, log_prior = {}, {}
         for name, site in q.nodes.items():
             if is_latent(site) or _is_factor_of(site, trace):
                 entropy[name] = -total_log_prob(site)
+        if kl == "sticking_the_landing":  # only the path through z carries a gradient
+            for name, score in self._log_q(batch, q).items():
+                entropy[name] = entropy[name] + (score - score.detach())
         for name, site in trace.nodes.items():
             if is_latent(site):
                 if name not in q.nodes:
