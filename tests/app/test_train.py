@@ -133,7 +133,6 @@ BAD = {
     "ckpt_path=https://example.org/a.ckpt": "is a URL",
     "ckpt_path=missing.ckpt": "checkpoint missing.ckpt does not exist",
     "schedule=robbins_monro schedule.forgetting=0.3": "schedule.forgetting=0.3 must be a number above 0.5 to 1.",
-    "guide._target_=pyro.infer.autoguide.AutoNormal objective.kl=sticking_the_landing": "needs guide=mean_field",
 }
 
 

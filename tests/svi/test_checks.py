@@ -211,11 +211,6 @@ def test_a_guides_plate_of_another_size_is_refused():
         build(local, lambda _, batch: PyroGuide(PlatedModel(guide, batch.columns)), x=X, y=Y)
 
 
-def test_sticking_the_landing_names_the_guide_that_has_it():
-    with pytest.raises(UserError, match="needs guide=mean_field"):
-        build(regression, lambda m, _: PyroGuide(AutoNormal(m)), kl="sticking_the_landing", x=X[:, None], y=Y)
-
-
 def test_what_is_named_as_global_may_stand_outside():
     inference, _ = materialise(
         beside_without_sum, MeanField, batch_of(x=X, y=Y), 100, Objective(), global_sites=["total"]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import pyro
@@ -33,7 +34,7 @@ _SETTLED = 1e-4  # nats that so many iterations gain, at the end
 _SCORES = 64, 4  # draws of the guide for its Fisher information: at least, and for each parameter
 _RADIUS = 0.5  # nats of KL that a step may go
 _CLOSE = 0.1  # nats that a step would gain, from which on steps are averaged
-_MOST_STEPS, _AVERAGED = 60, 12
+_MOST_STEPS, _AVERAGED = 60, 8
 _RIDGE = 1e-6  # of the largest eigenvalue of the scaled Fisher information
 
 
@@ -152,16 +153,26 @@ def by_natural_gradient(theta: Tensor, loss: Loss, information: Callable[[Tensor
         if gain > left:  # the step before went too far
             radius /= 2
         theta, left = theta + min(1.0, math.sqrt(radius / gain)) * step, gain
-    metric = information(theta, _MOST_STEPS)
-    for number in range(_AVERAGED):
-        step, gain = _natural(loss(theta, LEVELS[1], 1000 + number)[1], metric)
-        theta = theta + min(1.0, math.sqrt(radius / max(gain, 1e-300))) * step / max(1, number - _AVERAGED // 2)
-    _, gain = _natural(loss(theta, LEVELS[2], 2000)[1], metric)
-    return Optimum(theta, gain) if math.isfinite(gain) else None
+    metric, found = information(theta, _MOST_STEPS), None
+    for level, (draws, more) in enumerate(pairwise((*LEVELS, LEVELS[-1])), start=1):
+        for number in range(_AVERAGED):
+            step, gain = _natural(loss(theta, draws, 100 * level + number)[1], metric)
+            rate = min(1.0, math.sqrt(radius / max(gain, 1e-300))) / max(1, number - _AVERAGED // 2)
+            theta = theta + rate * step
+        _, gain = _natural(loss(theta, more, 100 * level + 99)[1], metric)
+        if not math.isfinite(gain):
+            return found
+        found = Optimum(theta, gain)
+        if gain <= ENOUGH * len(theta):
+            break
+    return found
 
 
 def _natural(gradient: Tensor, information: Tensor) -> tuple[Tensor, float]:
-    """The natural-gradient step [P] and the nats that it would gain, g' F^-1 g / 2."""
+    """The natural-gradient step [P] and the nats that it would gain, g' F^-1 g / 2; nan where the guide's distribution
+    does not tell how far a parameter may go (a point's, or one of the model's own)."""
+    if ((information.diagonal() == 0) & (gradient != 0)).any():
+        return torch.zeros_like(gradient), math.nan
     scale = information.diagonal().clamp(min=1e-300).rsqrt()
     values, vectors = torch.linalg.eigh(scale[:, None] * information * scale)
     inside = values > _RIDGE * values[-1]
