@@ -77,6 +77,7 @@ class Rule:
     scale_error: Positive
     rhat: Annotated[float, Range(1)]
     gradient: Positive
+    gain: Positive
 
 
 @dataclass(frozen=True)
