@@ -224,6 +224,22 @@ def test_an_error_of_all_rows_is_left_as_it_is():
         RowCheck(PlatedModel(model, ["y"])).refuse(batch_of(y=X))
 
 
+def test_wide_rows_are_evaluated_a_few_at_a_time(monkeypatch):
+    """Each row is, once; the number of a row is that in the whole."""
+    model, sizes = observing(lambda a: dist.Poisson(a.exp())), []
+    monkeypatch.setattr("trainer.svi.observed._FEWEST_ROWS", 1)
+    monkeypatch.setattr("trainer.svi.observed._NUMBERS", 15)
+    check = RowCheck(PlatedModel(model, ["y"]))
+    faults = check.faults
+    check.faults = lambda batch, density: (sizes.append(batch.size), faults(batch, density))[1]
+    check.refuse(batch_of(y=COUNTS))
+    assert sizes == [15, 15, 10]
+    spoilt = COUNTS.clone()
+    spoilt[BAD] = -1
+    with pytest.raises(UserError, match=f"in row {BAD} .row_id."):
+        check.refuse(batch_of(y=spoilt))
+
+
 class Untold(dist.Normal):
     """A distribution of a user's own that tells no support."""
 

@@ -22,12 +22,12 @@ from trainer.svi.faults import Fault, by_row, counted, observed, of_lookup, of_w
 from trainer.svi.indices import Lookup, WatchIndices, always_fits
 from trainer.svi.latents import AtZero
 from trainer.svi.plates import WEIGHT, Batch, PlatedModel
-from trainer.svi.rows import Column
+from trainer.svi.rows import Column, parts
 from trainer.svi.step import Inference
 from trainer.svi.supports import holds, is_interval, support_of, supported, tensors_of
 
 R = TypeVar("R")
-_ROWS = 65_536  # evaluated at once, as in a pass over all rows
+_FEWEST_ROWS, _MOST_ROWS, _NUMBERS = 256, 65_536, 2**21  # evaluated at once: a row of an image takes much memory
 _LEARN_ROWS, _PROBE_ROWS = 4096, 64
 _OF_ROWS = (IndexError, RuntimeError, ValueError, AssertionError)
 """What a model may raise for the values of some rows."""
@@ -72,15 +72,16 @@ class RowCheck:
 
         ``density``: also where the log density of what is observed is not finite.
         """
-        for first in range(0, batch.size, _ROWS):
-            for fault in self.faults(_rows(batch, slice(first, first + _ROWS)), density):
+        together = _together(batch)
+        for first in range(0, batch.size, together):
+            for fault in self.faults(_rows(batch, slice(first, first + together)), density):
                 places = [first + row for row in fault.rows]
                 known = places if batch.row_id is None else batch.row_id[places].tolist()
                 raise UserError(fault.sentence(row_id(places) if row_id else known))
 
     def learn(self, batch: Batch) -> None:
         """Finds out, from rows that are right, which columns of other rows have to be looked at, and how."""
-        batch = _rows(batch, slice(0, _LEARN_ROWS))
+        batch = _rows(batch, slice(0, min(_LEARN_ROWS, _together(batch))))
         trace, lookups = self._evaluate(batch)
         filters: dict[str, list[Callable[[Column], bool]]] = {}
         for site in observed(trace, self.model.plate):
@@ -221,6 +222,12 @@ def column_of(value: Tensor, columns: Mapping[str, Column]) -> str | None:
         if len(flat) == value.numel() and bool((flat == value.reshape(-1)).all()):
             return name
     return None
+
+
+def _together(batch: Batch) -> int:
+    """How many rows are evaluated at once."""
+    numbers = sum(each.numel() for column in batch.columns.values() for each in parts(column))
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, _NUMBERS * batch.size // max(numbers, 1)))
 
 
 def _rows(batch: Batch, rows: Any) -> Batch:
