@@ -1,7 +1,11 @@
 """Files that are made once and kept between runs, whichever of several processes comes first."""
 
+import atexit
+import functools
 import os
 import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,9 +19,21 @@ _DAY = 86_400.0
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/svi-trainer, or ~/.cache/svi-trainer."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "svi-trainer"
+    """$XDG_CACHE_HOME/svi-trainer, or ~/.cache/svi-trainer; without a home a folder that goes with this process."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(base or Path.home() / ".cache") / "svi-trainer"
+    except RuntimeError:
+        return _without_home() / "svi-trainer"
+
+
+@functools.cache
+def _without_home() -> Path:
+    folder = tempfile.mkdtemp(prefix="svi-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = folder  # of the processes that this one starts, too
+    print("this user has no home folder, so nothing compiled is kept: set XDG_CACHE_HOME to a folder.", file=sys.stderr)
+    return Path(folder)
 
 
 def kept(path: Path, make: Callable[[Path], None]) -> Path:

@@ -56,4 +56,4 @@ def exit_code(error: BaseException) -> int:
 
 def first_line(error: BaseException) -> str:
     """Of what an error says, or its type where it says nothing."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

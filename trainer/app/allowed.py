@@ -14,7 +14,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 LIST = (
     "trainer.models",
@@ -62,7 +62,7 @@ def imported(name: str) -> Any:
     try:
         return get_object(name)
     except Exception as error:
-        raise _absent(name, str(error).splitlines()[0]) from error
+        raise _absent(name, first_line(error)) from error
 
 
 def _reach_current_folder() -> None:

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.app.allowed import imported
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.posterior.convergence import Rule
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import GuideFactory, guide_factory, mean_field
@@ -32,7 +32,7 @@ def make(node: DictConfig, *, partial: bool = False) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{node._target_} cannot be made from the config: {str(cause).splitlines()[0]}") from error
+        raise UserError(f"{node._target_} cannot be made from the config: {first_line(cause)}") from error
 
 
 def program(node: DictConfig) -> ProgramFactory:

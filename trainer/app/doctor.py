@@ -27,6 +27,7 @@ from trainer.app.options.verbs import Doctor
 from trainer.app.ranks import World, agree_on, of_all, on_cuda, world
 from trainer.app.server import why_offline
 from trainer.cache import cache_folder
+from trainer.errors import first_line
 
 _SKEW = 2.0  # seconds between clocks, beyond which times of files mislead
 _ROOM = 5 * 2**30  # bytes that compiled steps and a few shards take
@@ -190,7 +191,7 @@ def _together(here: World, folder: Path, timeout: float, cuda: bool) -> tuple[li
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         said = (
             f"rank {here.rank} found the others by {backend} at {where} not within {timeout:.0f} s "
-            f"({str(error).splitlines()[0]}): open that port between the nodes, or name the network with "
+            f"({first_line(error)}): open that port between the nodes, or name the network with "
             "GLOO_SOCKET_IFNAME= or NCCL_SOCKET_IFNAME=."
         )
         return [look()], [Finding("ranks", "wrong", said)]

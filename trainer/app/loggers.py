@@ -18,7 +18,7 @@ from trainer.app.options.verbs import Train
 from trainer.app.secrets import redacted
 from trainer.app.server import WAIT, unreachable, why_offline
 from trainer.app.tracking import code_facts, keep_id, kept_id
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 _FINISH = 10  # seconds for the last figures to be uploaded; what is left stays in the run folder, for svi sync
 _PACKAGES = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
@@ -68,7 +68,7 @@ def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
         client, logger.goes_on = logger.experiment, known is not None
         client.update_run(logger.run_id, status="RUNNING")
     except Exception as error:
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         raise UserError(f"MLflow at {uri} cannot be used ({said}): mend it, or train with logger=none.") from None
     keep_id(run_dir, "mlflow", logger.run_id)
     finalize = logger.finalize
@@ -77,7 +77,7 @@ def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
         try:
             finalize(status)
         except Exception as error:  # a server that went away does not make a finished run a failed one
-            print(f"MLflow does not take the end of the run ({str(error).splitlines()[0]}); the run folder has it all.")
+            print(f"MLflow does not take the end of the run ({first_line(error)}); the run folder has it all.")
 
     logger.finalize = finalize_or_say
     return logger
@@ -106,7 +106,7 @@ def _wandb(node: DictConfig, run_dir: Path) -> Logger:
             try:
                 return _begun(node, options)
             except wandb.Error as error:
-                reason = f"the server did not take the run ({str(error).splitlines()[0]})"
+                reason = f"the server did not take the run ({first_line(error)})"
         print(f"W&B: {reason}, so this run is logged offline; svi sync {run_dir} uploads it later.")
         options["mode"] = "offline"
     return _begun(node, options)

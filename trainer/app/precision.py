@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.app.first_rows import MOST
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.svi.step import Inference
 
 Name = Literal["float32", "float64"]
@@ -53,7 +53,7 @@ def _mixture(error: BaseException) -> str:
     found = error.__cause__ if isinstance(error, UserError) else error
     if not isinstance(found, (RuntimeError, ValueError)):
         return ""
-    line = (str(found).strip().splitlines() or [""])[0]
+    line = first_line(found)
     return line if _SPEAKS_OF_TYPES.search(line) else ""
 
 

@@ -6,6 +6,8 @@ import urllib.request
 from netrc import NetrcParseError, netrc
 from urllib.parse import urlsplit
 
+from trainer.errors import first_line
+
 WAIT = 5  # seconds for a server to answer, and for W&B's to take a run
 
 
@@ -32,7 +34,7 @@ def why_offline(base_url: str, api_key: str | None) -> str | None:
     try:
         return None if wandb.login(prompt=False, verify=False) else "no API key is set"
     except wandb.Error as error:
-        return f"the API key cannot be used ({str(error).splitlines()[0]})"
+        return f"the API key cannot be used ({first_line(error)})"
 
 
 def _has_key(base_url: str) -> bool:

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from trainer.app import build, space
 from trainer.app.run_lock import is_held, is_locked
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 _WORKER = "worker"
 
@@ -52,7 +52,7 @@ def open_storage(address: str) -> BaseStorage:
             return JournalStorage(JournalFileBackend(address))
         return optuna.storages.RDBStorage(address)
     except Exception as error:
-        raise UserError(f"the storage {address} cannot be opened: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the storage {address} cannot be opened: {first_line(error)}") from error
 
 
 def best_of(storage: BaseStorage, name: str) -> FrozenTrial:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from trainer.errors import RankLost, Stopped, UserError, exit_code
+from trainer.errors import RankLost, Stopped, UserError, exit_code, first_line
 from trainer.lit.waiting import interruptible
 
 _GRACE = 3.0  # seconds for the others to say that they wait, or to read what was told
@@ -112,7 +112,7 @@ def _of_the_meeting(error: Exception) -> UserError:
         return UserError(f"port {port} of {host} is taken, where the ranks are to meet: set MASTER_PORT to a free one.")
     return UserError(
         f"the ranks did not find each other at port {port} of {host} within trainer.timeout=: svi doctor tells more "
-        f"({str(error).splitlines()[0]})."
+        f"({first_line(error)})."
     )
 
 

@@ -22,7 +22,7 @@ from trainer.data.shards.index import ROW_ID, Column, Index
 from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.posterior.draws import draw, dtype_of, latents_of, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
 from trainer.posterior.predictive import Prediction, joined, predicted, rows_together
@@ -228,7 +228,7 @@ class Posterior:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: give the file that Posterior.save wrote.") from None
         except Exception as error:
-            raise UserError(f"{path} is no saved posterior ({str(error).splitlines()[0]}).") from error
+            raise UserError(f"{path} is no saved posterior ({first_line(error)}).") from error
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']} where this version reads {FORMAT}.")
         columns = tuple(Column(**{**each, "shape": tuple(each["shape"])}) for each in facts["columns"])

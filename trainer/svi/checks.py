@@ -32,15 +32,13 @@ def on_the_first_batch() -> Iterator[None]:
         if "shape of the mask" not in str(error):
             raise
         raise UserError(
-            f"the model indexes with a column of truth values, which selects rows ({str(error).splitlines()[0]}): "
+            f"the model indexes with a column of truth values, which selects rows ({first_line(error)}): "
             "write effect[treated.long()] to look up a value for each row, or torch.where to choose between two."
         ) from error
     except ValueError as error:
         reached = re.findall(r"^ *(\S+) dist\b", str(error), re.MULTILINE)  # the table that Pyro adds to an error
         where = f' after site "{reached[-1]}"' if reached else ""
-        raise UserError(
-            f"the model cannot be evaluated on its first batch{where}: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"the model cannot be evaluated on its first batch{where}: {first_line(error)}") from error
 
 
 def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> tuple[str, ...]:

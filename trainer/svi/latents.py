@@ -17,7 +17,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.svi.plates import Batch, inside
 
 Site = Any
@@ -149,7 +149,7 @@ def log_prob(site: Site) -> Tensor:
                 raise
         return site["fn"].log_prob(other[0], *site["args"], **site["kwargs"])
     except ValueError as error:  # a value outside the support, found by validation at the start
-        raise UserError(f'site "{site["name"]}" has no density at its value: {str(error).splitlines()[0]}') from error
+        raise UserError(f'site "{site["name"]}" has no density at its value: {first_line(error)}') from error
 
 
 def _as_taken(fn: Any, value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from pyro.nn.module import _Context
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.svi.guides import KL, Draw, Noise
 from trainer.svi.latents import Site, is_latent, refuse_latent, total_log_prob
 from trainer.svi.noise_mode import NoiseLayout, NoiseMode, measure_noise
@@ -84,7 +84,7 @@ class PyroGuide:
         try:
             return poutine.trace(self.guide).get_trace(batch)
         except NotImplementedError as error:  # what an autoguide says of a model that it cannot hold
-            raise UserError(f"the guide cannot hold this model: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the guide cannot hold this model: {first_line(error)}") from error
 
     def _check(self, site: Site, trace: poutine.Trace) -> None:
         """Raises UserError for a ``site`` of the guide that no gradient passes; ``trace``: the model's."""

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 _aten = torch.ops.aten
 _CHECKS = (_aten._linalg_check_errors.default,)
@@ -63,7 +63,7 @@ def _graph(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
         raise
     except Exception as error:
         where = f' after site "{reached.name}"' if reached.name else ""
-        raise Untraceable(f"{watch.operation}{where}: {str(error).strip().splitlines()[0]}") from error
+        raise Untraceable(f"{watch.operation}{where}: {first_line(error)}") from error
 
 
 class _Watch(TorchDispatchMode):

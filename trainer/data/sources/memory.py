@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.fields import TWICE, CsrRows, Field, Raw, Rows, VaryingRows, arrow_field, numpy_field, object_field
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 _PIECE_ROWS = 1 << 18
 MemoryTable: TypeAlias = Any
@@ -128,7 +128,7 @@ def _column(name: str, column: Any) -> Rows | pa.ChunkedArray:
     try:
         array = np.asarray(column)
     except Exception as error:
-        raise UserError(f"column '{name}' of the data is no array ({str(error).splitlines()[0]}).") from error
+        raise UserError(f"column '{name}' of the data is no array ({first_line(error)}).") from error
     if not array.ndim:
         raise UserError(f"column '{name}' of the data is a single value: give one value per row.")
     if array.dtype.kind != "O" or array.ndim > 1:
