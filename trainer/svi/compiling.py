@@ -74,7 +74,7 @@ class Compilation:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self._end = weakref.finalize(self, _ended, self._process, self._folder, self.path)
+        self._end = weakref.finalize(self, _ended, self._process, self._folder, self.path, os.getpid())
 
     def wait(self) -> SharedObject:
         """The compiled chunk. Whatever ends the wait (Ctrl-C) ends the compilation.
@@ -126,7 +126,9 @@ class Compilation:
             self._end()
 
 
-def _ended(process: "subprocess.Popen[bytes]", folder: Path, path: Path) -> None:
+def _ended(process: "subprocess.Popen[bytes]", folder: Path, path: Path, parent: int) -> None:
+    if os.getpid() != parent:  # a fork of it
+        return
     with suppress(ProcessLookupError, PermissionError):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
