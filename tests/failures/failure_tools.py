@@ -49,9 +49,9 @@ class Run:
     logs: Path
     codes: list[int | None] = field(default_factory=list)
 
-    def wait(self, leave: Sequence[int] = ()) -> "Run":
+    def wait(self, leave: Sequence[int] = (), within: float = _LIMIT) -> "Run":
         """Until all ranks have ended but those in ``leave``, which are then ended; a run that hangs fails the test."""
-        until = time.monotonic() + _LIMIT
+        until = time.monotonic() + within
         for rank, process in enumerate(self.processes):
             if rank not in leave:
                 process.join(max(0.0, until - time.monotonic()))
