@@ -120,7 +120,8 @@ def _graph(recipe: "Recipe") -> tuple[Any, list[Any]]:
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    mode, scan = FakeTensorMode(shape_env=ShapeEnv()), recipe.scan()
+    symbols, scan = ShapeEnv(), recipe.scan()
+    mode = FakeTensorMode(shape_env=symbols)
     carried, held = len(recipe.carry), len(recipe.data)
     shapes = [*recipe.carry, *((kind, (_SLOTS, *shape)) for kind, shape in recipe.data), *recipe.fixed]
     inputs = [torch.zeros(shape, dtype=getattr(torch, kind)) for kind, shape in shapes]
@@ -142,6 +143,8 @@ def _graph(recipe: "Recipe") -> tuple[Any, list[Any]]:
         return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))  # type: ignore[no-untyped-call]
 
     graph = make_fx(chunk, tracing_mode="fake")(*(fake(at, each) for at, each in enumerate(inputs)))
+    if symbols.replacements:
+        raise RuntimeError("the step depends on the number of slots of a chunk")
     for module in graph.modules():
         if isinstance(module, torch.fx.GraphModule):
             module.graph = fx_graph_cse(module.graph)  # antithetic draws repeat what depends on the rows alone
