@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from trainer import Posterior, UserError, fit
-from trainer.app.columns import columns_line, precision_lines, refuse_spared
+from trainer.app.columns import precision_lines, refuse_spared
+from trainer.app.columns_line import columns_line
 from trainer.app.shard import shards_of
 from trainer.data.fields import CsrRows
 from trainer.data.packing.pack import pack

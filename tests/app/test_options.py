@@ -81,6 +81,9 @@ def kind_of(verb: str, name: str, cfg: DictConfig) -> Any:
         inner = [each for each in (kind, *get_args(kind)) if hasattr(each, "__dataclass_fields__")]
         if part is not None:
             node = OmegaConf.select(cfg, above)
+            if part.several:
+                kinds = dict.fromkeys(node, Part)
+                continue
             record = part.record or parts.RECORDS.get(str(node.get("_target_")) if node else "")
             kinds = kinds_of(record) if record else {}
         elif inner:

@@ -1,4 +1,4 @@
-"""What a model does with the columns of packed data, and what is said of them."""
+"""What a model does with the columns of packed data."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -7,23 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.shards.index import ROW_ID, Column, Index
+from trainer.data.shards.index import Index
 from trainer.errors import UserError
 from trainer.svi.plates import Batch, arguments
 from trainer.svi.pyro_guides import is_autoguide
 from trainer.svi.step import Inference
 from trainer.svi.uses import calculates_with
 
-_MOST = 20
 _MOST_WHOLE = 2**24  # float32 holds all integers up to it
-
-
-def columns_line(index: Index) -> str:
-    """The columns with their types, and those that were left out."""
-    columns = [_named(column) for column in index.columns if column.name != ROW_ID]
-    lines = f"columns: {_listed(columns)}"
-    spared = index.meta.get("spared", {})
-    return f"{lines} · left out: {_listed(list(spared))}" if spared else lines
 
 
 def precision_lines(index: Index, names: Sequence[str], dtype: torch.dtype) -> list[str]:
@@ -67,18 +58,3 @@ def refuse_mixed_numbers(index: Index, inference: Inference, theta: torch.Tensor
     for name, sentence in index.meta.get("mixed", {}).items():
         if name in inference.model.own and calculates_with(inference, theta, batch, name):
             raise UserError(sentence)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " · ".join(names[:_MOST]) + (f" · {len(names) - _MOST:,} more" if len(names) > _MOST else "")
-
-
-def _named(column: Column) -> str:
-    shape = f"[{', '.join(map(str, column.shape))}]" if column.shape else ""
-    if column.kind != "dense":
-        return f"{column.name} {column.dtype} {'sparse' if column.kind == 'csr' else 'lists'}{shape}"
-    if column.vocabulary is None:
-        return f"{column.name} {column.dtype}{shape}"
-    count, first = len(column.vocabulary), column.vocabulary[0]
-    told = "" if isinstance(first, str) else f" (0 stands for {first})"
-    return f"{column.name} {count:,} {'category' if count == 1 else 'categories'}{told}{shape}"

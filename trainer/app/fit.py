@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from trainer.app.allowed import typed
-from trainer.app.columns import columns_line, columns_taken
+from trainer.app.columns import columns_taken
+from trainer.app.columns_line import columns_line
 from trainer.app.options.entrance import of_call, option
 from trainer.app.options.kinds import Count, Names, Seed, Share
 from trainer.app.options.verbs import Missing, Precision, Train

@@ -16,7 +16,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from trainer.app.allowed import refuse_others
-from trainer.app.columns import columns_line
+from trainer.app.columns_line import columns_line
 from trainer.app.data import places
 from trainer.app.options.verbs import Shard
 from trainer.app.watch import Watch
