@@ -20,7 +20,7 @@ from trainer.svi.step import Inference
 from trainer.svi.supports import innermost
 
 MOST_NUMBERS = 2**24
-"""Draws times numbers of a row times rows that are held at a time. Fixed, so that a sample does not depend on memory:
+"""Rows times what is held of each: draws times numbers, and classes. Fixed, so that a sample does not depend on memory:
 draws are seeded by the first of the rows that are drawn together."""
 _SORTED = 2**20  # numbers that are sorted at a time
 
@@ -69,8 +69,9 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
 def rows_together(inference: Inference, theta: Tensor, batch: Batch, num_draws: int, seed: int) -> int:
     """How many rows can be drawn at a time. Raises UserError for rows at which the model cannot be evaluated."""
     found = with_lookups_checked(lambda rows: observations(inference, theta, rows, seed, 0), batch)
-    of_row = sum(site["value"].numel() for site in found.values()) / batch.size
-    return max(1, min(batch.size, int(MOST_NUMBERS / max(num_draws * of_row, 1))))
+    held = [num_draws * site["value"].numel() for site in found.values()]
+    held += [classes.numel() for site in found.values() if (classes := _probabilities(site)) is not None]
+    return max(1, min(batch.size, MOST_NUMBERS * batch.size // max(sum(held), 1)))
 
 
 def predicted(
