@@ -16,7 +16,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from trainer.svi.guides import Draw, Noise
-from trainer.svi.latents import Site, is_latent
+from trainer.svi.latents import Site, is_latent, log_prob
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.pyro_guides import NO_LATENT, PyroGuide
@@ -70,7 +70,8 @@ def predicts_by(inference: Inference, theta: Tensor, batch: Batch, name: str) ->
     nodes: list[Any] = [draw(inference, theta, each, 0, 0).trace.nodes for each in (batch, rolled)]
     for site, kind in zip(inference.sites, inference.kinds):
         if kind == "likelihood":
-            one, two = (each[site]["fn"].log_prob(nodes[0][site]["value"]) for each in nodes)
+            with dtype_of(theta), pyro.validation_enabled(False):
+                one, two = (log_prob({**each[site], "value": nodes[0][site]["value"]}) for each in nodes)
             if not torch.equal(one, two):
                 return True
     return False
