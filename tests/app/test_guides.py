@@ -4,9 +4,10 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.sparse
 import torch
 from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
 
 from trainer import fit
 
@@ -91,3 +92,12 @@ def amortised(x):
 def test_a_budget_that_says_nothing_of_the_optimum_is_said(capsys):
     fit(rows_of_their_own, {"x": X}, amortised, max_steps=4, **EAGER)
     assert "see whether the ELBO rises with max_steps=8" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_guide_of_sparse_columns_is_brought_to_its_optimum():
+    """The few rows that such a guide is asked at are whole ones."""
+    sparse = scipy.sparse.csr_array(np.where(np.abs(X) > 0.5, X, 0.0))
+    posterior = fit(line, {"x": sparse, "y": Y}, AutoDelta, max_steps=8, **EAGER)
+    dense = sparse.toarray()
+    mode = np.linalg.solve(dense.T @ dense / 0.25 + np.eye(2) / 4, dense.T @ Y / 0.25)
+    np.testing.assert_allclose(posterior.sample(1)["w"][0], mode, atol=1e-3)

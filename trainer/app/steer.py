@@ -116,7 +116,7 @@ class EndRound:
 
     def _settled(self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
         inference, device, dtype = module.inference, theta.device, theta.dtype
-        of_one = {name: column[0, :_FEW_ROWS] for name, column in self.sample.columns.items()}
+        of_one = {name: column[0][:_FEW_ROWS] for name, column in self.sample.columns.items()}
         count = len(next(iter(of_one.values())))
         scale = torch.tensor(inference.num_obs / count, dtype=torch.float64)
         rows = Batch(of_one, torch.tensor(count), scale, torch.arange(count))
