@@ -28,6 +28,7 @@ from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.step import Inference
 
 LEVELS = (Draws(16, 16_384), Draws(64, 16_384), Draws(256, 16_384))
+_ONE = Draws(1, 1)  # all draws are alike
 ENOUGH = 0.001  # nats for each parameter, with which a level of draws is enough
 _TOGETHER, _TIMES = 10, 20  # iterations of L-BFGS between two looks, and looks
 _SETTLED = 1e-4  # nats that so many iterations gain, at the end
@@ -76,7 +77,7 @@ def _levels(inference: Inference) -> tuple[Draws, ...]:
     """With how many draws the optimum is looked for: a full covariance, or a flow, would fit to too few of them."""
     guide, size = inference.guide, inference.parameters.size - inference.guide.curved**2
     if guide.still:
-        return (LEVELS[0],)
+        return (_ONE,)
     needed = 0 if size <= 2 * guide.noise_size[0] else size // 2
     return tuple(draws for draws in LEVELS[1:] if draws.pairs >= needed)
 
@@ -87,14 +88,16 @@ def settled(inference: Inference, theta: Tensor, loss: Loss, rows: Batch) -> Opt
         found = by_natural_gradient(theta, loss, partial(fisher, inference, rows=rows))
     else:
         found = by_fixed_draws(theta, loss, _levels(inference))
-    if found is None or not loss(found.theta, LEVELS[1], 3000)[0] <= loss(theta, LEVELS[1], 3000)[0] + found.gain:
+    check = _levels(inference)[0]
+    if found is None or not loss(found.theta, check, 3000)[0] <= loss(theta, check, 3000)[0] + found.gain:
         return None
     return found
 
 
 def by_fixed_draws(theta: Tensor, loss: Loss, levels: Sequence[Draws]) -> Optimum | None:
     """The mean of the optima of two sets of draws; the more draws, the nearer these are to each other."""
-    first = _lowest(theta, partial(loss, draws=LEVELS[0], number=0))
+    fewest = min(LEVELS[0], levels[0])
+    first = _lowest(theta, partial(loss, draws=fewest, number=0))
     theta, found = theta if first is None else first, None
     for level, draws in enumerate(levels, start=1):
         one = _lowest(theta, partial(loss, draws=draws, number=2 * level))
