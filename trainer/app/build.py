@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,9 @@ from trainer.svi.schedules import Schedule
 def make(node: DictConfig, *, partial: bool = False) -> Any:
     """The object that ``node`` describes, of plain Python values; ``partial``: with its last arguments still to come.
 
-    Raises UserError for a target that cannot be made.
+    Raises UserError for a target that cannot be made, and for an option that it does not take.
     """
+    _refuse_unknown(node)
     try:
         return instantiate(node, _convert_="all", _partial_=partial)
     except InstantiationException as error:
@@ -33,6 +35,26 @@ def make(node: DictConfig, *, partial: bool = False) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         raise UserError(f"{node._target_} cannot be made from the config: {first_line(cause)}") from error
+
+
+def _refuse_unknown(node: DictConfig) -> None:
+    target = node.get("_target_")
+    if target is None:
+        return
+    found = imported(str(target))
+    try:
+        parameters = inspect.signature(found).parameters
+    except (TypeError, ValueError):  # it tells nobody
+        return
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    for name in map(str, node):
+        if name not in parameters and not (name.startswith("_") and name.endswith("_")):
+            near = get_close_matches(name, parameters, n=1)
+            taken = f"do you mean {near[0]}?" if near else f"it takes {', '.join(parameters) or 'none'}"
+            raise UserError(
+                f"option {node._get_full_key(name)} is unknown to {target} ({taken}): leave it out or mend it."
+            )
 
 
 def program(node: DictConfig) -> ProgramFactory:
