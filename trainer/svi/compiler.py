@@ -114,7 +114,6 @@ def compile_recipe(given: dict[str, Any], folder: Path, stages: Stages) -> None:
 def _graph(recipe: "Recipe") -> tuple[Any, list[Any]]:
     """The whole chunk as a graph over any number of slots, and inputs like those it takes."""
     import torch
-    from torch._functorch.compile_utils import fx_graph_cse
     from torch._higher_order_ops.scan import scan_op
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -145,10 +144,6 @@ def _graph(recipe: "Recipe") -> tuple[Any, list[Any]]:
     graph = make_fx(chunk, tracing_mode="fake")(*(fake(at, each) for at, each in enumerate(inputs)))
     if symbols.replacements:
         raise RuntimeError("the step depends on the number of slots of a chunk")
-    for module in graph.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            module.graph = fx_graph_cse(module.graph)  # antithetic draws repeat what depends on the rows alone
-            module.recompile()
     return graph, inputs
 
 
