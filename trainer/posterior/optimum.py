@@ -30,7 +30,7 @@ from trainer.svi.step import Inference
 LEVELS = (Draws(16, 16_384), Draws(64, 16_384), Draws(256, 16_384))
 _ONE = Draws(1, 1)  # all draws are alike
 ENOUGH = 0.001  # nats for each parameter, with which a level of draws is enough
-_TOGETHER, _TIMES = 10, 20  # iterations of L-BFGS between two looks, and looks
+_TOGETHER, _TIMES = 5, 40  # iterations of L-BFGS between two looks, and looks
 _SETTLED = 1e-4  # nats that so many iterations gain, at the end
 _SCORES = 64, 4  # draws of the guide for its Fisher information: at least, and for each parameter
 _RADIUS = 0.5  # nats of KL that a step may go
