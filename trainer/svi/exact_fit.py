@@ -131,7 +131,8 @@ def _limit(rows: StepBatch) -> float:
 
 def _spreads(inference: Inference, values: dict[str, Tensor], rows: StepBatch) -> dict[str, Spread]:
     """Of the observed sites in the data plate whose distribution has one."""
-    dtype = next(iter(values.values())).dtype
+    dtype = next(iter(values.values())).dtype if inference.wide else torch.float32
+    values = {name: each.to(dtype) for name, each in values.items()}
     columns = {name: c[0].to(dtype) if c.is_floating_point() else c[0] for name, c in rows.columns.items()}
     row_id = None if rows.row_id is None else rows.row_id[0]
     batch = Batch(columns, rows.valid[0], inference.num_obs / rows.batch_rows.double(), row_id)

@@ -55,16 +55,19 @@ def of_call(verb: str, chosen: Mapping[str, Any]) -> Any:
     values = {str(name): _plain_value(value) for name, value in chosen.items()}
     groups = {name for name, value in values.items() if isinstance(value, str) and _is_group(name)}
     cfg = composed(verb, [f"{name}={values[name]}" for name in groups])
-    for name in values.keys() - groups:
+    strange: dict[str, Exception] = {}
+    for name in (name for name in values if name not in groups):
         try:
             OmegaConf.update(cfg, name, values[name])
         except UnsupportedValueType as error:
             OmegaConf.update(cfg, name, shown(values[name]))
-            options(verb, cfg)  # says what it may be, unless that is any text
-            raise UserError(f"{name}={shown(values[name])} must be text.") from error
+            strange[name] = error
         except Exception as error:
             raise _unknown(verb, name) from error
-    return options(verb, cfg)
+    made = options(verb, cfg)  # says what a strange value may be, unless that is any text
+    for name, error in strange.items():
+        raise UserError(f"{name}={shown(values[name])} must be text.") from error
+    return made
 
 
 def check(verb: str, words: Sequence[str], sweep: bool = False) -> float:
