@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,20 @@ def main(argv: list[str] | None = None) -> None:
     if arguments == ["completion"]:
         print(import_module("trainer.app.completion").script(config_folder(), VERBS), end="")
         return
-    if not arguments or arguments[0] not in VERBS:
+    if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: svi VERB key=value ...\n")
         print("\n".join(f"  svi {verb:<8} {what}" for verb, what in VERBS.items()))
         print('\nsvi VERB --help lists its options; eval "$(svi completion)" has the shell complete them.')
-        sys.exit(0 if not arguments or arguments[0] in ("-h", "--help") else 2)
+        return
+    if arguments[0] not in VERBS:
+        near = get_close_matches(arguments[0], VERBS, n=1)
+        hint = f" (do you mean {near[0]}?)" if near else ""
+        print(f"svi: {arguments[0]} is no verb{hint}: svi --help lists them.", file=sys.stderr)
+        sys.exit(2)
     verb, *overrides = arguments
+    if {"-h", "--help"} & set(overrides):
+        print(import_module("trainer.app.help").text(config_folder(), verb, VERBS[verb], overrides), end="")
+        return
     overrides = [_FLAGS.get(word, word) for word in overrides]
     if verb in _BARE and overrides and not re.search("^-|=", overrides[0]):
         overrides[0] = f"{_BARE[verb]}={overrides[0]}"

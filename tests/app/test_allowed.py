@@ -11,7 +11,7 @@ from app_tools import config, svi
 from omegaconf import OmegaConf
 
 from trainer.app import predict, train
-from trainer.app.allowed import LIST, refuse_others, typed
+from trainer.app.allowed import LIST, imported, refuse_others, typed
 from trainer.errors import UserError
 
 ESCAPES = (
@@ -136,3 +136,27 @@ def test_an_installed_model_is_used_where_it_is_typed(shards, tmp_path):
     assert refused.returncode == 2
     assert "names faraway.linear, which is not on the list" in refused.stderr
     assert svi(*ask, "allow=[faraway]", PYTHONPATH=path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "said"),
+    [
+        ("def model(x): ...", "own.modle", r"_target_=own\.modle: own has no modle \(do you mean model\?\)\.$"),
+        ("class A: ...", "own.A.model", r"own\.A has no model\.$"),
+        ("def model(x) ...", "own.model", r"_target_=own\.model: importing it raises SyntaxError: .*own\.py, line 1"),
+        ("open(1 / 0)", "own.model", r"importing it raises ZeroDivisionError: division by zero$"),
+        ("import nowhere_at_all", "own.model", r"raises ModuleNotFoundError: No module named 'nowhere_at_all'$"),
+        (
+            "",
+            "onw.model",
+            r"_target_=onw\.model cannot be imported \(No module named 'onw'\): write it as module\.name",
+        ),
+    ],
+)
+def test_a_name_that_cannot_be_imported_is_one_sentence_that_says_why(tmp_path, monkeypatch, module, name, said):
+    (tmp_path / "own.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    with pytest.raises(UserError, match=said):
+        imported(name)
+    sys.modules.pop("own", None)

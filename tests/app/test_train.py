@@ -260,7 +260,7 @@ def test_a_run_that_converged_stops_there_and_stays_there(fit, capsys):
     assert metrics["evidence"]["gradient"] <= 0.1
     assert metrics["passes"] >= 1
     said = capsys.readouterr().out
-    assert f"converged at step 333: {metrics['evidence']['gradient']:.2g} scales to go by the gradient" in said
+    assert f"converged at step 333: {metrics['evidence']['gradient']:.2g} sd to the optimum over all rows" in said
     before = final_state(run_dir)[0]
     fit("max_steps=1000", "ckpt_path=last")
     assert "since the run converged: stop=budget goes on" in capsys.readouterr().out.replace("\n", " ")

@@ -6,12 +6,13 @@ function of any package. Names that the user types are the user's own affair; al
 
 import sys
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
+from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from trainer.errors import UserError, first_line
@@ -60,9 +61,9 @@ def imported(name: str) -> Any:
     """The class or function ``name``; the current folder is importable. Raises UserError where it is not there."""
     _reach_current_folder()
     try:
-        return get_object(name)
+        return _locate(name)
     except Exception as error:
-        raise _absent(name, first_line(error)) from error
+        raise _not_imported(name, error.__cause__ or error) from error
 
 
 def _reach_current_folder() -> None:
@@ -70,6 +71,18 @@ def _reach_current_folder() -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+
+
+def _not_imported(name: str, cause: BaseException) -> UserError:
+    """What to mend: the name, the place of its module, or the module itself, whose import raises ``cause``."""
+    above, _, last = name.rpartition(".")
+    of_class = isinstance(cause, AttributeError) and cause.name == last and name.partition(".")[0] in sys.modules
+    if of_class or (above in sys.modules and getattr(cause, "name", None) == name):
+        near = get_close_matches(last, dir(cause.obj if of_class else sys.modules[above]), n=1)
+        return UserError(f"_target_={name}: {above} has no {last}{f' (do you mean {near[0]}?)' if near else ''}.")
+    if not above or getattr(cause, "name", None) in (name.partition(".")[0], above):
+        return _absent(name, first_line(cause))
+    return UserError(f"_target_={name}: importing it raises {type(cause).__name__}: {first_line(cause)}")
 
 
 def _absent(name: str, why: str) -> UserError:

@@ -85,6 +85,8 @@ class EndRound:
 
         def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
             near = step_to_go(inference, theta, solve(theta, found)) <= NEAR
+            if not near:
+                module.say(f"step {module.step:,}: Newton steps, in passes over all rows")
             made = None if near else polished(inference, theta, solve, gradient, _LEVELS[:2])
             return (theta, found) if made is None or not made.agreed else (from_rank_zero(made.theta), made.gradient)
 

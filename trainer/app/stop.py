@@ -30,11 +30,11 @@ from trainer.svi.exact_fit import met_exactly
 EXACT = "no_maximum"
 """Why a run ends whose observations are met exactly: there is no optimum, whatever the other figures say."""
 _WORDS = {
-    "mc_error": "Monte Carlo error {:.2g} scales (limit {:.2g})",
-    "scale_error": "Monte Carlo error {:.2g} of a log scale (limit {:.2g})",
-    "rhat": "R-hat {:.3f} between the halves of the average (limit {:.3g})",
+    "mc_error": "Monte Carlo error of the means {:.2g} sd (limit {:.2g})",
+    "scale_error": "Monte Carlo error of the log sds {:.2g} (limit {:.2g})",
+    "rhat": "R-hat {:.3f} (limit {:.3g})",
     "gain": "{:.2g} nats a parameter to gain over all rows (limit {:.2g})",
-    "gradient": "{:.2g} scales to go by the gradient over all rows (limit {:.2g})",
+    "gradient": "{:.2g} sd to the optimum over all rows (limit {:.2g})",
 }
 
 
@@ -141,7 +141,7 @@ class Stop(Callback):
             trainer.should_stop = True
             self.say(
                 f"as near at step {module.step:,} as the draws can tell: {_words(rule, evidence, short)}; the model "
-                "has a ridge, which may be gone with its hierarchy in the other form (centred or non-centred)"
+                "has a ridge, which may be gone with its hierarchy in the other form (centered or non-centered)"
             )
         elif short and last:
             self.say(

@@ -146,7 +146,7 @@ def refuse_batch_norm(modules: torch.nn.Module) -> None:
             raise UserError(
                 f'module "{name}" is a {type(module).__name__} in training mode, so the model is not exchangeable over '
                 "rows: what it makes of a row depends on the others of its batch; take LayerNorm or leave it out, or "
-                "give it in evaluation mode (.eval()) with the statistics that it has learnt."
+                "give it in evaluation mode (.eval()) with the statistics that it has learned."
             )
 
 
@@ -181,7 +181,7 @@ def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batc
             f"the model is not exchangeable over rows: the log-likelihood of {rows} rows is {float(whole):.6g} nats, "
             f"{float(turned):.6g} with the rows permuted and {float(apart):.6g} as the sum of two parts; "
             "make a whole sequence or group one row (svi shard group_by=COLUMN), and take out what looks "
-            "across the batch (centring, BatchNorm, dropout)."
+            "across the batch (centering, BatchNorm, dropout)."
         )
 
 

@@ -32,7 +32,7 @@ _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
 _RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hessian
 _APART, _COLUMNS_APART = 1e4, 1e6  # units of latents, scales of columns
 _NO_MAXIMUM = (
-    'the log joint has no maximum along "{}", or hardly falls around it: that is usual for the scale of a centred '
+    'the log joint has no maximum along "{}", or hardly falls around it: that is usual for the scale of a centered '
     "hierarchy; with separable data or an improper prior the answer lies at infinity, so give it a proper prior."
 )
 
@@ -270,7 +270,7 @@ def _tell_of_ridge(guide: MeanField, correlation: Tensor, say: Callable[[str], N
     else:
         say(
             f'"{first}" and "{second}" can nearly stand in for each other: their posterior sds are up to '
-            f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; centre the columns, or take a "
+            f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; center the columns, or take a "
             "full-rank guide."
         )
 

@@ -155,6 +155,8 @@ def _sentence(verb: str, words: Sequence[str], error: Exception) -> UserError:
 
 def _no_choice(group: str, value: str, choices: Sequence[str]) -> UserError:
     *others, last = sorted(choices) or [""]
+    if "." in value and not value.replace(".", "").isdigit():  # a function where the name of a choice belongs
+        return UserError(f"{group}={value} is unknown: a class or function of your own is {group}._target_={value}.")
     return UserError(f"{group}={value} is unknown: write {' or '.join(filter(None, [', '.join(others), last]))}.")
 
 

@@ -26,7 +26,7 @@ class Unknown(UserError):
 def bound(kind: Any, value: Any, key: str) -> Any:
     """``value`` as a ``kind``. Raises UserError with the option's name, the value and what it may be."""
     if value == "???":
-        raise UserError(f"{key} is missing: give {key}=.")
+        raise UserError(f"{key} is missing: give {key}=VALUE.")
     inner = [each for each in get_args(kind) if is_dataclass(each)] if get_origin(kind) in (Union, UnionType) else []
     if is_dataclass(kind) or (inner and value is not None):
         return record(inner[0] if inner else kind, value, key)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def record(kind: type[Record], node: Any, key: str = "") -> Record:
             raise Unknown(f"{above}{name}")
         found[str(name)] = bound(known[str(name)], value, f"{above}{name}")
     for name in (name for name in known if name not in found):
-        raise UserError(f"{above}{name} is missing: give {above}{name}=.")
+        raise UserError(f"{above}{name} is missing: give {above}{name}=VALUE.")
     return kind(**found)
 
 
@@ -105,5 +105,5 @@ def _typed(fixed: type | None, value: Mapping[Any, Any], key: str) -> dict[Any, 
         elif closed and not getattr(closed, "IS_OPEN", False) and not re.fullmatch("_.*_", str(name)):
             raise Unknown(f"{key}.{name}")
     for name in (name for name in kinds if fixed and name not in value):
-        raise UserError(f"{key}.{name} is missing: give {key}.{name}=.")
+        raise UserError(f"{key}.{name} is missing: give {key}.{name}=VALUE.")
     return made

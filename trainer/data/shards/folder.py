@@ -261,7 +261,11 @@ def _split_of(place: Place, split: str, cache: ShardCache | None) -> Files | Non
         # A split's own folder, given by itself, is what is asked for: to train on, or (in `train`) nothing held out.
         return files[""] if split == "train" or files[""].index().split == split else None
     if not files["train"].exists():
-        raise UserError(f"{place} is no shard folder (it holds no {INDEX_NAME}): svi shard source=TABLE out={place}")
+        if "://" not in str(place) and not Path(place).exists():
+            raise UserError(f"there is no shard folder at {place}: make one by svi shard source=TABLE out={place}")
+        raise UserError(
+            f"{place} is no shard folder (it holds no {INDEX_NAME}): svi shard source=TABLE out=DIR packs one"
+        )
     return None
 
 
