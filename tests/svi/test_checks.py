@@ -83,6 +83,18 @@ def square(x, y):
         pyro.sample("y", dist.Normal((w * x)[:, None], 1.0), obs=y)
 
 
+def column(x, y):
+    w = weight(x)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=y[:, None])
+
+
+def several(x, y, axis=0):
+    w = weight(x)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(torch.stack([w * x] * 2, axis), 1.0), obs=torch.stack([y] * 2, axis))
+
+
 def captured(x, y):
     w = weight(x)
     with pyro.plate("data", len(x)):
@@ -141,7 +153,10 @@ def counts(x, y):
         (discrete, 'latent site "k" is discrete'),
         (functools.partial(discrete, where="inside"), 'latent site "k" is discrete'),
         (subsampled, 'latent site "w" stands in plate "groups", which takes 5 of its 50'),
-        (square, 'at site "y", invalid log_prob shape'),
+        (square, r'site "y" has densities of shape \[12, 12\].*is \[12, 12\] and its value \[12\]; give both one.*\.$'),
+        (column, r'site "y" has densities of shape \[12, 12\].*is \[12\] and its value \[12, 1\]; give both one.*\.$'),
+        (several, r'site "y" has densities of shape \[2, 12\].*is \[2, 12\] and its value \[2, 12\].*to_event'),
+        (functools.partial(several, axis=1), r"inside plate\('data'\) at site y.*12 vs 2.*to_event\(1\)"),
         (captured, 'site "y" has no density'),
         (centred, "not exchangeable over rows"),
         (walk, "not exchangeable over rows"),

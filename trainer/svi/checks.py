@@ -87,8 +87,9 @@ def _first_trace(model: PlatedModel, batch: Batch) -> poutine.Trace:
         if "Shape mismatch inside plate" not in str(error):
             raise
         raise UserError(
-            f"{first_line(error).rstrip('.')}: a site in the plate has a value for each row; keep all rows (no boolean "
-            "index), and say which ones it is about with poutine.mask(mask=...) or torch.where."
+            f"{first_line(error).rstrip('.')}: the last axis is that of the rows; declare several numbers of a row "
+            "as one event with .to_event(1), and keep all rows (no boolean index): which ones a site is about say "
+            "poutine.mask(mask=...) and torch.where."
         ) from error
     except WrongSize as error:
         halves = [batch.at(half) for half in torch.arange(int(batch.valid)).tensor_split(2)]
@@ -121,10 +122,22 @@ def _size(model: PlatedModel, batch: Batch) -> int | None:
 
 def _check_shape(site: Site) -> None:
     """The batch shape of an observed site is that of its plates: not, say, [B, B] for a mean [B, 1] and data [B]."""
+    density = log_prob(site)
     try:
-        check_site_shape({**site, "log_prob": log_prob(site)}, max_plate_nesting=_ALL_DIMS)
+        check_site_shape({**site, "log_prob": density}, max_plate_nesting=_ALL_DIMS)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        if "log_prob shape" not in str(error):
+            raise UserError(first_line(error)) from error
+        drawn, value = [*site["fn"].batch_shape, *site["fn"].event_shape], list(site["value"].shape)
+        remedy = (
+            "give both one number per row, as x[:, 0] does of a column [N, 1]"
+            if drawn != value
+            else "declare the numbers of a row as one event with .to_event(1), or put them in a plate of their own"
+        )
+        raise UserError(
+            f'site "{site["name"]}" has densities of shape {list(density.shape)}, which its plates are not: its '
+            f"distribution is {drawn} and its value {value}; {remedy}."
+        ) from error
 
 
 def check_finite(terms: dict[str, Term]) -> None:
