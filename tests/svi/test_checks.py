@@ -48,6 +48,12 @@ def unseen(x, y):
         pyro.deterministic("f", w * x)
 
 
+def unlabelled(x, label=None):
+    w = weight(x)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 1.0), obs=label)
+
+
 def local(x, y):
     w = weight(x)
     with pyro.plate("data", len(x)):
@@ -147,7 +153,8 @@ def counts(x, y):
     [
         (outside, 'observed site "y" stands outside plate "data" and depends on the rows.*with pyro.plate'),
         (beside, 'observed site "total" stands outside plate "data".*global_sites=\\[total\\]'),
-        (unseen, "the model observes nothing"),
+        (unseen, "the model observes nothing: pass a column as obs="),
+        (unlabelled, "observes nothing: its argument label is no column of the data .x, y.; .* columns.label=NAME"),
         (local, 'latent site "z" stands inside plate "data"'),
         (missing, 'obs_mask= at site "y".*poutine.mask'),
         (discrete, 'latent site "k" is discrete'),
@@ -163,7 +170,7 @@ def counts(x, y):
         (chain, "not exchangeable over rows"),
         (nothing_latent, "no latent site"),
         (logarithm, 'on its first batch after site "data": Expected parameter log_factor'),
-        (infinite, "not finite at the start, at site\\(s\\) y"),
+        (infinite, 'log density of site "y" is -inf at -?inf in row 0 .row_id. where training starts'),
         (counts, 'site "y" observes .* in row 0 .row_id., outside the support of Poisson .whole numbers from 0.'),
     ],
     ids=lambda value: getattr(value, "__name__", "") or None,

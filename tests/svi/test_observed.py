@@ -59,7 +59,7 @@ FAMILIES = [
 def check_of(model, columns):
     """The check of a problem that was built on columns that are right."""
     inference, theta = build(model, **columns)
-    return RowCheck(inference.model, with_parameters(inference, theta))
+    return RowCheck(inference.model, with_parameters(inference.parameters, theta))
 
 
 @pytest.mark.parametrize(("family", "right", "wrong", "words"), FAMILIES)
@@ -85,7 +85,7 @@ def test_columns_alone_tell_where_values_are_columns():
     derived = observing(lambda a: dist.Poisson(a.exp()))
     for y, bounds, looks_at in ((COUNTS.long(), (0, 2), []), (COUNTS, (0, 2), ["y"]), (COUNTS.long(), (-1, 2), ["y"])):
         inference, theta = build(poisson, y=y)
-        check = RowCheck(inference.model, with_parameters(inference, theta), {"y": bounds})
+        check = RowCheck(inference.model, with_parameters(inference.parameters, theta), {"y": bounds})
         assert not check.is_right({"y": y})  # nothing is learnt yet
         check.learn(batch_of(y=y))
         assert list(check._filters) == looks_at
@@ -199,7 +199,7 @@ def test_a_support_that_depends_on_a_latent_is_not_judged_at_one_place():
             pyro.sample("y", dist.Uniform(torch.zeros_like(y), top + 0 * y), obs=y)
 
     inference, theta = build(model, y=(X + 1) / 4)
-    RowCheck(inference.model, with_parameters(inference, theta)).refuse(batch_of(y=X + 1), density=True)
+    RowCheck(inference.model, with_parameters(inference.parameters, theta)).refuse(batch_of(y=X + 1), density=True)
 
 
 def test_a_density_that_is_not_finite_is_named_where_it_is_asked_for():
@@ -211,7 +211,7 @@ def test_a_density_that_is_not_finite_is_named_where_it_is_asked_for():
     check, spoilt = check_of(model, {"x": X, "y": X}), X.clone()
     spoilt[BAD] = float("inf")
     check.refuse(batch_of(x=spoilt, y=X))
-    with pytest.raises(UserError, match=f'log density of site "y" is -inf in row {BAD}'):
+    with pytest.raises(UserError, match=f'log density of site "y" is -inf at .* in row {BAD}'):
         check.refuse(batch_of(x=spoilt, y=X), density=True)
 
 
@@ -260,3 +260,25 @@ def test_torch_keeps_its_generator():
     before = torch.get_rng_state()
     RowCheck(PlatedModel(model, ["y"])).refuse(batch_of(y=X))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("family", "usual", "value", "words"),
+    [
+        (lambda a: dist.Gamma(2.0, a.exp()), COUNTS + 1, 0.0, "-inf at 0"),
+        (lambda a: dist.Beta(a.exp(), 2.0), (X + 2) / 4, 1.0, "-inf at 1"),
+        (lambda a: dist.Beta(a.exp() / 2, 2.0), (X + 2) / 4, 0.0, "inf at 0"),
+    ],
+)
+def test_a_value_on_the_edge_of_a_support_is_named_with_its_row(family, usual, value, words):
+    """Among the first rows too, which the checks of the model evaluate before those of all rows."""
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", family(a.expand(len(y))), obs=y)
+
+    spoilt = usual.double().clone()
+    spoilt[BAD] = value
+    with pytest.raises(UserError, match=f'log density of site "y" is {words} in row {BAD} .row_id.'):
+        build(model, y=spoilt)

@@ -60,7 +60,9 @@ def test_whole_numbers_of_a_multinomial_and_shares_in_float32():
         (constraints.interval(0, torch.tensor([1.0, 2.0])), "from 0 to the row's own bound", False),
         (constraints.less_than(3.0), "up to 3", True),
         (constraints.real, "numbers", True),
-        (constraints.simplex, "Simplex", False),
+        (constraints.simplex, "shares whose sum is 1", False),
+        (constraints.one_hot, "a 1 among zeros", False),
+        (constraints.multinomial(10), "whole numbers whose sum is 10", False),
         (constraints.independent(constraints.boolean, 1), "0 or 1", False),
     ],
 )

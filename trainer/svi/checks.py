@@ -17,7 +17,7 @@ from trainer.svi.dependence import check_outside, site_per_row
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
 from trainer.svi.objective import Term
 from trainer.svi.observed import RowCheck
-from trainer.svi.plates import Batch, PlatedModel, WrongSize, inside
+from trainer.svi.plates import Batch, PlatedModel, WrongSize, inside, left_at_default
 
 _CHECK_ROWS = 256
 _ALL_DIMS = 64  # as many as a tensor can have
@@ -57,7 +57,7 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
     observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}
     if not observed:
-        raise UserError("the model observes nothing: pass a column as obs= to one of its pyro.sample sites.")
+        raise UserError(_nothing_observed(model, batch))
     for site in sites.values():
         if is_latent(site):
             refuse_latent(site, plate, can_be_local=True)
@@ -70,6 +70,17 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
     for site in observed.values():
         _check_shape(site)
     return derived
+
+
+def _nothing_observed(model: PlatedModel, batch: Batch) -> str:
+    absent = left_at_default(model.fn, batch.columns)
+    if not absent:
+        return "the model observes nothing: pass a column as obs= to one of its pyro.sample sites."
+    are = "its argument {} is no column" if len(absent) == 1 else "its arguments {} are no columns"
+    return (
+        f"the model observes nothing: {are.format(', '.join(absent))} of the data ({', '.join(batch.columns)}); rename "
+        f"the column that it observes, or pack it with columns.{absent[-1]}=NAME."
+    )
 
 
 def _first_trace(model: PlatedModel, batch: Batch) -> poutine.Trace:
@@ -138,6 +149,11 @@ def _check_shape(site: Site) -> None:
             f'site "{site["name"]}" has densities of shape {list(density.shape)}, which its plates are not: its '
             f"distribution is {drawn} and its value {value}; {remedy}."
         ) from error
+
+
+def is_finite(terms: dict[str, Term]) -> bool:
+    """Whether every term is."""
+    return all(bool(torch.isfinite(term.value)) for term in terms.values())
 
 
 def check_finite(terms: dict[str, Term]) -> None:

@@ -74,19 +74,15 @@ def of_weight(weight: Tensor) -> Iterator[Fault]:
 
 def outside(site: Site, counts: Tensor, right: Tensor, dim: int, rows: int) -> Iterator[Fault]:
     """Values that count and are not ``right`` [batch shape + a few dimensions of an event]."""
-    shape = site["fn"].batch_shape
-    value = site["value"].expand(torch.broadcast_shapes(site["value"].shape, shape + site["fn"].event_shape))
-    inner = max(right.dim() - len(shape), 0)
+    inner = max(right.dim() - len(site["fn"].batch_shape), 0)
     bad = by_row(counts.reshape(*counts.shape, *(1,) * inner) & ~right, dim, rows, inner)
     where = bad.any(1).nonzero()[:_FEW, 0].tolist()
     if not where:
         return
-    of_event = value.dim() - len(shape)
-    each = by_row(value, dim, rows, of_event)[where[0]].reshape(bad.shape[1], -1)[int(bad[where[0]].int().argmax())]
     fn = innermost(site["fn"])
     yield Fault(
         where,
-        f'site "{site["name"]}" observes {_shown(each)}',
+        f'site "{site["name"]}" observes {_first_value(site, bad, dim, where[0])}',
         f", outside the support of {type(fn).__name__} ({in_words(fn.support)})",
         "correct it, drop the row, or take it out of the likelihood with poutine.mask",
     )
@@ -118,10 +114,19 @@ def without_density(site: Site, dim: int, rows: int) -> Iterator[Fault]:
         there = by_row(density, dim, rows)[where[0]][bad[where[0]]][0]
         yield Fault(
             where,
-            f'the log density of site "{site["name"]}" is {float(there):g}',
+            f'the log density of site "{site["name"]}" is {float(there):g} at {_first_value(site, bad, dim, where[0])}',
             " where training starts",
-            "look for extreme values in the row, and for a model that divides by zero or takes the log of it there",
+            "look for an extreme value (an amount of 0, a share of 0 or 1), and for a model that divides by zero or "
+            "takes the log of it there",
         )
+
+
+def _first_value(site: Site, bad: Tensor, dim: int, row: int) -> str:
+    """The first ``bad`` [B, ...] value of a row."""
+    shape = site["fn"].batch_shape
+    value = site["value"].expand(torch.broadcast_shapes(site["value"].shape, shape + site["fn"].event_shape))
+    each = by_row(value, dim, len(bad), value.dim() - len(shape))[row].reshape(bad.shape[1], -1)
+    return _shown(each[int(bad[row].int().argmax())])
 
 
 def _shown(values: Tensor) -> str:

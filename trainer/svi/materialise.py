@@ -11,11 +11,19 @@ from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.svi.checks import check_exchangeable, check_finite, check_model, on_the_first_batch, refuse_batch_norm
+from trainer.svi.checks import (
+    check_exchangeable,
+    check_finite,
+    check_model,
+    is_finite,
+    on_the_first_batch,
+    refuse_batch_norm,
+)
 from trainer.svi.guides import Guide, MeanField, Noise
 from trainer.svi.laplace import Laplace
 from trainer.svi.latents import has_latents
 from trainer.svi.objective import Objective, elbo_terms
+from trainer.svi.observed import RowCheck, with_parameters
 from trainer.svi.parameters import Parameters
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.pyro_guides import PyroGuide, is_autoguide, no_guide, own_copy
@@ -102,6 +110,8 @@ def materialise(
 
         with torch.no_grad():
             first = evaluate(batch)
+            if not is_finite(first):
+                RowCheck(plated, with_parameters(parameters, theta)).refuse(batch, density=True)
             check_finite(first)
             check_exchangeable(evaluate, batch)
         wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)

@@ -21,9 +21,9 @@ from trainer.errors import UserError, first_line
 from trainer.svi.faults import Fault, by_row, counted, observed, of_lookup, of_weight, outside, row_dim, without_density
 from trainer.svi.indices import Lookup, WatchIndices, always_fits
 from trainer.svi.latents import AtZero
+from trainer.svi.parameters import Parameters
 from trainer.svi.plates import WEIGHT, Batch, PlatedModel
 from trainer.svi.rows import Column, parts
-from trainer.svi.step import Inference
 from trainer.svi.supports import holds, is_interval, support_of, supported, tensors_of
 
 R = TypeVar("R")
@@ -36,12 +36,12 @@ Call = Callable[[Callable[[], poutine.Trace], bool], poutine.Trace]
 """Calls a function with the model's parameters in place, which require a gradient where the flag says so."""
 
 
-def with_parameters(inference: Inference, theta: Tensor) -> Call:
+def with_parameters(parameters: Parameters, theta: Tensor) -> Call:
     """The parameters of ``theta`` [P]."""
 
     def call(run: Callable[[], poutine.Trace], with_gradient: bool) -> poutine.Trace:
-        values = inference.parameters.unflatten(theta.detach().requires_grad_(with_gradient))
-        return inference.parameters.call(values, lambda _: run())
+        values = parameters.unflatten(theta.detach().requires_grad_(with_gradient))
+        return parameters.call(values, lambda _: run())
 
     return call
 

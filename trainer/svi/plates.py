@@ -206,6 +206,14 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]
     return tuple(taken)
 
 
+def left_at_default(fn: Callable[..., Any], columns: Iterable[str]) -> list[str]:
+    """The arguments of ``fn`` with None for a default that are no columns."""
+    fn = _unwrapped(fn)
+    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    found = inspect.signature(call).parameters.values()
+    return [each.name for each in found if each.default is None and each.name not in set(columns)]
+
+
 def _unwrapped(fn: Any) -> Any:
     """What handlers of `pyro.poutine` were put around."""
     while isinstance(fn, _bound_partial) or (isinstance(fn, partial) and fn.func is _context_wrap):

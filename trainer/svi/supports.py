@@ -9,6 +9,12 @@ from torch import Tensor
 from torch.distributions import Independent, constraints
 
 _MULTINOMIAL = type(constraints.multinomial(1))
+_WORDS = {
+    type(constraints.boolean): "0 or 1",
+    type(constraints.real): "numbers",
+    type(constraints.simplex): "shares whose sum is 1",
+    type(constraints.one_hot): "a 1 among zeros",
+}
 
 
 def innermost(fn: Any) -> Any:
@@ -112,10 +118,10 @@ def in_words(constraint: Any) -> str:
     low, high = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
     whole = "whole numbers " if getattr(constraint, "is_discrete", False) else ""
     low, high = _number(low), _number(high)
-    if constraint is constraints.boolean:
-        return "0 or 1"
-    if constraint is constraints.real:
-        return "numbers"
+    if type(constraint) in _WORDS:
+        return _WORDS[type(constraint)]
+    if type(constraint) is _MULTINOMIAL:
+        return f"whole numbers whose sum is {high}"
     if low and high:
         return f"{whole}from {low} to {high}"
     if low:
