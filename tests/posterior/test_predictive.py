@@ -11,7 +11,9 @@ import torch
 from trainer.data.shards.index import Column, Index
 from trainer.errors import UserError
 from trainer.posterior import predictive
+from trainer.posterior.draws import counted_draws
 from trainer.posterior.posterior import Posterior
+from trainer.posterior.predictive import levels_of
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise
 from trainer.svi.objective import Objective
@@ -179,3 +181,21 @@ def test_an_index_out_of_range_is_named(wrong):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         posterior.predict({"x": X.numpy(), "level": CODES.numpy()}, 2)
+
+
+@pytest.mark.parametrize("quantiles", [[5, 95], [-0.1], [float("nan")], 5])
+def test_quantiles_beyond_0_to_1_are_refused(quantiles):
+    with pytest.raises(UserError, match="give numbers from 0 to 1"):
+        levels_of(quantiles)
+
+
+def test_one_quantile_is_a_list_of_one():
+    assert levels_of(0.5) == [0.5]
+    assert levels_of(np.array([0.0, 1.0])) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("number", [0, -3, 2.5, "ten"])
+def test_a_number_of_draws_is_a_whole_one(number):
+    assert counted_draws(np.int64(3)) == 3
+    with pytest.raises(UserError, match=f"num_draws={number}: give a whole number from 1 up"):
+        counted_draws(number)

@@ -136,6 +136,34 @@ def logarithm(x, y):
         pyro.factor("penalty", (w * x).log())
 
 
+def looked_up(x, y, how="[]"):
+    w = weight(x)
+    table, where = w + torch.zeros(3, 1, dtype=F64), x.abs() * 0
+    with pyro.plate("data", len(x)):
+        found = {
+            "[]": lambda: table[where, 0],
+            "embedding": lambda: torch.nn.functional.embedding(where, table)[:, 0],
+            "one_hot": lambda: (torch.nn.functional.one_hot(where, 3) @ table)[:, 0],
+        }[how]()
+        pyro.sample("y", dist.Normal(found, 1.0), obs=y)
+
+
+def root(x, y):
+    w = weight(x)
+    with pyro.plate("data", len(x)):
+        normal(x, mean=w + x.sqrt(), obs=y)
+
+
+def wordless(x, y):
+    raise ValueError
+
+
+def negative_scale(x, y):
+    w = weight(x)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, w - 1.0), obs=y)
+
+
 def infinite(x, y):
     weight(x)
     with pyro.plate("data", len(x)):
@@ -170,6 +198,15 @@ def counts(x, y):
         (chain, "not exchangeable over rows"),
         (nothing_latent, "no latent site"),
         (logarithm, 'on its first batch after site "data": Expected parameter log_factor'),
+        (looked_up, r"indexes with a column that is not of whole numbers .*astype.int.*effect\[group.long"),
+        (functools.partial(looked_up, how="embedding"), "indexes with a column that is not of whole numbers"),
+        (functools.partial(looked_up, how="one_hot"), "indexes with a column that is not of whole numbers"),
+        (root, 'log density of site "y" is nan at .* in row \\d+ .row_id. where training starts.*takes the log'),
+        (wordless, "cannot be evaluated on its first batch: ValueError.$"),
+        (
+            negative_scale,
+            "Expected parameter scale .*to satisfy .*GreaterThan.*: give what it is made of a prior or a transform",
+        ),
         (infinite, 'log density of site "y" is -inf at -?inf in row 0 .row_id. where training starts'),
         (counts, 'site "y" observes .* in row 0 .row_id., outside the support of Poisson .whole numbers from 0.'),
     ],

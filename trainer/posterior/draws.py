@@ -3,6 +3,7 @@
 Shapes: B rows of a batch.
 """
 
+import operator
 from collections.abc import Container
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
+from trainer.errors import UserError
 from trainer.svi.guides import Draw, Noise
 from trainer.svi.latents import Site, is_latent, log_prob
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
@@ -26,6 +28,17 @@ from trainer.svi.step import Inference, in_dtype
 def dtype_of(theta: Tensor) -> AbstractContextManager[None]:
     """torch's default dtype as while training, for models that make tensors of their own."""
     return in_dtype(theta.dtype)
+
+
+def counted_draws(number: Any) -> int:
+    """A number of draws. Raises UserError for what is none."""
+    try:
+        count = operator.index(number)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise UserError(f"num_draws={number}: give a whole number from 1 up.")
+    return count
 
 
 def draw(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int, sign: float = 1.0) -> Draw:

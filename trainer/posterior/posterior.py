@@ -23,9 +23,9 @@ from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError, first_line
-from trainer.posterior.draws import draw, dtype_of, latents_of, parameters_of, predicts_by
+from trainer.posterior.draws import counted_draws, draw, dtype_of, latents_of, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
-from trainer.posterior.predictive import Prediction, joined, predicted, rows_together
+from trainer.posterior.predictive import Prediction, joined, levels_of, predicted, rows_together
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
 from trainer.posterior.tensors import to_tensor
@@ -66,7 +66,7 @@ class Posterior:
         Deterministic sites that follow from these alone are among them (what a reparameterised latent was called).
         """
         drawn: dict[str, list[np.ndarray]] = {}
-        for number in range(num_draws):
+        for number in range(counted_draws(num_draws)):
             one = draw(self.inference, self.theta, self.rows, seed, number)
             nodes = latents_of(one, self.inference.model.plate)
             derived = {name: one.trace.nodes[name] for name in self.inference.derived}
@@ -111,7 +111,8 @@ class Posterior:
 
         ``progress(rows_done, rows_total)`` is called after each; ``say`` is told of a site that has no mean.
         """
-        return each_in_own_state(self._predictions(data, num_draws, quantiles, seed, progress, say))
+        draws, levels = counted_draws(num_draws), levels_of(quantiles)
+        return each_in_own_state(self._predictions(data, draws, levels, seed, progress, say))
 
     def _predictions(
         self,

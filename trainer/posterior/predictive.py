@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Multinomial, OneHotCategorical
 
+from trainer.errors import UserError
 from trainer.posterior.draws import observations
 from trainer.svi.latents import Site
 from trainer.svi.observed import with_lookups_checked
@@ -52,6 +53,14 @@ class Prediction(NamedTuple):
         if self.probabilities is None or words is None or self.probabilities.shape[-1] > len(words):
             return self
         return self._replace(words=tuple(words[: self.probabilities.shape[-1]]))
+
+
+def levels_of(quantiles: Any) -> list[float]:
+    """Quantiles, or a single one, as numbers. Raises UserError for what lies outside of 0 to 1."""
+    levels = np.asarray(quantiles, float).reshape(-1)
+    if not ((levels >= 0) & (levels <= 1)).all():
+        raise UserError(f"quantiles={quantiles}: give numbers from 0 to 1, as 0.05 for 5 %.")
+    return [float(level) for level in levels]
 
 
 def joined(parts: Sequence[Prediction]) -> Prediction:

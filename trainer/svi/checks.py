@@ -20,6 +20,7 @@ from trainer.svi.observed import RowCheck
 from trainer.svi.plates import Batch, PlatedModel, WrongSize, inside, left_at_default
 
 _CHECK_ROWS = 256
+_WITH_FLOATS = "used as indices must|'indices' to have one|applicable to index tensor|Expected dtype int32.*for index"
 _ALL_DIMS = 64  # as many as a tensor can have
 
 
@@ -28,17 +29,26 @@ def on_the_first_batch() -> Iterator[None]:
     """What validation finds inside the model (a distribution refuses its parameters) as one sentence with the site."""
     try:
         yield
-    except IndexError as error:
-        if "shape of the mask" not in str(error):
+    except (IndexError, RuntimeError) as error:
+        if "shape of the mask" in str(error):
+            raise UserError(
+                f"the model indexes with a column of truth values, which selects rows ({first_line(error)}): "
+                "write effect[treated.long()] to look up a value for each row, or torch.where to choose between two."
+            ) from error
+        if not re.search(_WITH_FLOATS, str(error)):
             raise
         raise UserError(
-            f"the model indexes with a column of truth values, which selects rows ({first_line(error)}): "
-            "write effect[treated.long()] to look up a value for each row, or torch.where to choose between two."
+            f"the model indexes with a column that is not of whole numbers ({first_line(error)}): give the column as "
+            "integers (astype(int), where values are missing after missing=drop), or write effect[group.long()]."
         ) from error
     except ValueError as error:
-        reached = re.findall(r"^ *(\S+) dist\b", str(error), re.MULTILINE)  # the table that Pyro adds to an error
+        told, _, shapes = str(error).partition("Trace Shapes:")  # the table that Pyro adds to an error
+        reached = re.findall(r"^ *(\S+) dist\b", shapes, re.MULTILINE)
         where = f' after site "{reached[-1]}"' if reached else ""
-        raise UserError(f"the model cannot be evaluated on its first batch{where}: {first_line(error)}") from error
+        why = first_line(ValueError(told)).removesuffix(", but found invalid values:")
+        range_of = ": give what it is made of a prior or a transform (.exp(), softplus) that keeps to it"
+        remedy = range_of if why.startswith("Expected parameter") else ""
+        raise UserError(f"the model cannot be evaluated on its first batch{where}: {why}{remedy}.") from error
 
 
 def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> tuple[str, ...]:
@@ -50,7 +60,7 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
         with AtZero(batch.dtype, batch.valid.device):
             trace = _first_trace(model, batch)
     except (RuntimeError, IndexError, ValueError):
-        RowCheck(model).refuse(batch)  # it may be the fault of some rows
+        RowCheck(model).refuse(batch, density=True, of_all=False)  # it may be the fault of some rows
         raise
     RowCheck(model).refuse(batch)
     plate = model.plate

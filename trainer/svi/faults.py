@@ -26,6 +26,8 @@ class Fault(NamedTuple):
     """Of the first of them."""
     why: str
     remedy: str
+    of_all: bool = False
+    """Whether all rows of the batch have it."""
 
     def sentence(self, row_id: Sequence[int]) -> str:
         """With the number of each of ``rows``."""
@@ -118,6 +120,7 @@ def without_density(site: Site, dim: int, rows: int) -> Iterator[Fault]:
             " where training starts",
             "look for an extreme value (an amount of 0, a share of 0 or 1), and for a model that divides by zero or "
             "takes the log of it there",
+            bool(bad.any(1).all()),
         )
 
 

@@ -66,15 +66,18 @@ class RowCheck:
         self._varying: set[str] | None = None
         self._filters: dict[str, list[Callable[[Column], bool]]] | None = None
 
-    def refuse(self, batch: Batch, row_id: RowIds | None = None, density: bool = False) -> None:
+    def refuse(self, batch: Batch, row_id: RowIds | None = None, density: bool = False, of_all: bool = True) -> None:
         """Raises UserError for the first row of ``batch`` that is wrong; ``row_id``: of rows at places in the batch,
         where it does not have them.
 
-        ``density``: also where the log density of what is observed is not finite.
+        ``density``: also where the log density of what is observed is not finite; ``of_all``: in every row too, which
+        is hardly the fault of rows.
         """
         together = _together(batch)
         for first in range(0, batch.size, together):
             for fault in self.faults(_rows(batch, slice(first, first + together)), density):
+                if fault.of_all and not of_all:
+                    continue
                 places = [first + row for row in fault.rows]
                 known = places if batch.row_id is None else batch.row_id[places].tolist()
                 raise UserError(fault.sentence(row_id(places) if row_id else known))
