@@ -88,3 +88,8 @@ def test_nothing_names_a_path_of_one_machine():
             text = path.read_text()
             for folder in ("/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/"):
                 assert folder not in text, f"{path} holds {folder}"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]  # pytest tells modules apart by them
+    assert sorted(names) == sorted(set(names))

@@ -21,7 +21,7 @@ from trainer.data.fields import Field, Piece, Raw, choose, merge, pieces_of, sch
 from trainer.data.shards.index import INDEX_NAME
 from trainer.data.sources.formats import FORMATS, Read, open_dataset
 from trainer.data.sources.place import files_at, suffix
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 
 
 class Source(Protocol):
@@ -156,7 +156,7 @@ def _files(pattern: str) -> tuple[Place, ...]:
         raise UserError(f"no file at '{pattern}': give the path of a {known} file, or a glob that matches some.")
     for file in files:
         if suffix(file) not in FORMATS:
-            raise UserError(f"'{file}' is of no known format: give one of {known}.")
+            raise UserError(f"'{file}' is of no known format: save it as Parquet or CSV, or give one of {known}.")
         if suffix(file) != suffix(files[0]):
             raise UserError(f"'{files[0]}' and '{file}' are of two formats: give files of one.")
     return files
@@ -168,5 +168,7 @@ def _reading(file: Place) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+        reason = first_line(error).rstrip(".")
+        if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in reason:
+            reason = "its text is not UTF-8: save it as UTF-8"
         raise UserError(f"cannot read '{file}': {reason}.") from error

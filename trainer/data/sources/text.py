@@ -27,6 +27,7 @@ _ARROW = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "text": 
 _BLOCK = 1 << 20  # bytes that Arrow takes at a time; no row may be longer
 _LONGEST_CELL = 1 << 24  # bytes
 _LONGEST_LINE = 1 << 29  # bytes
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _MOST_FEATURES = 10_000  # SVMLight rows are packed dense
 _CLOSED = re.compile(rb'(?:[^"]++|"(?<![^,\r\n]")(?:[^"]++|"")*+"|"(?<=[^,\r\n]"))*+')
 """What of a CSV text is no open cell. A quote opens one where a cell begins, and is a quote elsewhere."""
@@ -106,7 +107,11 @@ def _csv_header(stream: IO[bytes]) -> list[str]:
     first = stream.readline()
     if _open_cell(first) < len(first):
         raise ValueError("its header has a line break within a name")
-    return pa_csv.read_csv(io.BytesIO(first), pa_csv.ReadOptions(block_size=len(first) + 1)).column_names
+    names = pa_csv.read_csv(io.BytesIO(first), pa_csv.ReadOptions(block_size=len(first) + 1)).column_names
+    other = next((word for mark, word in _OTHER_MARKS.items() if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        raise ValueError(f"{other} separate its columns: save it with commas, or as Parquet")
+    return names
 
 
 def _csv_tables(
