@@ -238,7 +238,8 @@ def write_table(path: Path, seed: int = 0) -> None:
     """The table of the README."""
     generator = np.random.default_rng(seed)
     columns = {name: generator.normal(size=500) for name in ("age", "income", "height")}
-    pq.write_table(pa.table({**columns, "score": sum(columns.values())}), path)
+    score = sum(columns.values()) + 0.5 * generator.normal(size=500)
+    pq.write_table(pa.table({**columns, "score": score}), path)
 
 
 def copy_example(example: Path, to: Path) -> None:

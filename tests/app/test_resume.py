@@ -31,7 +31,7 @@ def same_bits(one, other):
 def test_killed_twice_in_one_epoch_and_continued(shards, tmp_path, uninterrupted):
     """SIGKILL in the middle of steps 17 and 25 (an epoch has 11 steps), each past a checkpoint (a multiple of 7)."""
     common = ("train", f"data.path={shards}", f"run_dir={tmp_path}/run", "ckpt_path=last", *ARGUMENTS)
-    for call in (45, 35):  # calls of the model: 13 for the checks, then two a step
+    for call in (55, 45):  # calls of the model: 23 for the checks, then two a step
         died = svi(*common, "model._target_=app_models.dying", f"model.at={call}")
         assert died.returncode == -signal.SIGKILL
         assert not (tmp_path / "run" / "metrics.json").exists()

@@ -191,7 +191,7 @@ def test_a_journal_file_can_hold_the_study(sweep, tmp_path):
 def test_what_does_not_compose_is_said_before_the_first_trial(sweep, tmp_path, capsys):
     with pytest.raises(SystemExit):
         sweep(toy, "optimizer=nowhere", n_trials=3)
-    assert "Could not find 'optimizer/nowhere'" in capsys.readouterr().err
+    assert "optimizer=nowhere is unknown: write adam, " in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
 
 

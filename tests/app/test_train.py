@@ -115,7 +115,7 @@ BAD = {
     "model._target_=nowhere.model": "_target_=nowhere.model cannot be imported",
     "model._target_=null": "no model was given",
     "model._target_=app_models.needs_more": 'needs an argument "weather" that is no column',
-    "model._target_=app_models.outside_plate": 'no plate "data"',
+    "model._target_=app_models.outside_plate": 'observed site "y" stands outside plate "data"',
     "model._target_=app_models.half_outside": 'observed site "total" stands outside plate "data"',
     "model._target_=app_models.local_latent": 'latent site "z" stands inside plate "data"',
     "model._target_=app_models.discrete": 'latent site "k" is discrete',
@@ -256,7 +256,7 @@ def test_a_run_that_converged_stops_there_and_stays_there(fit, capsys):
     run_dir = fit("max_steps=1000")
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert (metrics["steps"], metrics["stop_reason"]) == (333, "converged")
-    assert set(metrics["evidence"]) == {"mc_error", "scale_error", "rhat", "gradient"}
+    assert set(metrics["evidence"]) == {"mc_error", "scale_error", "rhat", "gradient", "gain"}
     assert metrics["evidence"]["gradient"] <= 0.1
     assert metrics["passes"] >= 1
     said = capsys.readouterr().out

@@ -39,7 +39,7 @@ def chunks(folder: ShardFolder) -> Iterator[Any]:
     plan = Plan(folder.block_rows, 5, 1, 10, run_rows=256, pool_blocks=1)
     reader = Reader(folder, plan, ["x"], [[0]])
     try:
-        yield from reader.chunks(spans(0, 10, 1))
+        yield from reader.chunks(spans(0, 10, lambda: 1))
     finally:
         reader.close()
 

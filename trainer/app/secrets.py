@@ -14,11 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 HIDDEN = "***"
 _KEY = re.compile(r"(^|[_.])(api_?key|access_key|secret|token|password|passwd|credentials?)s?($|_)", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^/@\s]*:[^/@\s]+(?=@)")
+_LATER = re.compile(r",([\w.]+)=(.*?)(?=,[\w.]+=|$)")  # of settings in a row, as in Hydra's override_dirname
 _VARIABLE = "SVI_SECRETS"
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """Plain ``value`` (dicts, lists, strings) without its secrets; `key=value` strings are settings of that key."""
+    """Plain ``value`` (dicts, lists, strings) without its secrets; `key=value` strings, several with commas
+    between them too, are settings of that key."""
     if isinstance(value, dict):
         return {name: redacted(each, str(name)) for name, each in value.items()}
     if isinstance(value, list):
@@ -30,6 +32,7 @@ def redacted(value: Any, key: str = "") -> Any:
     name, equals, _ = value.partition("=")
     if equals and _KEY.search(name):
         return f"{name}={HIDDEN}"
+    value = _LATER.sub(lambda found: f",{found[1]}={HIDDEN if _KEY.search(found[1]) else found[2]}", value)
     return _USER.sub(HIDDEN, value)
 
 
