@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trainer.errors import UserError
 from trainer.svi.guides import Draw, Noise
@@ -96,9 +98,9 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
     ``batch`` need not have the observed columns where the model gives them a default.
     """
     model = PlatedModel(inference.model.fn, batch.columns, inference.model.plate)
-    drawn = draw(replace(inference, model=model), theta, batch, seed, number)
-    latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
     observed = {name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood"}
+    drawn = draw(replace(inference, model=cast(PlatedModel, _Aside(observed)(model))), theta, batch, seed, number)
+    latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
     free = poutine.condition(_Unobserved(observed)(model), data=latents)
     first_row = 0 if batch.row_id is None else int(batch.row_id[0])
     with dtype_of(theta), torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
@@ -106,7 +108,22 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
         trace = inference.parameters.call(
             inference.parameters.unflatten(theta), lambda values: poutine.trace(free).get_trace(batch)
         )
-    return {name: trace.nodes[name] for name in inference.sites if name in observed}
+    nodes = {name: trace.nodes[name] for name in inference.sites if name in observed}
+    return {name: node for name, node in nodes.items() if not isinstance(node["fn"], dist.Unit)}
+
+
+class _Aside(Messenger):
+    """Draws the sites ``names`` that have no value beside the noise that was measured without them."""
+
+    def __init__(self, names: Container[str]):
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["name"] in self.names and msg["value"] is None:
+            with _disable_current_modes():
+                msg["value"] = cast(Any, msg["fn"])()
+            msg["is_observed"] = msg["done"] = True  # no latent that a guide would have to hold
 
 
 class _Unobserved(Messenger):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Multinomial, OneHotCategorical
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.posterior.draws import observations
 from trainer.svi.latents import Site
 from trainer.svi.observed import with_lookups_checked
@@ -77,7 +77,21 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
 
 def rows_together(inference: Inference, theta: Tensor, batch: Batch, num_draws: int, seed: int) -> int:
     """How many rows can be drawn at a time. Raises UserError for rows at which the model cannot be evaluated."""
-    found = with_lookups_checked(lambda rows: observations(inference, theta, rows, seed, 0), batch)
+    try:
+        found = with_lookups_checked(lambda rows: observations(inference, theta, rows, seed, 0), batch)
+    except (TypeError, AttributeError) as error:
+        lacking = [name for name in inference.model.own if name not in batch.columns]
+        if not lacking:
+            raise
+        raise UserError(
+            f"model or guide cannot do without column {', '.join(lacking)} ({first_line(error)}): predict at rows that "
+            "have it, or make room for None where nothing is observed."
+        ) from error
+    if not found:
+        raise UserError(
+            "the model draws no observed site (what it observes enters by pyro.factor alone), so there is nothing to "
+            "predict: use Posterior.sample, or observe a column by a distribution."
+        )
     held = [num_draws * site["value"].numel() for site in found.values()]
     held += [classes.numel() for site in found.values() if (classes := _probabilities(site)) is not None]
     return max(1, min(batch.size, MOST_NUMBERS * batch.size // max(sum(held), 1)))

@@ -174,7 +174,7 @@ class PlatedModel:
         """The columns that a batch has to hold."""
 
     def __call__(self, batch: Batch) -> Any:
-        own = {name: batch.columns[name] for name in self.own}
+        own = {name: batch.columns[name] for name in self.own if name in batch.columns}  # predictions may lack some
         whole = any(isinstance(column, Tensor) and not column.is_floating_point() for column in own.values())
         weight = batch.columns.get(WEIGHT) if self.weighted else None
         # A mode is a detour for every operation, so only a model with such columns gets one.

@@ -7,6 +7,7 @@ given noise (:class:`NoiseMode`), so that antithetic pairs, ranks and resumed ru
 Shapes: B rows.
 """
 
+import inspect
 import weakref
 from typing import Any, cast
 
@@ -48,6 +49,12 @@ class PyroGuide:
 
     def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
         """Runs guide and model to learn how many normals they take. Raises UserError for sites it cannot hold."""
+        lacking = [name for name in self._named() if name in batch.columns and name not in model.own]
+        if lacking:
+            raise UserError(
+                f"the guide takes column {', '.join(lacking)} and the model does not: give the model the same "
+                "arguments (with =None where it has no use for one)."
+            )
         # An autoguide makes its parameters in its first call, from a run of the model that it hides from handlers.
         with pyro.settings.context(validate_poutine=False):
             with modules_read() as parts:
@@ -63,6 +70,14 @@ class PyroGuide:
         self.still = self.layout.empty
         self.kind = _kind(self.callables[0], own.empty, any(is_latent(site) for site in q.nodes.values()))
         return {}
+
+    def _named(self) -> tuple[str, ...]:
+        """The arguments of a guide of the user's, by name."""
+        guide = self.callables[0]
+        if not isinstance(self.guide, PlatedModel) or is_autoguide(guide):
+            return ()
+        call = guide.forward if isinstance(guide, nn.Module) else guide
+        return tuple(inspect.signature(call).parameters)
 
     def log_q_of_a_draw(self, batch: Batch) -> Tensor:
         """log q [] of a draw from torch's own generator, as a function of the parameters alone."""
