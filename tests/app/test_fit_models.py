@@ -14,7 +14,6 @@ X = np.random.default_rng(0).normal(size=120)
 DATA = {"x": X, "y": 0.5 + X + np.random.default_rng(1).normal(size=120)}
 NEW = {"x": np.array([0.0, 2.0])}
 FEW = {"max_steps": 2, "progress": False, "options": {"program": "eager", "recipe": "plain"}}
-TABLE = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])  # float32
 
 
 def line(x, y=None):
@@ -75,19 +74,6 @@ def test_a_model_of_factors_alone_predicts_nothing():
     posterior = fit(model, DATA, **FEW)
     with pytest.raises(UserError, match="nothing to predict"):
         posterior.predict(DATA, num_draws=1)
-
-
-def test_a_free_scale_beside_a_constant_of_float32():
-    def model(group, y=None):
-        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        scale = pyro.sample("scale", dist.HalfNormal(1.0))
-        with pyro.plate("data", len(group)):
-            pyro.sample("y", dist.Normal(TABLE[group] @ w, scale), obs=y)
-
-    group = np.arange(120) % 3
-    y = TABLE.numpy()[group] @ [1.0, -1.0] + 0.1 * np.random.default_rng(2).normal(size=120)
-    found = fit(model, {"group": group, "y": y}, **{**FEW, "options": {"program": "eager"}}).sample(200)
-    np.testing.assert_allclose(found["w"].mean(0), [1.0, -1.0], atol=0.06)  # 0.1 / sqrt(40) times four
 
 
 def test_two_sites_of_a_name_are_refused():
