@@ -30,6 +30,9 @@ def on_the_first_batch() -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError) as error:
+        if str(error).startswith("Multiple "):
+            told = first_line(error).rstrip(".")
+            raise UserError(f"{told}: give each site and parameter a name of its own.") from error
         if "shape of the mask" in str(error):
             raise UserError(
                 f"the model indexes with a column of truth values, which selects rows ({first_line(error)}): "
@@ -41,10 +44,6 @@ def on_the_first_batch() -> Iterator[None]:
             f"the model indexes with a column that is not of whole numbers ({first_line(error)}): give the column as "
             "integers (astype(int), where values are missing after missing=drop), or write effect[group.long()]."
         ) from error
-    except RuntimeError as error:
-        if not str(error).startswith("Multiple "):
-            raise
-        raise UserError(f"{first_line(error).rstrip('.')}: give each site and parameter a name of its own.") from error
     except ValueError as error:
         told, _, shapes = str(error).partition("Trace Shapes:")  # the table that Pyro adds to an error
         reached = re.findall(r"^ *(\S+) dist\b", shapes, re.MULTILINE)
