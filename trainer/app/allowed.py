@@ -78,7 +78,7 @@ def _not_imported(name: str, cause: BaseException) -> UserError:
     above, _, last = name.rpartition(".")
     of_class = isinstance(cause, AttributeError) and cause.name == last and name.partition(".")[0] in sys.modules
     if of_class or (above in sys.modules and getattr(cause, "name", None) == name):
-        near = get_close_matches(last, dir(cause.obj if of_class else sys.modules[above]), n=1)
+        near = get_close_matches(last, dir(getattr(cause, "obj", None) if of_class else sys.modules[above]), n=1)
         return UserError(f"_target_={name}: {above} has no {last}{f' (do you mean {near[0]}?)' if near else ''}.")
     if not above or getattr(cause, "name", None) in (name.partition(".")[0], above):
         return _absent(name, first_line(cause))

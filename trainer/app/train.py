@@ -190,10 +190,10 @@ def _train(
         state, seconds = saved[0], float(saved[1]["seconds"])
         resume.keep(saved[1], facts)
         console.print(f"continuing from step {int(state.step):,}{resume.changes(saved[1], facts)}")
-    rows, epochs = -(-plan.num_rows // plan.steps_per_epoch), plan.epochs_at(max(update.horizon, plan.rest.step))
+    most, epochs = -(-plan.num_rows // plan.steps_per_epoch), plan.epochs_at(max(update.horizon, plan.rest.step))
     console.print(
         f"{folder.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out · "
-        f"{inference.parameters.size:,} parameters · {update.horizon:,} steps of {rows:,} rows "
+        f"{inference.parameters.size:,} parameters · {update.horizon:,} steps of {most:,} rows "
         f"({epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs) · {here.size} rank(s) x "
         f"{threads} thread(s)"
     )

@@ -65,8 +65,8 @@ def of_call(verb: str, chosen: Mapping[str, Any]) -> Any:
         except Exception as error:
             raise _unknown(verb, name) from error
     made = options(verb, cfg)  # says what a strange value may be, unless that is any text
-    for name, error in strange.items():
-        raise UserError(f"{name}={shown(values[name])} must be text.") from error
+    for name, cause in strange.items():
+        raise UserError(f"{name}={shown(values[name])} must be text.") from cause
     return made
 
 
