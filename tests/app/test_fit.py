@@ -364,7 +364,7 @@ def test_training_ends_where_draws_can_tell_no_more(pupils, capsys, monkeypatch)
     assert found.metrics["stop_reason"] == "noise"
     assert found.metrics["steps"] == 333
     assert found.metrics["evidence"]["gradient"] == 0.5
-    assert "as the draws can tell: 0.5 scales to go" in " ".join(capsys.readouterr().out.split())
+    assert "as the draws can tell: 0.5 sd to the optimum" in " ".join(capsys.readouterr().out.split())
 
 
 def test_training_goes_on_where_four_times_the_draws_leave_something_to_go(table, monkeypatch):

@@ -108,7 +108,7 @@ def launch(shards, run_dir, *arguments, launcher=("-m", "trainer"), **options):
 
 def ended(process):
     """(exit code, stdout, stderr), once no process of its group is left."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     for _ in range(100):
         try:
             os.killpg(process.pid, 0)
