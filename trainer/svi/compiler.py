@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -145,7 +144,3 @@ def _graph(recipe: "Recipe") -> tuple[Any, list[Any]]:
     if symbols.replacements:
         raise RuntimeError("the step depends on the number of slots of a chunk")
     return graph, inputs
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
