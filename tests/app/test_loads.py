@@ -6,12 +6,12 @@ import sys
 import pytest
 
 HEAVY = ("torch", "pyro", "pytorch_lightning", "torchmetrics", "matplotlib", "scipy", "pandas", "pyarrow", "wandb",
-         "webdataset", "optuna", "sympy", "numpy")  # fmt: skip
+         "webdataset", "optuna", "sympy", "numpy", "pyarrow.compute", "pyarrow.dataset")  # fmt: skip
 ROWS = {"numpy", "pyarrow"}
-MODEL = {*ROWS, "pandas", "torch", "pyro", "sympy"}  # pandas by pyarrow.dataset, sympy by torch where it is asked for
+MODEL = {*ROWS, "torch", "pyro", "sympy"}  # sympy by torch where it is asked for
 TRAINING = {*MODEL, "pytorch_lightning", "torchmetrics", "matplotlib", "scipy"}  # the last two by torchmetrics
 MAY_LOAD = {
-    "shard": {*ROWS, "pandas"},
+    "shard": ROWS,
     "verify": ROWS,
     "inspect": ROWS,
     "runs": set(),

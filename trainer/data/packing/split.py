@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from trainer.data.fields import Raw, VaryingRows
 from trainer.data.packing.columns import Recipe
@@ -66,6 +65,8 @@ class Split:
 
 def _is_after(raw: Raw, name: str, after: Any) -> np.ndarray:
     """bool [B]: which values of ``raw`` are at ``after`` or later. Raises UserError where the two do not compare."""
+    import pyarrow.compute as pc
+
     values = _plain(raw)
     try:
         bound: Any = str(after) if pa.types.is_string(values.type) or pa.types.is_large_string(values.type) else after

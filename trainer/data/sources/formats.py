@@ -8,11 +8,10 @@ or an address. Shapes: B rows of a batch, D features.
 import io
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.fs as fs
 import pyarrow.ipc as pa_ipc
 import pyarrow.parquet as pq
 
@@ -23,6 +22,9 @@ from trainer.data.sources.place import opened
 from trainer.data.sources.text import inspect_csv, inspect_json, inspect_svmlight, read_csv, read_json, read_svmlight
 from trainer.data.sources.words import inspect_docword, inspect_ldac, read_docword, read_ldac
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 _PIECE_ROWS = 1 << 18
 
@@ -64,9 +66,12 @@ def _read_ipc(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece)
                 yield {name: batch.column(name).slice(first, rows) for name in fields}
 
 
-def open_dataset(place: str) -> ds.Dataset:
+def open_dataset(place: str) -> "ds.Dataset":
     """The Parquet files below a folder, or at an address of pyarrow's file systems or of fsspec's; partitions are
     columns."""
+    import pyarrow.dataset as ds  # loads pandas
+    import pyarrow.fs as fs
+
     if not is_address(place):
         return ds.dataset(place, format="parquet", partitioning="hive")
     try:

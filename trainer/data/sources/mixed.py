@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from trainer.data.sources.place import suffix
 from trainer.data.sources.source import FileSource, Source
@@ -49,12 +48,16 @@ def as_words(source: Source, names: Iterable[str]) -> Source:
 
 def number_like(words: Iterable[Any]) -> bool:
     """Whether any of ``words`` reads as a number."""
+    import pyarrow.compute as pc
+
     text = pa.array([word for word in words if isinstance(word, str)], pa.string())
     return bool(pc.any(pc.match_substring_regex(text, _NUMBER)).as_py())
 
 
 def first_word(source: Source, name: str) -> tuple[int, str] | None:
     """The row (from 0) and the text of the first cell of a column of text that is no plain number, if there is one."""
+    import pyarrow.compute as pc
+
     first_row = 0
     for batch in source.batches(_READ_ROWS, [name]):
         words = _plain(batch[name])
@@ -67,6 +70,8 @@ def first_word(source: Source, name: str) -> tuple[int, str] | None:
 
 def mixed_columns(source: Source, names: Iterable[str]) -> Mapping[str, str]:
     """A sentence for each of ``names``, columns of text and no categories, in which words are numbers."""
+    import pyarrow.compute as pc
+
     left = dict.fromkeys(names)
     firsts: dict[str, dict[str, tuple[int, str]]] = {name: {} for name in left}
     first_row = 0

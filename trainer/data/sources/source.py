@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 
 from trainer.data.address import Place, is_address
 from trainer.data.fields import Field, Piece, Raw, choose, merge, pieces_of, schema_fields
@@ -22,6 +21,9 @@ from trainer.data.shards.index import INDEX_NAME
 from trainer.data.sources.formats import FORMATS, Read, open_dataset
 from trainer.data.sources.place import files_at, suffix
 from trainer.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 
 class Source(Protocol):
@@ -80,7 +82,7 @@ class FolderSource:
     name: str
     fields: Mapping[str, Field]
     num_rows: int
-    dataset: ds.Dataset
+    dataset: "ds.Dataset"
 
     @property
     def piece_rows(self) -> Sequence[int]:
@@ -97,7 +99,7 @@ class FolderSource:
                         yield {name: batch.column(name) for name in chosen}
 
     @cached_property
-    def _pieces(self) -> list[tuple[ds.ParquetFileFragment, int]]:
+    def _pieces(self) -> "list[tuple[ds.ParquetFileFragment, int]]":
         made = []
         with _reading(self.name):
             for part in sorted(self.dataset.get_fragments(), key=lambda fragment: fragment.path):
