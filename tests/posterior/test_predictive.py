@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoHierarchicalNormalMessenger, AutoNormalMessenger, AutoRegressiveMessenger
 
 from trainer.data.shards.index import Column, Index
 from trainer.errors import UserError
@@ -15,7 +16,7 @@ from trainer.posterior.draws import counted_draws
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.predictive import levels_of
 from trainer.svi.guides import MeanField
-from trainer.svi.materialise import materialise
+from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.objective import Objective
 from trainer.svi.plates import Batch
 
@@ -199,3 +200,22 @@ def test_a_number_of_draws_is_a_whole_one(number):
     assert counted_draws(np.int64(3)) == 3
     with pytest.raises(UserError, match=f"num_draws={number}: give a whole number from 1 up"):
         counted_draws(number)
+
+
+def line(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 0.1), obs=y)
+
+
+@pytest.mark.parametrize("kind", [AutoNormalMessenger, AutoHierarchicalNormalMessenger, AutoRegressiveMessenger])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_guide_that_runs_the_model_predicts_what_it_does_not_see(kind, nested):
+    auto = kind(line)
+    rows = Batch({"x": X, "y": 2 * X}, torch.tensor(N), torch.ones((), dtype=F64), torch.arange(N))
+    guide = guide_factory((lambda x, y=None: auto(x, y)) if nested else kind, rows.columns)
+    inference, theta = materialise(line, guide, rows, N, Objective())
+    columns = {name: Column(name, "int64" if name == "row_id" else "float64") for name in ("x", "y", "row_id")}
+    posterior = Posterior(inference, theta, rows, Index(tuple(columns.values()), (), 0, "train"))
+    seen, unseen = ({"x": X.numpy(), **more} for more in ({"y": 2 * X.numpy()}, {}))
+    np.testing.assert_array_equal(posterior.predict(unseen, 5)["y"].mean, posterior.predict(seen, 5)["y"].mean)

@@ -4,8 +4,8 @@ Shapes: B rows of a batch.
 """
 
 import operator
-from collections.abc import Container
-from contextlib import AbstractContextManager
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
@@ -99,7 +100,9 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
     """
     model = PlatedModel(inference.model.fn, batch.columns, inference.model.plate)
     observed = {name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood"}
-    drawn = draw(replace(inference, model=cast(PlatedModel, _Aside(observed)(model))), theta, batch, seed, number)
+    aside = _Aside(observed)
+    with _in_guides(aside):
+        drawn = draw(replace(inference, model=cast(PlatedModel, aside(model))), theta, batch, seed, number)
     latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
     free = poutine.condition(_Unobserved(observed)(model), data=latents)
     first_row = 0 if batch.row_id is None else int(batch.row_id[0])
@@ -124,6 +127,22 @@ class _Aside(Messenger):
             with _disable_current_modes():
                 msg["value"] = cast(Any, msg["fn"])()
             msg["is_observed"] = msg["done"] = True  # no latent that a guide would have to hold
+
+
+@contextmanager
+def _in_guides(aside: _Aside) -> Iterator[None]:
+    """``aside`` comes first too where a guide runs the model within itself, which no handler around it does."""
+    original = GuideMessenger._pyro_sample
+
+    def after_aside(guide: GuideMessenger, msg: Message) -> None:
+        aside._pyro_sample(msg)
+        original(guide, msg)
+
+    GuideMessenger._pyro_sample = after_aside  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        GuideMessenger._pyro_sample = original  # type: ignore[method-assign]
 
 
 class _Unobserved(Messenger):

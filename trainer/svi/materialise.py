@@ -3,10 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from trainer.svi.objective import Objective, elbo_terms
 from trainer.svi.observed import RowCheck, with_parameters
 from trainer.svi.parameters import Parameters
 from trainer.svi.plates import Batch, PlatedModel
-from trainer.svi.pyro_guides import PyroGuide, is_autoguide, no_guide, own_copy
+from trainer.svi.pyro_guides import PyroGuide, is_autoguide, no_guide
 from trainer.svi.step import Inference, in_dtype
 
 GuideFactory = Callable[[PlatedModel, Batch], Guide]
@@ -45,7 +47,8 @@ def mean_field(plated: PlatedModel, batch: Batch, **options: Any) -> Guide:
 
 
 def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> GuideFactory:
-    """What makes the guide: "mean_field", a guide of Pyro's (a class or an instance), or the user's, any callable.
+    """What makes the guide: "mean_field", a guide of Pyro's (a class or an instance), or the user's, any callable; also
+    one that makes a guide of the model, as ``lambda model: AutoNormal(model)``.
 
     Raises UserError for another name.
     """
@@ -58,8 +61,28 @@ def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> Gu
     if inspect.isclass(made) and is_autoguide(made):
         return lambda plated, batch: _of_autoguide(guide(plated.fn), plated.fn, columns, plate)
     if is_autoguide(guide):
-        return lambda plated, batch: _of_autoguide(own_copy(guide), guide.model, columns, plate)
-    return lambda plated, batch: PyroGuide(PlatedModel(guide, columns, plate), plate)
+        return lambda plated, batch: _of_autoguide(guide, guide.model, columns, plate)
+    return lambda plated, batch: _of_callable(guide, plated.fn, tuple(columns), plate)
+
+
+def _of_callable(guide: Any, model: Any, columns: tuple[str, ...], plate: str) -> Guide:
+    """The guide of the user's ``guide``, or of what it makes of ``model``."""
+    made: Any = None
+    if _takes_a_model(guide, columns):
+        with suppress(Exception), poutine.block():
+            made = guide(model)
+    if is_autoguide(made):
+        return _of_autoguide(made, made.model, columns, plate)
+    return PyroGuide(PlatedModel(made if callable(made) else guide, columns, plate, what="guide"), plate)
+
+
+def _takes_a_model(guide: Any, columns: tuple[str, ...]) -> bool:
+    """Whether a callable has one argument to give it, and that is no column."""
+    if isinstance(guide, torch.nn.Module):
+        return False
+    taken = inspect.signature(guide).parameters.values()
+    needed = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    return len(needed) == 1 and not any(each.name in columns for each in taken)
 
 
 def _of_autoguide(made: Any, model: Any, columns: Iterable[str], plate: str) -> Guide:

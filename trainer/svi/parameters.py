@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from trainer.errors import UserError
+from trainer.svi.lazy_guides import OwnAttributes
 
 _LOST = (
     'the module of parameter "{}" could not be found: make it once, outside the model, and pass it as the model, or '
     "register it in every call with pyro.module(...), with `import pyro`."
 )
+Run = Callable[[], tuple[dict[str, Tensor], tuple[Any, ...]]]
 _OF_MODULE = "$$$"  # Pyro's mark between a module's name and its parameter's in `pyro.module`
 
 
@@ -38,8 +40,10 @@ def _of_module(msg: Message) -> bool:
 class Parameters:
     """Names, shapes and constraints of all that is trained, and the modules that own some of it."""
 
-    def __init__(self, initial: dict[str, Tensor], modules: nn.ModuleDict, constrained: dict[str, Any]):
-        self.initial, self.modules, self.constrained = initial, modules, constrained
+    def __init__(
+        self, initial: dict[str, Tensor], modules: nn.ModuleDict, constrained: dict[str, Any], lazy: OwnAttributes
+    ):
+        self.initial, self.modules, self.constrained, self._lazy = initial, modules, constrained, lazy
         self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
         names = {id(value): name for name, value in modules.named_parameters()}
         # A module may be reached by several names, and a parameter stand in several modules.
@@ -51,14 +55,20 @@ class Parameters:
         ]
 
     @classmethod
-    def capture(cls, run: Callable[[], tuple[dict[str, Tensor], tuple[Any, ...]]]) -> "Parameters":
+    def capture(cls, run: Run) -> "Parameters":
         """Runs model and guide once on a batch and records the parameters that they touch.
 
         ``run()`` gives the guide's own flat parameters and the user's model (and guide), whose nn.Modules are found.
         """
+        lazy = OwnAttributes()
+        with _settings(), lazy.found():
+            return cls._captured(run, lazy)
+
+    @classmethod
+    def _captured(cls, run: Run, lazy: OwnAttributes) -> "Parameters":
         modules = nn.ModuleDict()
         recorder = _Record()
-        with _settings(), _recording_modules(modules), modules_read() as owners, recorder:
+        with _recording_modules(modules), modules_read() as owners, recorder:
             guide_params, callables = run()
         for fn, name in zip(callables, ("model", "guide")):
             _add_module(modules, fn, name)
@@ -70,7 +80,7 @@ class Parameters:
         for name, ident in recorder.of_modules.items():
             if ident not in known:
                 raise UserError(_LOST.format(name))
-        return cls({**guide_params, **owned, **recorder.initial}, modules, recorder.constraints)
+        return cls({**guide_params, **owned, **recorder.initial}, modules, recorder.constraints, lazy)
 
     @property
     def size(self) -> int:
@@ -91,7 +101,12 @@ class Parameters:
         try:
             for held, key, name in self._places:
                 held[key] = values[name]  # type: ignore[assignment]
-            with _settings(), _module_statement(_known_module), _Answer(values, self.constrained):
+            with (
+                _settings(),
+                self._lazy.in_place(),
+                _module_statement(_known_module),
+                _Answer(values, self.constrained),
+            ):
                 return fn(values)
         finally:
             for (held, key, _), value in zip(self._places, before):

@@ -156,7 +156,7 @@ class PlatedModel:
 
     A column `weight` that the callable does not take for itself says how many observations a row stands for: what is
     inside the data plate counts that many times. ``like``: the callable whose arguments it takes, where its own do not
-    tell them.
+    tell them. ``what``: what it is called, a model or a guide.
     """
 
     def __init__(
@@ -165,10 +165,11 @@ class PlatedModel:
         columns: Iterable[str],
         plate: str = "data",
         like: Callable[..., Any] | None = None,
+        what: str = "model",
     ):
         columns = tuple(columns)
         self.fn, self.plate = fn, plate
-        self.own = arguments(like or fn, columns)
+        self.own = arguments(like or fn, columns, what)
         self.weighted = WEIGHT in columns and WEIGHT not in self.own
         self.arguments = (*self.own, WEIGHT) if self.weighted else self.own
         """The columns that a batch has to hold."""
@@ -182,8 +183,9 @@ class PlatedModel:
             return self.fn(**own)
 
 
-def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]:
-    """The columns that ``fn`` takes by name; an argument with a default that is no column keeps its default.
+def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model") -> tuple[str, ...]:
+    """The columns that ``fn``, a model or ``what`` else, takes by name; an argument with a default that is no column
+    keeps its default.
 
     Raises UserError for a required argument that is no column.
     """
@@ -199,9 +201,10 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str]) -> tuple[str, ...]
         if name in columns:
             taken.append(name)
         elif parameter.default is parameter.empty:
+            one_of_models = ", or have it return a guide (lambda model: AutoNormal(model))" if what == "guide" else ""
             raise UserError(
-                f'the model needs an argument "{name}" that is no column of the data ({", ".join(columns)}): '
-                f"pack it with columns.{name}=..., or give it with model.{name}=..."
+                f'the {what} needs an argument "{name}" that is no column of the data ({", ".join(columns)}): '
+                f"pack it with columns.{name}=..., or give it with {what}.{name}=...{one_of_models}."
             )
     return tuple(taken)
 

@@ -8,7 +8,7 @@ Shapes: B rows.
 """
 
 import inspect
-import weakref
+from difflib import get_close_matches
 from typing import Any, cast
 
 import pyro
@@ -17,13 +17,12 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.nn import PyroModule
-from pyro.nn.module import _Context
-from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from trainer.errors import UserError, first_line
 from trainer.svi.guides import KL, Draw, Noise
 from trainer.svi.latents import Site, is_latent, refuse_latent, total_log_prob
+from trainer.svi.lazy_guides import KINDS
 from trainer.svi.noise_mode import NoiseLayout, NoiseMode, measure_noise
 from trainer.svi.parameters import modules_read
 from trainer.svi.plates import Batch, PlatedModel, inside
@@ -62,6 +61,7 @@ class PyroGuide:
             for part in {id(part): part for part in parts.values()}.values():
                 _settle(part, q, self.plate)
             q, trace = self._traces(model, batch)
+            _check_names(q, trace)
             for site in q.nodes.values():
                 self._check(site, trace)
             own = measure_noise(lambda rows: poutine.trace(self.guide).get_trace(rows), batch)
@@ -138,9 +138,7 @@ class PyroGuide:
         for name, site in trace.nodes.items():
             if is_latent(site):
                 if name not in q.nodes:
-                    raise UserError(
-                        f'latent site "{name}" of the model is missing from the guide: sample it there too.'
-                    )
+                    raise _missing(name)
                 if inside(site, self.plate) != inside(q.nodes[name], self.plate):
                     raise UserError(
                         f'site "{name}" stands inside plate "{self.plate}" in only one of model and guide: '
@@ -157,27 +155,33 @@ def no_guide() -> None:
 
 def is_autoguide(guide: Any) -> bool:
     """Whether ``guide`` is an object or a class of `pyro.infer.autoguide`."""
-    return issubclass(guide if isinstance(guide, type) else type(guide), (AutoGuide, GuideMessenger))
+    return issubclass(guide if isinstance(guide, type) else type(guide), KINDS)
 
 
-def own_copy(module: nn.Module, context: Any = None) -> Any:
-    """An autoguide like ``module`` whose lazy parameters are its own, so that the user's object stays as it was.
+def _check_names(q: poutine.Trace, trace: poutine.Trace) -> None:
+    """Raises UserError where guide ``q`` and model sample different latents; auxiliary ones are the guide's own."""
+    nodes = cast(dict[str, Site], trace.nodes)
+    latents = [name for name, site in nodes.items() if is_latent(site)]
+    lacking = [name for name in latents if name not in q.nodes]
+    for name, site in cast(dict[str, Site], q.nodes).items():
+        if is_latent(site) and name not in latents and not site["infer"].get("is_auxiliary"):
+            if name in nodes:
+                raise UserError(
+                    f'the guide samples "{name}", which is no latent of the model but has its value there: leave it '
+                    "out of the guide."
+                )
+            near = get_close_matches(name, lacking, n=1) or lacking[:1]
+            meant = f'do you mean "{near[0]}"?' if near else "leave it out"
+            raise UserError(
+                f'the guide samples "{name}", which the model does not have ({meant}): give it the name that it has in '
+                'the model, or infer={"is_auxiliary": True} where it is the guide\'s own.'
+            )
+    if lacking:
+        raise _missing(lacking[0])
 
-    Everything else is shared, the model inside too. (Pyro's own way to copy one empties the original.)
-    """
-    context = context or _Context()
-    copied, state = object.__new__(type(module)), dict(vars(module))
-    for name in ("_parameters", "_buffers", "_pyro_params", "_pyro_samples"):
-        if name in state:
-            state[name] = type(state[name])(state[name])
-    if "_pyro_context" in state:
-        state["_pyro_context"] = context
-    state["_modules"] = {name: child and own_copy(child, context) for name, child in state["_modules"].items()}
-    copied.__dict__.update(state)
-    for child in state["_modules"].values():
-        if isinstance(child, AutoGuide):
-            child._update_master(weakref.ref(copied))
-    return copied
+
+def _missing(name: str) -> UserError:
+    return UserError(f'latent site "{name}" of the model is missing from the guide: sample it there too.')
 
 
 def _settle(part: nn.Module, q: poutine.Trace, plate: str) -> None:
