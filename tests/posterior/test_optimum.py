@@ -116,9 +116,8 @@ def test_the_noise_of_the_gradient_vanishes_at_the_posterior(name):
     _, plain = full_loss(inference, end, rows, whole)
     _, found = full_loss(problem_of(inference), end, rows, whole)
     assert plain.norm() > 0.1
-    torch.testing.assert_close(
-        found, torch.zeros_like(found), rtol=0, atol=1e-4
-    )  # as near as its derivative of a draw is
+    near = 1e-4 if name == "dirichlet" else 1e-8  # as near as torch's derivative of a draw is
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.util import check_site_shape
 
 from trainer.errors import UserError, first_line
+from trainer.svi.cut_off import refuse_cut_off
 from trainer.svi.dependence import check_outside, site_per_row
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
 from trainer.svi.objective import Term
@@ -55,7 +56,8 @@ def on_the_first_batch() -> Iterator[None]:
 
 
 def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> tuple[str, ...]:
-    """Every observed site stands in the data plate, or counts once, and has values that it can; no latent is discrete.
+    """Every observed site stands in the data plate, or counts once, and has values that it can; no latent is discrete,
+    and a gradient follows each that counts.
 
     Returns the deterministic sites that `check_outside` does.
     """
@@ -82,6 +84,7 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
         )
     for site in observed.values():
         _check_shape(site)
+    refuse_cut_off(model, batch)
     return derived
 
 

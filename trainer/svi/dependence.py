@@ -23,12 +23,12 @@ from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.rows import Varying
 from trainer.svi.supports import innermost
 
-_SPREADS = (
+SPREADS = (
     0.3,
     1e-3,
 )  # of the latents around zero, unconstrained; the latter where not all can be evaluated at the first
 _MOST_COLUMNS = 64
-_FAILURES = (RuntimeError, IndexError, ValueError, ZeroDivisionError)
+FAILURES = (RuntimeError, IndexError, ValueError, ZeroDivisionError)
 _CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 Sites = dict[str, Site]
@@ -58,11 +58,11 @@ def check_outside(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...
 
 def _checked(model: PlatedModel, batch: Batch, rows: int, global_sites: tuple[str, ...]) -> tuple[str, ...]:
     try:
-        whole, others = _traced(model, batch, rows, _SPREADS[0], global_sites)
-    except _FAILURES:
+        whole, others = _traced(model, batch, rows, SPREADS[0], global_sites)
+    except FAILURES:
         try:
-            whole, others = _traced(model, batch, rows, _SPREADS[1], global_sites)
-        except _FAILURES as error:
+            whole, others = _traced(model, batch, rows, SPREADS[1], global_sites)
+        except FAILURES as error:
             raise UserError(
                 f"the model runs on its first rows and not on some of them ({first_line(error)}): what it has for each "
                 "row must be a column, and a size a number that does not follow the data."
@@ -85,7 +85,7 @@ def _traced(
     others = [_sites(model, other, spread) for other in _fractions(batch, rows)]
     if any(_is_term(site) and name not in global_sites for name, site in whole.items()):
         for other in _extremes(model, batch, rows):
-            with suppress(*_FAILURES, UserError):  # values that nobody has measured
+            with suppress(*FAILURES, UserError):  # values that nobody has measured
                 others.append(_sites(model, other, spread))
     return whole, others
 
@@ -145,7 +145,7 @@ def _is_function(site: Site) -> bool:
 def _differs(name: str, one: Sites, two: Sites) -> bool:
     if name not in two:  # a site that other rows do not have
         return True
-    return any(_apart(a, b) for a, b in zip(_facts(one[name]), _facts(two[name])))
+    return any(apart(a, b) for a, b in zip(_facts(one[name]), _facts(two[name])))
 
 
 def _facts(site: Site) -> list[Any]:
@@ -155,7 +155,7 @@ def _facts(site: Site) -> list[Any]:
     return [log_prob(site), site["scale"], True if site["mask"] is None else site["mask"]]
 
 
-def _apart(one: Any, two: Any) -> bool:
+def apart(one: Any, two: Any) -> bool:
     """Whether two values are not the same but for rounding."""
     a, b = torch.as_tensor(one), torch.as_tensor(two)
     close = {"rtol": _CLOSE.get(a.dtype, 0.0), "atol": 1e-30, "equal_nan": True}
