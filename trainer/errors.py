@@ -1,6 +1,7 @@
 """The errors that a user is meant to see, and the exit codes they come with."""
 
 import signal
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -52,6 +53,12 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     return 2 if isinstance(error, UserError) else 1
+
+
+def shortened(names: Iterable[str], most: int = 20) -> str:
+    """``names`` in a row, the first ``most`` of them where there are more."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -129,3 +129,19 @@ def test_sparse_rows_have_the_same_width_and_type(tmp_path: Path) -> None:
     for width, dtype, sentence in ((6, "int16", "of shape"), (5, "int64", "holds int64, and int16")):
         with pytest.raises(UserError, match=sentence):
             pack(words(width, dtype), tmp_path / "c", like=tmp_path / "a")
+
+
+@pytest.mark.parametrize("column", ["x", "v"])
+def test_values_that_the_float32_of_the_other_would_round_are_refused(tmp_path: Path, column: str) -> None:
+    def made(values: np.ndarray) -> MemorySource:
+        return MemorySource({"v": np.stack([values, values], 1), "x": values, "y": values})
+
+    near, far = np.arange(8.0), 1e9 + np.arange(8.0)
+    pack(made(near), tmp_path / "first", columns={column: column}, held_out=0)
+    index, _ = pack(made(near / 3), tmp_path / "like", like=tmp_path / "first")
+    assert index.column(column).dtype == "float32"
+    np.testing.assert_array_equal(table(tmp_path / "like")[column].reshape(8, -1)[:, 0], (near / 3).astype("float32"))
+    with pytest.raises(UserError, match=f"column '{column}' is float32 in the table that 'the data' is to be like"):
+        pack(made(far), tmp_path / "no", like=tmp_path / "first")
+    with pytest.raises(UserError, match=r"categories=.* has no place beside like="):
+        pack(made(near), tmp_path / "no", like=tmp_path / "first", categories=[column])

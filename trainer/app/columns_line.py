@@ -26,5 +26,5 @@ def _named(column: Column) -> str:
     if column.vocabulary is None:
         return f"{column.name} {column.dtype}{shape}"
     count, first = len(column.vocabulary), column.vocabulary[0]
-    told = "" if isinstance(first, str) else f" (0 stands for {first})"
+    told = "" if isinstance(first, str) and not first.isdigit() else f" (0 stands for {first})"
     return f"{column.name} {count:,} {'category' if count == 1 else 'categories'}{told}{shape}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from trainer.errors import UserError
+from trainer.errors import UserError, shortened
 
 
 class _Varying:
@@ -97,6 +97,7 @@ NUMERIC = ("float", "int", "bool")
 VARYING = ("csr", "ragged")
 TWICE = "twice"
 """The kind of what two columns of a table are named."""
+NOT_UTF8 = "text that is not UTF-8"
 
 _NUMPY_KINDS = {"f": "float", "i": "int", "u": "int", "b": "bool", "U": "text", "S": "text"}
 
@@ -142,8 +143,7 @@ def choose(wanted: Iterable[str] | None, available: Sequence[str], where: object
             raise UserError(f"'{where}' has two columns named '{name}': rename one of them.")
         if name not in times:
             close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
-            shown = ", ".join(available[:20]) + (", …" if len(available) > 20 else "")
-            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {shown}."
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {shortened(available)}."
             raise UserError(f"'{where}' has no column '{name}': {hint}")
     return chosen
 
@@ -161,6 +161,17 @@ def merge(known: Field | None, found: Field, name: str, file: Path | str) -> Fie
     if known.shape == found.shape and {known.kind, found.kind} <= {"int", "float"}:
         return Field("float", known.shape)
     raise UserError(f"column '{name}' of '{file}' is {_words(found)}, and {_words(known)} before it: make them one.")
+
+
+def merge_words(known: Field | None, found: Field, name: str, file: Path | str) -> Field:
+    """As `merge`, of cells that are all text: columns that do not agree are text."""
+    for field in (known, found):
+        if field is not None and field.kind in (TWICE, NOT_UTF8):
+            return field
+    try:
+        return merge(known, found, name, file)
+    except UserError:
+        return Field("text")
 
 
 def _words(field: Field) -> str:

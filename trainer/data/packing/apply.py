@@ -111,7 +111,7 @@ def recipes_like(index: Index, source: Source) -> list[Recipe]:
         choose(recipe.parts, list(source.fields), source.name)
         for part in recipe.parts:
             _check_kind(recipe, part, source)
-        made.append(recipe)
+        made.append(_following(recipe, source))
     words = vocabularies(source, [each.parts[0] for each in made if each.is_dense and each.vocabulary is not None])
     for i, recipe in enumerate(made):
         if recipe.is_dense and recipe.vocabulary is not None:
@@ -119,6 +119,13 @@ def recipes_like(index: Index, source: Source) -> list[Recipe]:
             new = [word for word in words[recipe.parts[0]] if word not in known]
             made[i] = replace(recipe, vocabulary=[*recipe.vocabulary, *new])
     return made
+
+
+def _following(recipe: Recipe, source: Source) -> Recipe:
+    """``recipe``, carried as float64 where its float32 may round what ``source`` has."""
+    wide = any(source.fields[part].dtype != "float32" and source.fields[part].kind != "bool" for part in recipe.parts)
+    follows = recipe.dtype == "float32" and wide
+    return replace(recipe, dtype="float64", follows=True) if follows else recipe
 
 
 def options_like(index: Index) -> dict[str, Any]:

@@ -12,15 +12,16 @@ Shapes: B rows of a batch.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from trainer.data.fields import NUMERIC, TWICE, VARYING, Field, Raw, VaryingRows, choose
+from trainer.data.fields import NOT_UTF8, NUMERIC, TWICE, VARYING, Field, Raw, VaryingRows, choose
 from trainer.data.shards.index import DTYPES
 from trainer.data.sources.source import Source
-from trainer.errors import UserError
+from trainer.errors import UserError, shortened
 
 ColumnMap = Mapping[str, str | Sequence[str]]
 _READ_ROWS = 1 << 16
@@ -148,6 +149,22 @@ def recipes(
     ]
 
 
+def check_categories(categories: Sequence[str], columns: ColumnMap | None, source: Source) -> None:
+    """Raises UserError, with close names, for one of ``categories`` that is no column."""
+    listed = {part: name for name, parts in (columns or {}).items() if not isinstance(parts, str) for part in parts}
+    known = list(dict.fromkeys([*(columns or {}), *source.fields]))
+    for name in categories:
+        if name in listed and name not in (columns or {}):
+            raise UserError(
+                f"categories=[{name}] is one of the numbers of columns.{listed[name]}: give it a column of its own "
+                f"(columns.{name}={name})."
+            )
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"do you mean {near[0]}?" if near else f"there are {shortened(known)}."
+            raise UserError(f"categories=[{name}] names no column that is packed: {hint}")
+
+
 def _recipe(name: str, parts: str | Sequence[str], source: Source, float_dtype: str | None, wide: bool) -> Recipe:
     float_dtype = "float64" if wide else float_dtype
     if isinstance(parts, str):
@@ -205,6 +222,10 @@ def check_usable(part: str, field: Field, source: Source) -> None:
     if field.kind == TWICE:
         raise UserError(f"'{source.name}' has two columns named '{part}': rename one of them.")
     if field.kind not in (*NUMERIC, "text"):
+        if field.kind == NOT_UTF8:
+            raise UserError(
+                f"column '{part}' of '{source.name}' holds {NOT_UTF8} (it may be Latin-1): save the file as UTF-8."
+            )
         kind = "no value in any row" if field.kind == "null" else field.kind
         times = any(word in kind for word in ("timestamp", "date", "time", "duration"))
         if " and " in kind:

@@ -58,7 +58,8 @@ class Cut:
             return self.table.float_dtype or "float32"
         if not recipe.follows:
             return recipe.dtype
-        return "float64" if self.tally.moments[recipe.name].needs_float64 else "float32"
+        wide = self.table.shifts is None and self.tally.moments[recipe.name].needs_float64
+        return "float64" if wide else "float32"
 
     @cached_property
     def described(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import xxhash
 
 from trainer.data.fields import VARYING, Rows, VaryingRows, choose, concatenate
 from trainer.data.packing.apply import recipes_like, words_like
-from trainer.data.packing.columns import ColumnMap, Recipe, recipes, source_columns
+from trainer.data.packing.columns import ColumnMap, Recipe, check_categories, recipes, source_columns
 from trainer.data.packing.moments import Moments
 from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import PLACE, scramble
@@ -121,6 +121,7 @@ def describe(
         opened = open_source(source, None if columns is None else source_columns(columns) + keys)
     else:
         opened = source
+    check_categories(categories, columns, opened)
     named = [*categories, *(parts for name, parts in (columns or {}).items() if name in categories)]
     words = {part for part in named if isinstance(part, str) and part in opened.fields}
     opened = as_words(opened, words) if like is None else words_like(like, opened)
@@ -159,11 +160,18 @@ def describe(
 
 
 def _mixed(source: Source, made: Sequence[Recipe], categories: Sequence[str]) -> dict[str, str]:
-    """What is wrong with columns of text that are numbers in part, and none of ``categories``."""
-    text = {r.name: r.parts[0] for r in made if r.is_dense and r.vocabulary and number_like(r.vocabulary)}
-    text = {name: part for name, part in text.items() if not {name, part} & set(categories)}
+    """What is wrong with columns of codes of numbers, and of text that is numbers in part, none of ``categories``."""
+    coded = [r for r in made if r.is_dense and r.vocabulary and not {r.name, r.parts[0]} & set(categories)]
+    text = {r.name: r.parts[0] for r in coded if number_like(r.vocabulary or ())}
     sentences = mixed_columns(source, text.values())
-    return {name: sentences[part] for name, part in text.items() if part in sentences}
+    found = {name: sentences[part] for name, part in text.items() if part in sentences}
+    for name, part, words in ((r.name, r.parts[0], r.vocabulary or []) for r in coded):
+        if not isinstance(words[0], str) and words != list(range(len(words))):
+            found[name] = (
+                f"column '{part}' of '{source.name}' holds categories of numbers, and the model gets their codes (0 "
+                f"stands for {words[0]}): give it as numbers, or pack it with categories=[{name}] if codes are meant."
+            )
+    return found
 
 
 def _longest(like: Index) -> int | None:
@@ -364,6 +372,17 @@ def check_rows(tally: Tally, name: str) -> None:
             f"'{name}' leaves no row to train on (of {total}, {tally.dropped} were dropped and "
             f"{tally.held_out} held out): lower held_out, or fill in the missing values."
         )
+
+
+def check_rounding(table: Table, tally: Tally) -> None:
+    """Raises UserError where a column is to be stored as float32, like that of another table, which would round it."""
+    for recipe in table.recipes if table.shifts is not None else ():
+        if recipe.follows and tally.moments[recipe.name].needs_float64:
+            raise UserError(
+                f"column '{recipe.name}' is float32 in the table that '{table.name}' is to be like, which rounds the "
+                "values of this one by more than 1e-6 of their sd: pack both tables together, or subtract the same "
+                "number from both."
+            )
 
 
 def _word_hashes(group: Recipe) -> np.ndarray | None:

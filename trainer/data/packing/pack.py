@@ -17,7 +17,7 @@ import numpy as np
 from trainer.data.packing.apply import options_like
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.emit import SIDES, Cut, first_of_groups
-from trainer.data.packing.ingest import WEIGHT, Scatter, Table, Tally, check_rows, describe, total
+from trainer.data.packing.ingest import WEIGHT, Scatter, Table, Tally, check_rounding, check_rows, describe, total
 from trainer.data.packing.moments import Moments
 from trainer.data.packing.partial import partial_folder
 from trainer.data.packing.runs import Runs, RunsFile
@@ -69,6 +69,7 @@ def pack(
         try:
             tally = total(scatter(opened, table, runs, range(len(opened.piece_rows)), share, workers, shown))
             check_rows(tally, table.name)
+            check_rounding(table, tally)
             table = without_spared(table, tally)
             cut = cut_of(table, tally, runs, share, workers, shown)
             shown.tick(tally.dropped)
@@ -168,7 +169,7 @@ def _like(place: Any, given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"like={place} is no shard folder.")
     index = folder.index
     found, usual = options_like(index), {"held_out": _HELD_OUT, "seed": 0}
-    for name in ("columns", "standardise", *found):
+    for name in ("columns", "standardise", "categories", *found):
         value = given[name]
         if value not in (None, (), [], {}, usual.get(name), found.get(name)):
             option = f"split.{name.removeprefix('split_')}" if name.startswith(("split_", "held")) else name

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.packing.emit import SIDES, Cut
-from trainer.data.packing.ingest import Table, Tally, check_rows, total
+from trainer.data.packing.ingest import Table, Tally, check_rounding, check_rows, total
 from trainer.data.packing.moments import Moments
 from trainer.data.packing.pack import (
     Made,
@@ -193,6 +193,7 @@ class Parts:
         tails = [tail for part in range(1, plan["given"]["parts"] + 1) if (tail := self._tail(part, plan))]
         tally = total(Tally.of(state) for tail in tails for state in tail.about["tallies"])
         check_rows(tally, table.name)
+        check_rounding(table, tally)
         workers = workers or default_workers(table.rows * table.row_bytes)
         runs = ReadRuns(table.recipes, tails)
         try:

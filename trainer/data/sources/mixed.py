@@ -18,16 +18,21 @@ _PLAIN = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _WRITTEN = r"[+-]?\p{Sc}?\s?[+-]?(\d{1,3}([,.' ]\d{3})+|\d+)([.,]\d+)?\s?[%\p{Sc}]?"
 _NUMBER = rf"^\s*({_PLAIN}|{_WRITTEN})\s*$"
 """A number, also with separators, a currency or a percent sign. RE2's syntax."""
+_CODE = r"^\s*(0\d+|[+-]?\d{19,})\s*$"
+"""Digits that are rather a name: as a number they would lose leading zeros, or their last digits."""
 _READ_ROWS = 1 << 16
 
 
 def refuse_mixed(source: Source, columns: Iterable[str], categories: Iterable[str]) -> None:
-    """Raises UserError for a column of ``columns`` of a CSV file, not in ``categories``, that `mixed_columns` names."""
+    """Raises UserError for a column of ``columns`` of a CSV file, not in ``categories``, that `mixed_columns` names.
+
+    Not for one of nothing but codes (007): as categories it is what it says.
+    """
     if not is_csv(source):
         return
     allowed = set(categories)
     names = [name for name in dict.fromkeys(columns) if name not in allowed and name in source.fields]
-    found = mixed_columns(source, [name for name in names if source.fields[name].kind == "text"])
+    found = mixed_columns(source, [name for name in names if source.fields[name].kind == "text"], codes=False)
     if found:
         raise UserError(next(iter(found.values())))
 
@@ -61,15 +66,19 @@ def first_word(source: Source, name: str) -> tuple[int, str] | None:
     first_row = 0
     for batch in source.batches(_READ_ROWS, [name]):
         words = _plain(batch[name])
-        place = pc.index(pc.match_substring_regex(words, rf"^\s*({_PLAIN})\s*$"), False).as_py()
+        plain = pc.match_substring_regex(words, rf"^\s*({_PLAIN})\s*$")
+        place = pc.index(pc.and_not(plain, pc.match_substring_regex(words, _CODE)), False).as_py()
         if place >= 0:
             return first_row + place, words[place].as_py()
         first_row += len(words)
     return None
 
 
-def mixed_columns(source: Source, names: Iterable[str]) -> Mapping[str, str]:
-    """A sentence for each of ``names``, columns of text and no categories, in which words are numbers."""
+def mixed_columns(source: Source, names: Iterable[str], codes: bool = True) -> Mapping[str, str]:
+    """A sentence for each of ``names``, columns of text and no categories, in which words are numbers.
+
+    ``codes``: also where these are nothing but digits that are rather names.
+    """
     import pyarrow.compute as pc
 
     left = dict.fromkeys(names)
@@ -84,12 +93,18 @@ def mixed_columns(source: Source, names: Iterable[str]) -> Mapping[str, str]:
             plain = pc.match_substring_regex(words, rf"^\s*({_PLAIN})\s*$")
             number = pc.match_substring_regex(words, _NUMBER)
             written = pc.and_not(number, plain)
-            for kind, flags in (("plain", plain), ("written", written), ("word", pc.invert(number))):
+            code = pc.match_substring_regex(words, _CODE)
+            kinds = {"plain": plain, "written": written, "word": pc.invert(number), "code": code}
+            for kind, flags in kinds.items():
                 place = -1 if kind in found else pc.index(flags, True).as_py()
                 if place >= 0:
                     found[kind] = (first_row + place, words[place].as_py())
         first_row += len(next(iter(batch.values())))
-    told = {name: _sentence(source.name, name, firsts[name]) for name in left}
+    told = {
+        name: _sentence(source.name, name, firsts[name])
+        for name in left
+        if codes or firsts[name].keys() - {"plain", "code"}
+    }
     return {name: sentence for name, sentence in told.items() if sentence}
 
 
@@ -106,9 +121,14 @@ def _sentence(table: str, name: str, found: Mapping[str, tuple[int, str]]) -> st
             "counted from 0): mend it, leave the cell empty where it stands for a missing value, or pack it with "
             f"categories=[{name}] where all are names."
         )
-    how = "with separators or signs" if "written" in found else "as text"
-    row, number = found.get("written", (row, number))
-    remedy = "remove these" if "written" in found else "make them numbers"
+    how, remedy = "as text", "make them numbers"
+    if "written" in found:
+        (row, number), how, remedy = found["written"], "with separators or signs", "remove these"
+    elif "code" in found:
+        row, number = found["code"]
+        zeros = number.strip().startswith("0")
+        how = "with leading zeros" if zeros else "with more digits than an integer of 64 bits has"
+        remedy = "remove these" if zeros else "write them as floats (1.5e20)"
     return (
         f"column '{name}' of '{table}' holds numbers written {how} ('{number}' in row {row}, counted from 0): "
         f"{remedy}, or pack it with categories=[{name}] where they are names."

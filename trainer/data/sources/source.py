@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import pyarrow as pa
 
 from trainer.data.address import Place, is_address
-from trainer.data.fields import Field, Piece, Raw, choose, merge, pieces_of, schema_fields
+from trainer.data.fields import Field, Piece, Raw, choose, merge, merge_words, pieces_of, schema_fields
 from trainer.data.shards.index import INDEX_NAME
 from trainer.data.sources.formats import FORMATS, Read, open_dataset
 from trainer.data.sources.place import files_at, suffix
@@ -122,6 +122,7 @@ def open_source(pattern: str | Path, names: Iterable[str] | None = None) -> File
         return _open_folder(str(pattern), names)
     files = _files(str(pattern))
     inspect, read = FORMATS[suffix(files[0])]
+    join = merge_words if suffix(files[0]) == ".csv" else merge
     fields: dict[str, Field] = {}
     pieces: list[tuple[int, Piece]] = []
     for number, file in enumerate(files):
@@ -130,7 +131,7 @@ def open_source(pattern: str | Path, names: Iterable[str] | None = None) -> File
         if fields and found.keys() != fields.keys():
             differ = ", ".join(sorted(found.keys() ^ fields.keys()))
             raise UserError(f"'{file}' and '{files[0]}' differ in the columns {differ}: name the columns they share.")
-        fields = {name: merge(fields.get(name), field, name, file) for name, field in found.items()}
+        fields = {name: join(fields.get(name), field, name, file) for name, field in found.items()}
         pieces += [(number, part) for part in parts]
     if not pieces:
         raise UserError(f"'{pattern}' has no rows: check that it is the file you meant.")

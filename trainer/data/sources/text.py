@@ -18,7 +18,18 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 
 from trainer.data.address import Place
-from trainer.data.fields import TWICE, Field, Piece, Raw, arrow_field, choose, merge, object_field
+from trainer.data.fields import (
+    NOT_UTF8,
+    TWICE,
+    Field,
+    Piece,
+    Raw,
+    arrow_field,
+    choose,
+    merge,
+    merge_words,
+    object_field,
+)
 from trainer.data.sources.place import is_compressed, opened, stamp
 from trainer.errors import UserError
 
@@ -114,52 +125,98 @@ def _csv_header(stream: IO[bytes]) -> list[str]:
     return names
 
 
-def _csv_tables(
-    file: Place, names: Sequence[str], types: dict[str, pa.DataType], piece: Piece | None = None
-) -> Iterator[tuple[pa.Table, int, int]]:
-    """The columns ``names`` of a file, or of a piece, in tables of whole lines, with their places in bytes.
-
-    Types that are not given are those of each table.
-    """
+def _csv_table(text: bytes, header: Sequence[str], types: Mapping[str, pa.DataType | None]) -> pa.Table:
+    """The columns of ``types`` of lines of a file; a type that is None is that of all their values."""
+    parsing = pa_csv.ParseOptions(newlines_in_values=b'"' in text)
     converting = pa_csv.ConvertOptions(
-        include_columns=names, column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False
+        include_columns=list(types),
+        column_types={name: kind for name, kind in types.items() if kind is not None},
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
     )
+
+    def read(block: int) -> pa.Table:
+        reading = pa_csv.ReadOptions(column_names=header, block_size=block)
+        return pa_csv.read_csv(io.BytesIO(text), reading, parsing, converting)
+
+    return _in_blocks(text, read)
+
+
+def _codes(text: bytes, header: Sequence[str], table: pa.Table) -> set[str]:
+    """The columns of ``table``, read from ``text``, whose numbers are not what is written: 007, and integers beyond 64
+    bits. Those are names, not numbers."""
+    zeros = _has_leading_zeros(text)
+    doubtful = [
+        name
+        for name, column in zip(table.column_names, table.columns)
+        if (zeros and pa.types.is_integer(column.type)) or (pa.types.is_floating(column.type) and _is_beyond(column))
+    ]
+    if not doubtful:
+        return set()
+    import pyarrow.compute as pc
+
+    words = _csv_table(text, header, dict.fromkeys(doubtful, pa.string()))
+    found = set()
+    for name in doubtful:
+        beyond = pa.types.is_floating(table.column(name).type)
+        matched = pc.match_substring_regex(words.column(name), r"^[+-]?\d+$" if beyond else r"^0\d")
+        if (pc.all if beyond else pc.any)(matched).as_py():
+            found.add(name)
+    return found
+
+
+def _has_leading_zeros(text: bytes) -> bool:
+    """Whether any cell of CSV lines may begin with a zero and another digit."""
+    marks = np.frombuffer(b"\n" + text + b"\n", np.uint8)
+    zeros = np.flatnonzero(marks == ord("0"))
+    before, after = marks[zeros - 1], marks[zeros + 1]
+    return bool((np.isin(before, list(b',"\r\n')) & (after >= ord("0")) & (after <= ord("9"))).any())
+
+
+def _is_beyond(column: pa.ChunkedArray) -> bool:
+    """Whether a column of floats has one that no integer of 64 bits is."""
+    values = np.abs(column.to_numpy())
+    return bool(((values >= 2.0**63) & np.isfinite(values)).any())
+
+
+def _csv_texts(file: Place) -> Iterator[tuple[list[str], int, bytes]]:
+    """The header of a file with each of its texts of whole rows and its place."""
     with opened(file) as stream:
         header = _csv_header(stream)
-        for at, text in texts(stream, whole=_whole_rows) if piece is None else [(piece.at, piece_text(file, piece))]:
-            parsing = pa_csv.ParseOptions(newlines_in_values=b'"' in text)
-
-            def read(block: int, text: bytes = text, parsing: pa_csv.ParseOptions = parsing) -> pa.Table:
-                reading = pa_csv.ReadOptions(column_names=header, block_size=block)
-                return pa_csv.read_csv(io.BytesIO(text), reading, parsing, converting)
-
-            yield _in_blocks(text, read), at, at + len(text)
+        for at, text in texts(stream, whole=_whole_rows):
+            yield header, at, text
 
 
 def inspect_csv(file: Place, names: Sequence[str] | None) -> tuple[dict[str, Field], list[Piece]]:
-    """Types over all rows: a column of integers with a fraction somewhere is float, with a word somewhere text."""
+    """Types over all rows: a column of integers with a fraction somewhere is float, with a word somewhere text.
+
+    Numbers that are not written as such (007, and integers beyond 64 bits) are text.
+    """
     with opened(file) as stream:
         times = Counter(_csv_header(stream))
     chosen = choose(names, [name for name, count in times.items() for _ in range(min(count, 2))], file)
     fields = {name: Field("null" if times[name] == 1 else TWICE) for name in chosen}
     pieces = []
-    for table, at, stop in _csv_tables(file, [name for name in chosen if times[name] == 1], {}):
+    once = dict.fromkeys(name for name in chosen if times[name] == 1)
+    for header, at, text in _csv_texts(file):
+        table = _csv_table(text, header, once)
+        codes = _codes(text, header, table)
         if len(table):
-            pieces.append(Piece(len(table), at, stop))
+            pieces.append(Piece(len(table), at, at + len(text)))
         for name, kind in zip(table.column_names, table.schema.types):
-            found = arrow_field(kind)
-            try:
-                fields[name] = merge(fields[name], found, name, file)
-            except UserError:
-                fields[name] = Field("text")
+            found = Field("text") if name in codes else arrow_field(kind)
+            found = Field(NOT_UTF8) if pa.types.is_binary(kind) else found
+            fields[name] = merge_words(fields[name], found, name, file)
     return fields, pieces
 
 
 def read_csv(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece) -> Iterator[dict[str, Raw]]:
-    types = {name: _ARROW[field.kind] for name, field in fields.items() if field.kind in _ARROW}
-    for table, _, _ in _csv_tables(file, list(fields), types, piece):
-        for batch in table.combine_chunks().to_batches(max_chunksize=rows):
-            yield {name: batch.column(name) for name in fields}
+    with opened(file) as stream:
+        header = _csv_header(stream)
+    types = {name: _ARROW.get(field.kind) for name, field in fields.items()}
+    table = _csv_table(piece_text(file, piece), header, types)
+    for batch in table.combine_chunks().to_batches(max_chunksize=rows):
+        yield {name: batch.column(name) for name in fields}
 
 
 def inspect_json(file: Place, names: Sequence[str] | None) -> tuple[dict[str, Field], list[Piece]]:
