@@ -23,6 +23,7 @@ from trainer.svi.step import Inference, StepBatch
 
 _OF_FLOAT32, _OF_FLOAT64 = 1e-6, 1e-10  # of a column's spread: what rounding may leave of an exact value
 _ROUNDING = 1e-12  # of its size, below which a column is constant
+_MARGIN = math.log(10.0)
 _FEW = 2048
 _MOST_STEPS = 60  # of a factor of ten, in one latent
 _FREE = (transforms.ExpTransform, transforms.SigmoidTransform, transforms.TanhTransform)
@@ -36,8 +37,19 @@ class Spread(NamedTuple):
     """The column, or the site where no column is observed as it stands."""
     spread: Tensor
     """[] log of the median row's, beside that of the values."""
+    off: float
+    """Log of how far the median row's value is from what is expected of it, beside the spread of the values."""
+    numbers: int
+    """A row's."""
+    limit: float
+    """Log of what rounding may leave."""
     constant: bool
     """Whether the values are."""
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the values are met and the spread is nothing beside theirs; a narrow prior makes it small alone."""
+        return bool(self.spread <= self.limit) and self.off <= self.limit + _MARGIN
 
     def sentence(self, latent: str) -> str:
         """What is wrong, and what to do; ``latent``: what makes the spread."""
@@ -71,7 +83,9 @@ def refuse_exact(
             continue
         latent = int(slope.abs().argmax())
         by_ten = math.log(10.0) / float(slope[latent])
-        exact = bool(found.spread <= _limit(few))
+        if inference.num_obs * found.numbers < len(at):  # fewer than the latents: their priors hold the density
+            continue
+        exact = found.is_nothing
         if not exact and lowest is not None and inference.num_obs > len(at) + 1:  # else each row may have a latent
             exact = all(
                 _falls(inference, some, joint(inference, some), at.detach(), lowest, name, latent, by_ten)
@@ -87,7 +101,7 @@ def met_exactly(inference: Inference, theta: Tensor, rows: StepBatch) -> str | N
     few = _first(rows)
     with torch.no_grad():
         found = _spreads(inference, inference.parameters.unflatten(theta), few).values()
-    return next((each.sentence("its scale") for each in found if each.spread <= _limit(few)), None)
+    return next((each.sentence("its scale") for each in found if each.is_nothing), None)
 
 
 def _falls(
@@ -100,7 +114,7 @@ def _falls(
     least = float(loss(at))
     for _ in range(_MOST_STEPS):
         with torch.no_grad():
-            if _spreads(inference, {"guide.loc": at, "guide.log_scale": 0.0 * at}, rows)[name].spread <= _limit(rows):
+            if _spreads(inference, {"guide.loc": at, "guide.log_scale": 0.0 * at}, rows)[name].is_nothing:
                 return True
         moved = at.clone()
         moved[latent] -= by_ten
@@ -119,14 +133,11 @@ def _first(rows: StepBatch) -> StepBatch:
     return StepBatch(columns, number[None], number, None if rows.row_id is None else rows.row_id[:, :count])
 
 
-def _limit(rows: StepBatch) -> float:
-    """The log of the relative spread that rounding may leave, by how finely the columns are stored."""
-    coarse = any(
-        column.is_floating_point() and bool((column == column.float()).all()) and bool((column != column.round()).any())
-        for column in rows.columns.values()
-        if isinstance(column, Tensor)
-    )
-    return math.log(_OF_FLOAT32 if coarse else _OF_FLOAT64)
+def _is_coarse(column: Any) -> bool:
+    """Whether it holds fractions as float32 does."""
+    if not isinstance(column, Tensor) or not column.is_floating_point():
+        return False
+    return bool((column == column.float()).all()) and bool((column != column.round()).any())
 
 
 def _spreads(inference: Inference, values: dict[str, Tensor], rows: StepBatch) -> dict[str, Spread]:
@@ -146,11 +157,13 @@ def _spreads(inference: Inference, values: dict[str, Tensor], rows: StepBatch) -
     with pyro.validation_enabled(False):
         nodes = inference.parameters.call(values, trace).nodes
     observed = [name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood" and name in nodes]
-    made = {name: _relative(nodes[name], columns) for name in observed if inside(nodes[name], inference.model.plate)}
+    here = [name for name in observed if inside(nodes[name], inference.model.plate)]
+    made = {name: _relative(nodes[name], columns, not inference.wide) for name in here}
     return {name: each for name, each in made.items() if each is not None}
 
 
-def _relative(site: Site, columns: dict[str, Any]) -> Spread | None:
+def _relative(site: Site, columns: dict[str, Any], narrow: bool) -> Spread | None:
+    """``narrow``: whether the model computes in float32."""
     fn, value = site["fn"], site["value"]
     same = (n for n, each in columns.items() if isinstance(each, Tensor) and torch.equal(each.to(value), value))
     column = next(same, None)
@@ -166,18 +179,37 @@ def _relative(site: Site, columns: dict[str, Any]) -> Spread | None:
     spread = None if is_discrete(fn) or isinstance(fn, pyro.distributions.Delta) else _spread(fn)
     if spread is None or value.dim() == 0 or not value.is_floating_point():
         return None
-    value = value.double()
+    value, center = value.double(), _center(fn, value).double()
     positive = isinstance(fn.support, type(constraints.positive)) or fn.support is constraints.nonnegative
     if positive:
-        spread, value = spread / fn.mean.abs(), value.log()
+        spread, value, center = spread / center.abs(), value.log(), center.log()
     deviation, size = value.std(0, correction=0), value.abs().amax(0)
     constant = deviation <= _ROUNDING * size
     whole = torch.ones_like(size) if positive else torch.where(size > 0, size, 1.0)
-    ratio = (spread / torch.where(constant, whole, deviation)).expand_as(value)
-    median = ratio.reshape(len(value), -1).median(0).values
+    beside = torch.where(constant, whole, deviation)
+    median = _median(spread / beside, value)
     least = median.argmin()
+    off = _median((value - center).abs() / beside, value)[least].detach()
+    coarse = narrow or any(map(_is_coarse, columns.values() if column is None else [columns[column]]))
+    limit = math.log(_OF_FLOAT32 if coarse else _OF_FLOAT64)
     what = f'what is observed at site "{site["name"]}"' if column is None else f'column "{column}"'
-    return Spread(what, median[least].log(), bool(constant.reshape(-1)[least]))
+    numbers = value[0].numel()
+    return Spread(what, median[least].log(), float(off.log()), numbers, limit, bool(constant.reshape(-1)[least]))
+
+
+def _median(each: Tensor, like: Tensor) -> Tensor:
+    """Over the rows, of every number of a row."""
+    return each.expand_as(like).reshape(len(like), -1).median(0).values
+
+
+def _center(fn: Any, value: Tensor) -> Tensor:
+    """The mean of a distribution, or its location where it has none; ``value`` where it has neither."""
+    try:
+        mean = fn.mean
+    except (NotImplementedError, AttributeError):
+        mean = None
+    center = mean if mean is not None and mean.isfinite().all() else getattr(fn, "loc", value)
+    return center if isinstance(center, Tensor) else value
 
 
 def _spread(fn: Any) -> Tensor | None:
