@@ -196,10 +196,27 @@ def test_laplace_ends_with_the_posterior():
     torch.testing.assert_close(torch.stack(terms), evidence.expand(5), rtol=0, atol=1e-9)
 
 
-def test_laplace_without_a_curvature_is_named():
+FLAT = {
+    "flat in one latent": (torch.diag(torch.tensor([1.0, 2.0, 0.0])), r'is flat along "w\[2\]" at.*give it a proper'),
+    "up in one latent": (torch.diag(torch.tensor([1.0, -2.0, 1.0])), r'curves up along "w\[1\]" at.*train longer'),
+    "a ridge": (
+        torch.tensor([[1e6, 1e3, 0.0], [1e3, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+        r'is flat along "w\[[01]\]" and "w\[[01]\]" at.*give one of them',
+    ),
+    "a ridge but for rounding": (
+        torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0 + 1e-14, 0.0], [0.0, 0.0, 1.0]]),
+        r'is flat along "w\[[01]\]" and "w\[[01]\]" at',
+    ),
+    "nowhere finite": (torch.full((3, 3), torch.nan), "is not finite"),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_laplace_without_a_curvature_is_named(name):
+    hessian, words = FLAT[name]
     inference, _, _ = laplace()
-    with pytest.raises(UserError, match="does not curve down"):
-        inference.guide.ended(torch.diag(torch.tensor([1.0, 2.0, -1.0])))
+    with pytest.raises(UserError, match=words):
+        inference.guide.ended(hessian.double())
 
 
 # What a guide's factor adds, and a guide that holds nothing.

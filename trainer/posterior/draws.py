@@ -4,7 +4,7 @@ Shapes: B rows of a batch.
 """
 
 import operator
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -73,11 +73,18 @@ def latents_of(drawn: Draw, plate: str) -> dict[str, Site]:
 def parameters_of(inference: Inference, theta: Tensor, batch: Batch) -> dict[str, Tensor]:
     """The model's own trained parameters, as the model sees them; of a guide of the user's, none."""
     parameters, guide = inference.parameters, inference.guide
-    if isinstance(guide, PyroGuide) and guide.kind != NO_LATENT:
-        nodes = draw(inference, theta, batch, 0, 0).trace.nodes
-        return {str(name): cast(Tensor, node["value"]) for name, node in nodes.items() if node["type"] == "param"}
     values = parameters.constrain(parameters.unflatten(theta.detach()))
-    return {name: value for name, value in values.items() if name[:6] != "guide."}
+    own = {name: value for name, value in values.items() if name[:6] != "guide."}
+    if isinstance(guide, PyroGuide) and guide.kind != NO_LATENT:
+        nodes = draw(inference, theta, batch, 0, 0).trace.nodes.items()
+        touched = {str(name): cast(Tensor, node["value"]) for name, node in nodes if node["type"] == "param"}
+        return {_with_module(name.replace("$$$", "."), own): value for name, value in touched.items()}
+    return own
+
+
+def _with_module(name: str, names: Iterable[str]) -> str:
+    """That one of ``names``, which begin with a module's, that a model calls ``name``."""
+    return next((each for each in names if each == name or each.endswith(f".{name}")), name)
 
 
 def predicts_by(inference: Inference, theta: Tensor, batch: Batch, name: str) -> bool:

@@ -27,6 +27,7 @@ from trainer.svi.latents import (
     FromUnconstrained,
     LatentSite,
     Site,
+    latent_name,
     refuse_latent,
     total,
 )
@@ -153,12 +154,7 @@ class MeanField:
 
     def latent_name(self, index: int) -> str:
         """Where scalar ``index`` of D stands, as `beta[3]`."""
-        for site in self.sites:
-            if index < site.size:
-                place = torch.unravel_index(torch.tensor(index), site.shape) if site.shape else ()
-                return site.name + (f"[{', '.join(str(int(i)) for i in place)}]" if place else "")
-            index -= site.size
-        raise IndexError(index)
+        return latent_name(self.sites, index)
 
     def by_site(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a vector [D], each in its site's unconstrained shape."""

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.svi.guides import KL, LOG_2PI, Draw, Noise
-from trainer.svi.latents import AtZero, FromUnconstrained, refuse_latent
+from trainer.svi.latents import AtZero, FromUnconstrained, latent_name, refuse_latent
 from trainer.svi.noise_mode import NoiseMode, measure_noise
 from trainer.svi.plates import Batch, PlatedModel
+
+_FLAT = (
+    1e-10,
+    -1e-6,
+)  # curvatures beside those along the latents: what is below the first is flat, below the second up
+_PART = 0.3  # of the strongest latent's part in a direction, from which another is named
+_MOST_NAMED = 3
 
 
 class Laplace:
@@ -60,16 +67,35 @@ class Laplace:
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         """The parameters that the ``hessian`` [D, D] of minus the log joint changes. Raises UserError where it has no
         inverse that is a covariance."""
-        scale = hessian.diagonal().clamp(min=1e-300).rsqrt()
-        root, failed = torch.linalg.cholesky_ex(scale[:, None] * hessian * scale)
-        if failed or not torch.isfinite(root).all():
+        curvature = hessian.diagonal()
+        scale = torch.where(curvature > 0, curvature, 1.0).rsqrt()
+        scaled = scale[:, None] * hessian * scale
+        if not torch.isfinite(scaled).all():
             raise UserError(
-                "the log joint does not curve down in all directions at the end of training, so that Laplace's "
-                "approximation has no covariance there: train longer (max_steps=), give proper priors, or take "
-                "guide=mean_field."
+                "the curvature of the log joint is not finite at the end of training, so that Laplace's approximation "
+                "has no covariance there: train longer (max_steps=), or take guide=mean_field."
             )
-        covariance = scale[:, None] * torch.cholesky_inverse(root) * scale
+        values, vectors = torch.linalg.eigh(scaled)
+        if values[0] < _FLAT[0]:
+            raise UserError(self._without_covariance(float(values[0]), vectors[:, 0].abs()))
+        covariance = scale[:, None] * torch.cholesky_inverse(torch.linalg.cholesky(scaled)) * scale
         return {"guide.factor": torch.linalg.cholesky(covariance)}
+
+    def _without_covariance(self, value: float, along: Tensor) -> str:
+        """The sentence for a direction of curvature ``value``, in which each latent has its part ``along`` [D]."""
+        strong = [int(i) for i in along.argsort(descending=True) if along[i] > _PART * along.max()]
+        named = " and ".join(f'"{latent_name(self.sites, i)}"' for i in strong[:_MOST_NAMED])
+        more = f" (and {len(strong) - _MOST_NAMED} others)" if len(strong) > _MOST_NAMED else ""
+        if value < _FLAT[1]:
+            does, remedy = "curves up", "train longer (max_steps=), for this is no mode,"
+        elif len(strong) > 1:
+            does, remedy = "is flat", "give one of them a proper prior or a narrower one, leave one out,"
+        else:
+            does, remedy = "is flat", "give it a proper prior, leave it out,"
+        return (
+            f"the log joint {does} along {named}{more} at the end of training, so that Laplace's approximation has no "
+            f"covariance there: {remedy} or take guide=mean_field."
+        )
 
     def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([site.size for site in self.sites])

@@ -4,7 +4,7 @@ z = biject_to(support)(u). Shapes: D unconstrained scalars in all.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,6 +35,15 @@ class LatentSite:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+def latent_name(sites: Iterable[LatentSite], index: int) -> str:
+    """Where scalar ``index`` of the flat vector stands, as `beta[3]`."""
+    site = next(each for each in sites if each.start <= index < each.start + each.size)
+    if not site.shape:
+        return site.name
+    place = torch.unravel_index(torch.tensor(index - site.start), site.shape)
+    return f"{site.name}[{', '.join(str(int(i)) for i in place)}]"
 
 
 class AtZero(Messenger):

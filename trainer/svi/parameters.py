@@ -46,6 +46,13 @@ class Parameters:
         self.initial, self.modules, self.constrained, self._lazy = initial, modules, constrained, lazy
         self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
         names = {id(value): name for name, value in modules.named_parameters()}
+        self._written = {  # of a PyroParam: a module holds it by another name
+            names[id(value)]: (names[id(value)].removesuffix("_unconstrained"), constraint)
+            for module in modules.modules()
+            if isinstance(module, PyroModule)
+            for key, (constraint, _) in module._pyro_params.items()
+            if (value := module._parameters.get(f"{key}_unconstrained")) is not None
+        }
         # A module may be reached by several names, and a parameter stand in several modules.
         self._places = [
             (module._parameters, key, names[id(value)])
@@ -113,11 +120,12 @@ class Parameters:
                 held[key] = value
 
     def constrain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The values as the model sees them."""
-        return {
-            name: transform_to(self.constrained[name])(value) if name in self.constrained else value
-            for name, value in values.items()
-        }
+        """The values as the model sees them, under the names that it has for them."""
+        made = {}
+        for name, value in values.items():
+            written, constraint = self._written.get(name, (name, self.constrained.get(name)))
+            made[written] = value if constraint is None else transform_to(constraint)(value)
+        return made
 
 
 @contextmanager
