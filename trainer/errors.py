@@ -55,6 +55,11 @@ def exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, UserError) else 1
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """ "1 block", "2,000 blocks": ``number`` of what is called ``one``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def shortened(names: Iterable[str], most: int = 20) -> str:
     """``names`` in a row, the first ``most`` of them where there are more."""
     names = list(names)

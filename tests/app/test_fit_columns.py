@@ -159,9 +159,9 @@ def test_shards_of_other_codes_are_not_predicted(tmp_path: Path) -> None:
 def test_a_table_that_is_packed_on_the_fly_leaves_out_what_it_must(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("x,y,gap,day\n1,2,,2020-01-01\n2,3,1,2020-01-02\n")
     console = Console(file=io.StringIO(), width=200)
-    out = shards_of([str(tmp_path / "t.csv")], console, ShardCache(tmp_path / "cache"))
+    (out,) = shards_of([str(tmp_path / "t.csv")], console, ShardCache(tmp_path / "cache"))
     assert "columns: x int64 · y int64 · left out: day · gap" in console.file.getvalue()  # type: ignore[attr-defined]
-    index = ShardFolder(Path(str(out)) / "train").index
+    index = ShardFolder(Path(out) / "train").index
     refuse_spared(index, slope)
 
     def with_gap(x, gap=None, y=None):
@@ -194,3 +194,15 @@ def test_the_line_of_columns_tells_their_types(tmp_path: Path) -> None:
     )
     many, _ = pack(MemorySource({f"c{i}": [1.0] for i in range(25)}), tmp_path / "many", held_out=0)
     assert columns_line(many).endswith(" · c19 float32 · 5 more")
+
+
+def test_an_argument_that_is_no_column_is_told_beside_all_columns_of_the_table() -> None:
+    table = {"hour": NUMBERS, "xx": NUMBERS, "y": NUMBERS, **{f"c{k}": NUMBERS for k in range(30)}}
+    with pytest.raises(
+        UserError, match=r'argument "x" that is no column of the data \(hour, xx, y, c0, .* and 13 more; do'
+    ):
+        fit(slope, table, **OPTIONS)
+    with pytest.raises(
+        UserError, match=r'argument "x" that is no column of the data \(hour, y\): name its column with'
+    ):
+        fit(slope, {"hour": NUMBERS, "y": NUMBERS}, **OPTIONS)

@@ -35,7 +35,7 @@ def test_columns_sizes_and_rows_are_shown(folder, capsys, monkeypatch):
     assert "x float64 2 19 to 20 11.53 0 to 1 38 to 39" in lines
     assert "place 2 categories 1" in lines
     assert "words csr float64 of 30, those not 0" in lines
-    assert any(f"{folder}/train: 20 rows in 1 blocks of 1 shards" in line for line in lines)
+    assert any(f"{folder}/train: 20 rows in 1 block of 1 shard," in line for line in lines)
     assert len([line for line in lines if "here" in line]) == 3  # categories as words, a line a row
     row = int(lines[-1].split()[-1])
     assert lines[-1].startswith(f"{2 * row}, {2 * row + 1} ")

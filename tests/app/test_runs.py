@@ -21,6 +21,14 @@ from trainer.lit.signals import Stopped
 
 DONE = {"elbo": -500.0, "elbo_per_row": -0.5, "held_out_elbo_per_row": -0.6, "rows": 1000, "held_out_rows": 100,
         "steps": 40, "rows_per_second": 1234.5, "stop_reason": "converged"}  # fmt: skip
+SLOPE = """
+import pyro, pyro.distributions as dist
+
+def model(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x * w, 1.0), obs=y)
+"""
 
 
 def made(folder: Path, *overrides: str, metrics: dict | None = None, steps: tuple[int, ...] = (20, 40),
@@ -234,3 +242,23 @@ def test_a_stopped_a_killed_and_a_finished_run_are_told_apart(shards, tmp_path):
     assert {name: run.status for name, run in runs.items()} == {name: name for name in runs}
     assert runs["stopped"].why.startswith("stopped by SIGTERM at step")
     assert runs["failed"].why.startswith("not finite at step")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("model._target_=own_model.model", "data.path=none.csv"), "there is no shard folder at none.csv"),
+        (("model._target_=own_model.nothing", "data.path=t.csv"), "own_model has no nothing"),
+        (("model._target_=own_model.model", "data.path=t.csv"), "holds text and numbers"),
+    ],
+)
+def test_a_start_that_is_refused_leaves_no_folder_that_nobody_named(tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("x,y\n1,2\n?,3\n4,5\n")
+    (tmp_path / "own_model.py").write_text(SLOPE)
+    done = svi("train", *words)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "runs").exists()
+    if "none.csv" in words[1]:
+        svi("train", *words, "run_dir=named")
+        assert run_folder.read(tmp_path / "named").status == "failed"

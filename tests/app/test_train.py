@@ -343,7 +343,7 @@ def test_a_partition_that_has_changed_since_it_was_packed_is_seen(table, tmp_pat
     part.parent.mkdir(parents=True)
     pq.write_table(pa.table({"y": np.load(table)["y"]}), part)
     shards = [shards_of([str(tmp_path / "t")], Console(), ShardCache(tmp_path / "cache")) for _ in range(2)]
-    assert shards == 2 * [str(tmp_path / "t.shards")]
+    assert shards == 2 * [[str(tmp_path / "t.shards")]]
     later = part.stat().st_mtime + 10
     os.utime(part, (later, later))
     with pytest.raises(UserError, match="has changed since it was packed: remove"):

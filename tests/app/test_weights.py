@@ -1,15 +1,20 @@
 """Rows count by a column of weights where one asks for it, and only there."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyro
 import pyro.distributions as dist
 import pytest
+from rich.console import Console
 
 from trainer import UserError, fit
+from trainer.app.shard import shards_of
 from trainer.app.weights import packed_for, shown_to_model, told
 from trainer.data.packing.pack import pack
+from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.files import read_index
 from trainer.data.shards.index import Column, Index
 from trainer.data.sources.memory import MemorySource
@@ -142,3 +147,27 @@ def test_what_a_table_in_memory_is_packed_with():
         "weight": "weight",
     }
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("names", [["n"], ["n", "weight"]])
+def test_a_table_packed_on_the_way_has_the_weights_that_are_asked_for(tmp_path, names):
+    """As `svi train weight=n data.path=t.csv` packs it, in a folder of its own."""
+    frame = pd.DataFrame({"age": AGE[:20], "y": KG[:20], **dict.fromkeys(names, range(20)), "weight": 7.0})
+    frame.drop(columns={"weight"} - set(names)).to_csv(tmp_path / "t.csv", index=False)
+    given = [str(tmp_path / "t.csv")], Console(quiet=True), ShardCache(tmp_path / "cache")
+    (plain,), (counts,) = shards_of(*given), shards_of(*given, weight="n")
+    assert plain != counts == shards_of(*given, weight="n")[0]
+    index = read_index(Path(counts) / "train")
+    assert {"age", "y", "n", "weight"} <= {column.name for column in index.columns}
+    assert index.meta["columns"]["weight"] == "n"
+    assert shown_to_model(None, read_index(Path(plain) / "train"), of_age, ["age"]) == ["age"]
+    with pytest.raises(UserError, match=r"no column 'm': it has age, y, n"):
+        shards_of(*given, weight="m")
+
+
+def test_a_command_counts_rows_of_a_table_by_the_column_that_it_names(tmp_path, capsys, request):
+    x = np.random.default_rng(0).normal(size=(400, 3))
+    np.savez(tmp_path / "t.npz", x=x, y=x[:, 0] + KG / 12, freq=np.arange(400) % 3)
+    run = request.getfixturevalue("fit")(f"data.path={tmp_path}/t.npz", "weight=freq", "max_steps=5")
+    assert 'rows count by the column "weight"' in capsys.readouterr().out
+    assert (run / "metrics.json").read_text().endswith("}\n")

@@ -79,7 +79,7 @@ def test_a_job_that_lost_a_rank_ends_and_goes_on_when_it_is_submitted_again(slur
 def test_the_doctor_sees_all_ranks_of_an_allocation_and_one_that_srun_did_not_start(slurm: Cluster):
     well = slurm.run("srun", "--nodes=2", "--ntasks-per-node=2", "svi", "doctor", "threads=1")
     said = " ".join(well.stdout.split())  # in lines that break where a path is long
-    assert "4 on 2 machine(s), a sum over them takes" in said
+    assert "4 on 2 machines, a sum over them takes" in said
     assert "is the same on all ranks" in said
     job = slurm.submit("--ntasks=2", "--output=doctor.log", "--wrap", "svi doctor threads=1")
     assert slurm.ended(job) == {"FAILED"}

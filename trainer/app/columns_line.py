@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from trainer.data.shards.index import ROW_ID, Column, Index
+from trainer.errors import counted
 
 _MOST = 20
 
@@ -25,6 +26,6 @@ def _named(column: Column) -> str:
         return f"{column.name} {column.dtype} {'sparse' if column.kind == 'csr' else 'lists'}{shape}"
     if column.vocabulary is None:
         return f"{column.name} {column.dtype}{shape}"
-    count, first = len(column.vocabulary), column.vocabulary[0]
+    count, first = counted(len(column.vocabulary), "category", "categories"), column.vocabulary[0]
     told = "" if isinstance(first, str) and not first.isdigit() else f" (0 stands for {first})"
-    return f"{column.name} {count:,} {'category' if count == 1 else 'categories'}{told}{shape}"
+    return f"{column.name} {count}{told}{shape}"

@@ -27,7 +27,7 @@ from trainer.app.options.verbs import Doctor
 from trainer.app.ranks import World, agree_on, of_all, on_cuda, world
 from trainer.app.server import why_offline
 from trainer.cache import cache_folder
-from trainer.errors import first_line
+from trainer.errors import counted, first_line
 
 _SKEW = 2.0  # seconds between clocks, beyond which times of files mislead
 _ROOM = 5 * 2**30  # bytes that compiled steps and a few shards take
@@ -160,7 +160,7 @@ def _machines(nodes: list[Node], here: World, threads: int | None) -> list[Findi
     for node in {node.host: node for node in nodes}.values():
         ranks = max(here.local_size, 1)
         each = threads or max(1, node.cores // ranks - 1)
-        said = f"{ranks} rank(s) x {each} thread(s) on {node.cores} core(s) of {node.host}"
+        said = f"{counted(ranks, 'rank')} x {counted(each, 'thread')} on {counted(node.cores, 'core')} of {node.host}"
         if ranks * each > node.cores:
             said += (
                 f": {ranks} x {each} > {node.cores}, and threads that share a core are up to 150 times slower; ask for "
@@ -172,9 +172,8 @@ def _machines(nodes: list[Node], here: World, threads: int | None) -> list[Findi
         if not node.gpus:
             found.append(Finding("GPUs", "note", f"none on {node.host}: training runs on its cores"))
         elif ranks > len(node.gpus):
-            said = (
-                f"{ranks} ranks for {len(node.gpus)} GPU(s) on {node.host}: ask for {ranks} GPUs, or start fewer ranks."
-            )
+            have = f"{counted(ranks, 'rank')} for {counted(len(node.gpus), 'GPU')} on {node.host}"
+            said = f"{have}: ask for {ranks} GPUs, or start fewer ranks."
             found.append(Finding("GPUs", "wrong", said))
         else:
             nccl = "NCCL" if dist.is_available() and dist.is_nccl_available() else "no NCCL"
@@ -199,7 +198,7 @@ def _together(here: World, folder: Path, timeout: float, cuda: bool) -> tuple[li
         nodes: list[Any] = of_all(look(), here)
         hosts = len({node.host for node in nodes})
         reached = Finding(
-            "ranks", "ok", f"{here.size} on {hosts} machine(s), a sum over them takes {_sum_ms(cuda):.2f} ms"
+            "ranks", "ok", f"{here.size} on {counted(hosts, 'machine')}, a sum over them takes {_sum_ms(cuda):.2f} ms"
         )
         return nodes, [reached, _clocks(here), _shared(here, folder, token)]
     finally:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from trainer.app.options.verbs import Export
 from trainer.app.predict import posterior_of
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 from trainer.posterior.export import save_guide, to_inference_data
 
 
@@ -18,7 +18,7 @@ def run(cfg: Export, run_dir: Path) -> float:
         raise UserError(f"the folder of {out} does not exist: make it first.")
     if out.suffix == ".nc":
         to_inference_data(posterior, cfg.draws, cfg.seed).to_netcdf(str(out))
-        said = f"{cfg.draws:,} draws for arviz.from_netcdf"
+        said = f"{counted(cfg.draws, 'draw')} for arviz.from_netcdf"
     elif out.suffix == ".safetensors":
         save_guide(posterior, out)
         said = f"the guide's parameters, and {out.with_suffix('.json').name} beside them"

@@ -16,6 +16,7 @@ from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.verify import LEFT_OUT
 from trainer.data.store import atomic_write
+from trainer.errors import counted
 from trainer.lit.metrics import MetricsFile
 from trainer.lit.module import VariationalModule
 from trainer.lit.signals import StopOnSignal
@@ -147,17 +148,23 @@ class Finish(Callback):
         sites = summarise(module.inference, posterior.theta, posterior.rows, seed=self.seed)
         write_summary(self.run_dir / "summary.csv", sites)
         with atomic_write(self.run_dir / _METRICS) as file:
-            file.write(json.dumps(metrics, indent=1).encode())
+            file.write(f"{json.dumps(metrics, indent=1)}\n".encode())
         for sentence in far_from_prior(module.inference, posterior.theta, posterior.rows):
             self.console.print(sentence)
         self.console.print(closing_table(sites, parameters_of(module.inference, posterior.theta, posterior.rows)))
         held_out = metrics["held_out_elbo_per_row"]
         self.console.print(
-            f"ELBO {metrics['elbo']:,.3f} ± {metrics['elbo_se']:.2g} nats ({metrics['elbo_per_row']:.6g} per row"
+            f"ELBO {metrics['elbo']:,.3f} ± {shown_error(metrics['elbo_se'])} nats "
+            f"({metrics['elbo_per_row']:.6g} per row"
             + (f", held out {held_out:.6g}" if held_out is not None else "")
-            + f") · {metrics['steps']:,} steps in {metrics['seconds']:.1f} s"
+            + f") · {counted(metrics['steps'], 'step')} in {metrics['seconds']:.1f} s"
             f" ({metrics['rows_per_second']:,.0f} rows/s){self.shown}"
         )
+
+
+def shown_error(se: float) -> str:
+    """A standard error beside a figure of three decimals: one of rounding alone is none."""
+    return "0.000" if se < 5e-4 else f"{se:.2g}"
 
 
 def is_finished(run_dir: Path, step: int) -> bool:

@@ -26,7 +26,7 @@ from trainer.data.sources.source import open_source
 from trainer.errors import Stopped, UserError
 from trainer.lit.signals import StopOnSignal
 from trainer.posterior.posterior import Posterior, between_seeds
-from trainer.svi.plates import WEIGHT
+from trainer.svi.plates import WEIGHT, arguments
 from trainer.svi.process import own_state
 
 _AGREE = 1.05
@@ -125,6 +125,8 @@ def _packed(
     path = Path(opened.enter_context(TemporaryDirectory(prefix="svi-data-"))) / "shards"
     source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
     if columns is None:
+        if weight is None and callable(takers[0]) and not isinstance(takers[0], type):
+            arguments(takers[0], source.fields)  # where one is absent, the sentence has all columns of the table
         columns = packed_for(data, source.fields, columns_taken(takers, source.fields), weight, console.print) or None
     elif weight is not None:
         if columns.get(WEIGHT, weight) not in (weight, columns.get(weight)):

@@ -12,6 +12,7 @@ from trainer.app.options.verbs import Inspect
 from trainer.data.shards.files import Files
 from trainer.data.shards.folder import ShardFolder, split_files
 from trainer.data.shards.index import Column, Index
+from trainer.errors import counted
 
 _SHOWN = 4  # numbers of a row's value
 
@@ -54,7 +55,7 @@ def _schema(index: Index) -> Table:
 
 def _kind(column: Column) -> str:
     if column.vocabulary is not None:
-        return f"{len(column.vocabulary):,} categories"
+        return counted(len(column.vocabulary), "category", "categories")
     return column.dtype if column.kind == "dense" else f"{column.kind} {column.dtype}"
 
 
@@ -81,7 +82,7 @@ def _packed(index: Index) -> str:
         if meta.get(name):
             said.append(words.format(meta[name]))
     if meta.get("dropped"):
-        said.append(f"{meta['dropped']:,} rows without a value left out")
+        said.append(f"{counted(meta['dropped'], 'row')} without a value left out")
     if meta.get("standardised"):
         said.append(f"standardised: {', '.join(meta['standardised'])}")
     return " · ".join(said)
@@ -90,7 +91,8 @@ def _packed(index: Index) -> str:
 def _size(files: Files, index: Index) -> str:
     size = sum(shard.bytes for shard in index.shards)
     return (
-        f"{files.place}: {index.num_rows:,} rows in {len(index.block_rows):,} blocks of {len(index.shards):,} shards, "
+        f"{files.place}: {counted(index.num_rows, 'row')} in {counted(len(index.block_rows), 'block')} of "
+        f"{counted(len(index.shards), 'shard')}, "
         f"{size / 1e6:,.1f} MB, index {index.digest[:12]}"
     )
 

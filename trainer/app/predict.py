@@ -15,7 +15,7 @@ from trainer.app.precision import TYPES
 from trainer.app.watch import Watch
 from trainer.data.shards.folder import is_packed
 from trainer.data.table import table_writer
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.predictive import Prediction
 from trainer.svi.step import in_dtype
@@ -47,7 +47,7 @@ def run(cfg: Predict, run_dir: Path) -> float:
                 columns |= _columns(site, each, levels)
             write(columns)
             rows += len(row_id)
-    console.print(f"{out}: {rows:,} rows, {cfg.draws} draws each")
+    console.print(f"{out}: {counted(rows, 'row')}, {counted(cfg.draws, 'draw')} each")
     return float(rows)
 
 

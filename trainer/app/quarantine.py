@@ -10,7 +10,7 @@ from trainer.data.shards.files import read_index
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import INDEX_NAME, Index, write_index
 from trainer.data.shards.verify import LEFT_OUT, bad_blocks, intact
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 
 _NAMED = 5
 
@@ -35,8 +35,9 @@ def without_damage(folder: ShardFolder, run_dir: Path, here: World, console: Con
     if not told["blocks"]:
         return folder
     console.print(
-        f"{told['rows']:,} of {folder.num_rows:,} rows are left out, in {told['blocks']:,} damaged blocks of "
-        f"{folder.place} (data.on_corrupt=quarantine); the index of the others is in {place}",
+        f"{told['rows']:,} of {counted(folder.num_rows, 'row')} are left out, in "
+        f"{counted(told['blocks'], 'damaged block')} of {folder.place} "
+        f"(data.on_corrupt=quarantine); the index of the others is in {place}",
         markup=False,
     )
     return ShardFolder(folder.files, False, folder.timeout, index)

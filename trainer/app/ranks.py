@@ -9,7 +9,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from trainer.app.launch import in_slurm_step, slurm_tasks, usable_cores
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 from trainer.lit.waiting import interruptible
 from trainer.svi.process import is_fork
 
@@ -48,7 +48,7 @@ def _devices(trainer: DictConfig) -> int:
     if devices < 1:
         raise UserError(f"trainer.devices={devices} must be at least 1.")
     if on_cuda(trainer) and devices > torch.cuda.device_count():
-        raise UserError(f"trainer.devices={devices} but this machine has {torch.cuda.device_count()} GPU(s).")
+        raise UserError(f"trainer.devices={devices} but this machine has {counted(torch.cuda.device_count(), 'GPU')}.")
     return devices
 
 

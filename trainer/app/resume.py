@@ -16,7 +16,7 @@ from trainer.data.plan import Plan, default_lanes
 from trainer.data.rest import Rest
 from trainer.data.shards.files import AHEAD
 from trainer.data.shards.folder import ShardFolder
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 from trainer.lit import checkpoint
 from trainer.lit.datamodule import Ranks
 from trainer.svi.step import State
@@ -122,8 +122,9 @@ def _shards_together(folder: ShardFolder, lanes: int, world: World) -> int:
     fit, least = int(room // max(sizes)), lanes + AHEAD
     if fit < least:
         raise UserError(
-            f"the cache has room for {fit} shards of {folder.place} where {least} are in use at a time: give "
-            f"data.cache.bytes={least * max(sizes)} or more, free some of the disk, or pack with smaller shard_bytes=."
+            f"the cache has room for {counted(fit, 'shard')} of {folder.place} where {least} are in use at a time: "
+            f"give data.cache.bytes={least * max(sizes)} or more, free some of the disk, or pack with smaller "
+            "shard_bytes=."
         )
     return min(_TOGETHER, (fit - AHEAD) // lanes)
 

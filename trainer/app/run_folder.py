@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.app.options.entrance import resolved
@@ -16,7 +18,7 @@ from trainer.app.options.verbs import Train
 from trainer.app.run_lock import is_locked
 from trainer.app.secrets import redacted
 from trainer.data.store import atomic_write
-from trainer.errors import exit_code, first_line
+from trainer.errors import UserError, exit_code, first_line
 
 _END = "end.json"
 _METRICS = ("metrics.json", "metrics.csv")
@@ -116,12 +118,20 @@ def save_words(cfg: Train, folder: Path) -> None:
 
 @contextmanager
 def end_noted(cfg: Train, folder: Path) -> Iterator[None]:
-    """Leaves word in a run folder of what ended the run. An old run that refused to go on stays as it was."""
+    """Leaves word in a run folder of what ended the run.
+
+    An old run that refused to go on stays as it was. A run that was refused before it wrote anything, and whose folder
+    nobody named, leaves nothing.
+    """
     before = _written(folder)
     try:
         yield
     except BaseException as error:
-        if not is_locked(folder) and not (before and before == _written(folder)):
+        if isinstance(error, UserError) and _is_unnamed() and _is_bare(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # others are beside it
+                folder.parent.rmdir()
+        elif not is_locked(folder) and not (before and before == _written(folder)):
             stopped = exit_code(error) > 128 or isinstance(error, KeyboardInterrupt)
             why = redacted(first_line(error))
             with suppress(OSError):  # a full disk must not hide what went before
@@ -130,6 +140,19 @@ def end_noted(cfg: Train, folder: Path) -> Iterator[None]:
                 with atomic_write(folder / _END) as file:
                     file.write(json.dumps({"status": "stopped" if stopped else "failed", "why": why}).encode())
         raise
+
+
+def _is_unnamed() -> bool:
+    """Whether this is a command by itself that leaves the name of its folder to us."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
+        return False
+    words = HydraConfig.get().overrides
+    return not any(word.startswith(("run_dir=", "hydra.run.dir=")) for word in (*words.task, *words.hydra))
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a run folder holds nothing but the words of its command."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra", ".lock"} and not is_locked(folder)
 
 
 def _written(folder: Path) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.app.run_folder import Run
 from trainer.app.run_table import COLUMNS, cells, differences, sweeps
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 
 _LINES = 20  # of a plot, before their names and colours run out
 _HEAD = """<!doctype html>
@@ -32,7 +32,7 @@ document.querySelectorAll("th").forEach((head, column) => head.addEventListener(
 
 def page(runs: Sequence[Run], folder: Path, now: float) -> str:
     """The HTML. Raises UserError without matplotlib."""
-    title = html.escape(f"{len(runs)} runs below {folder.absolute()}")
+    title = html.escape(f"{counted(len(runs), 'run')} below {folder.absolute()}")
     body = [_HEAD % title, f"<h1>{title}</h1>", _curves(runs, folder)]
     body += [f"<p>{html.escape(sentence)}</p>" for sentence in sweeps(runs, folder)]
     body += ["<table><thead><tr>", *(f"<th>{name}</th>" for name in COLUMNS), "</tr></thead><tbody>"]

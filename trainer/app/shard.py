@@ -21,7 +21,9 @@ from trainer.app.data import places
 from trainer.app.options.verbs import Shard
 from trainer.app.watch import Watch
 from trainer.data.address import is_address
+from trainer.data.fields import choose
 from trainer.data.packing.columns import source_columns
+from trainer.data.packing.ingest import WEIGHT
 from trainer.data.packing.pack import pack
 from trainer.data.packing.parts import Parts
 from trainer.data.shards.cache import ShardCache
@@ -31,7 +33,7 @@ from trainer.data.sources.mixed import refuse_mixed
 from trainer.data.sources.source import Source, open_source
 from trainer.data.sources.synthetic import SyntheticSource
 from trainer.data.store import atomic_write
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 
 
 def run(cfg: Shard, run_dir: Path) -> float:
@@ -56,7 +58,7 @@ def run(cfg: Shard, run_dir: Path) -> float:
                 _write_truth(out, truth)
     dropped = train.meta.get("dropped", 0)
     console.print(
-        f"{cfg.out}: {train.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out"
+        f"{cfg.out}: {counted(train.num_rows, 'row')} to train on, {held_out.num_rows if held_out else 0:,} held out"
         + (f", {dropped:,} dropped for missing values" if dropped else "")
     )
     console.print(columns_line(train))
@@ -80,8 +82,12 @@ def _part(cfg: Shard, parts: Parts, console: Console) -> float:
                 made = parts.write(part, of, progress=watch.show, **resources)
     console.print(
         f"part {part} of {of}: "
-        + ("read before" if rows is None else f"{rows:,} rows read")
-        + (f" · {len(missing)} of {of} parts to come" if missing else f" · {made} shards made; now finish=true")
+        + ("read before" if rows is None else f"{counted(rows, 'row')} read")
+        + (
+            f" · {len(missing)} of {of} parts to come"
+            if missing
+            else f" · {counted(made, 'shard')} made; now finish=true"
+        )
     )
     return float(rows or 0)
 
@@ -94,33 +100,43 @@ def _part_of(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def shards_of(paths: Sequence[str], console: Console, cache: ShardCache) -> str | list[str]:
+def shards_of(paths: Sequence[str], console: Console, cache: ShardCache, weight: str | None = None) -> list[str]:
     """The shard folders of ``paths``: themselves, or the folder beside each into which its table is packed, once, with
-    the columns and codes of those before it. One, or a list of several.
+    the columns and codes of those before it.
 
+    ``weight``: the column of a table that says how many observations a row stands for; a folder of its own has it.
     Raises UserError where a table has changed since.
     """
     found: list[str] = []
     for path in paths:
-        found.append(_shards_of(path, found, console, cache))
-    return found[0] if len(found) == 1 else found
+        found.append(_shards_of(path, found, console, cache, weight))
+    return found
 
 
-def _shards_of(path: str, like: list[str], console: Console, cache: ShardCache) -> str:
+def _shards_of(path: str, like: list[str], console: Console, cache: ShardCache, weight: str | None) -> str:
     remote, here = is_address(path), Path(path)
     if is_packed(path, cache) or not (remote or here.is_file() or any(here.rglob("*.parquet"))):
         return path  # a shard folder, or nothing: whoever opens it says so
-    out = Path(f"{path.rstrip('/').rpartition('/')[2]}.shards") if remote else here.with_name(f"{here.name}.shards")
+    ending = ".shards" if weight in (None, WEIGHT) else f".weight-{weight}.shards"
+    out = Path(path.rstrip("/").rpartition("/")[2] + ending) if remote else here.with_name(here.name + ending)
     index = out / "train" / INDEX_NAME
     if not out.is_dir():
+        columns = None if like or weight in (None, WEIGHT) else _weighted(path, weight)
         with _lock_beside(path, out):
             if not out.is_dir():
                 console.print(f"packing {path} into {out}, this once (svi shard chooses columns, splits and more)")
-                train, _ = pack(path, out, spare=not like, like=list(like) or None)
+                train, _ = pack(path, out, columns=columns, spare=not like, like=list(like) or None)
                 console.print(columns_line(train))
     elif not remote and index.is_file() and _changed(here) > index.stat().st_mtime:
         raise UserError(f"{path} has changed since it was packed: remove {out} to pack it again, or train on {out}.")
     return str(out)
+
+
+def _weighted(path: str, weight: str) -> dict[str, str]:
+    """The columns of a table by their own names, and those of ``weight`` as weights."""
+    fields = open_source(path).fields
+    choose([weight], list(fields), path)
+    return {**{name: name for name in fields}, WEIGHT: weight}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
 from trainer.app.steer import EndRound
+from trainer.errors import counted
 from trainer.lit.module import VariationalModule
 from trainer.posterior.arrow import knows_small_sites
 from trainer.posterior.convergence import (
@@ -115,8 +116,8 @@ class Stop(Callback):
             self._judge(trainer, module, Evidence(None, None, None, None, gain), False)
         elif module.step == module.update.horizon:
             self.say(
-                f"the budget of {module.step:,} steps is spent, and nothing tells whether this guide is at its "
-                f"optimum: see whether the ELBO rises with max_steps={2 * module.step}"
+                f"the budget of {counted(module.step, 'step')} is spent, and nothing tells whether this guide is at "
+                f"its optimum: see whether the ELBO rises with max_steps={2 * module.step}"
             )
 
     def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence, at_noise: bool) -> None:

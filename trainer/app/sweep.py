@@ -20,7 +20,7 @@ from trainer.app import space
 from trainer.app.run_folder import cut_short
 from trainer.app.secrets import redact_files, redacted
 from trainer.app.study import Grid, Worker
-from trainer.errors import first_line
+from trainer.errors import counted, first_line
 
 _SHOWN = 10  # trials of the closing table
 
@@ -45,7 +45,9 @@ def sweep(plugin: Any, arguments: Sequence[str]) -> float:
         n_trials = min(n_trials, space.count(dimensions))
     OmegaConf.save(plugin.config, folder / "multirun.yaml")  # as Hydra's own sweeper does
     redact_files(folder)
-    console.print(f"study {worker.study.study_name} in {redacted(str(plugin.storage))} · {n_trials} trials · {folder}")
+    console.print(
+        f"study {worker.study.study_name} in {redacted(str(plugin.storage))} · {counted(n_trials, 'trial')} · {folder}"
+    )
     try:
         while trials := worker.ask(n_trials, int(plugin.n_jobs)):
             _run(plugin, worker, trials, fixed, console)
@@ -124,7 +126,7 @@ def _close(study: optuna.Study, folder: Path, n_trials: int, console: Console) -
         console.print(_table(done[:_SHOWN], folder))
     counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    console.print(f"{len(trials)} of {n_trials} trials: {said} · {folder}")
+    console.print(f"{len(trials)} of {counted(n_trials, 'trial')}: {said} · {folder}")
     if done:
         console.print(f"the best: svi best sweep={folder}")
         _plot(study, folder, console)

@@ -45,7 +45,7 @@ from trainer.app.tracking import Tracked
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.store import atomic_write
-from trainer.errors import RankLost, Stopped, UserError
+from trainer.errors import RankLost, Stopped, UserError, counted
 from trainer.lit import checkpoint
 from trainer.lit.checkpoint import Checkpoints
 from trainer.lit.datamodule import ChunkData
@@ -61,7 +61,7 @@ from trainer.posterior.optimum import can_be_settled
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
-from trainer.svi.plates import Batch
+from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.pyro_guides import NO_LATENT
 from trainer.svi.start import has_latents_alone, laplace_start
 from trainer.svi.step import Inference
@@ -131,8 +131,11 @@ def train(
         if here.rank == 0 and given is None:
             save_words(cfg, run_dir)
         refuse_others(resolved(cfg), cfg.allow)
-        path = shards_of(places(cfg.data.path), console, cache_of(cfg.data))
-        cfg = replace(cfg, data=replace(cfg.data, path=path if isinstance(path, str) else tuple(path)))
+        paths = places(cfg.data.path)
+        packed = shards_of(paths, console, cache_of(cfg.data), cfg.weight)
+        cfg = replace(cfg, data=replace(cfg.data, path=packed[0] if len(packed) == 1 else tuple(packed)))
+        if cfg.weight is not None and packed != list(paths):  # a table on the way has it under our name
+            cfg = replace(cfg, weight=WEIGHT)
         folder, held_out = training_split(cfg.data), held_out_split(cfg.data)
         if cfg.data.on_corrupt == "quarantine":
             folder = without_damage(folder, run_dir, here, console)
@@ -192,10 +195,11 @@ def _train(
         console.print(f"continuing from step {int(state.step):,}{resume.changes(saved[1], facts)}")
     most, epochs = -(-plan.num_rows // plan.steps_per_epoch), plan.epochs_at(max(update.horizon, plan.rest.step))
     console.print(
-        f"{folder.num_rows:,} rows to train on, {held_out.num_rows if held_out else 0:,} held out · "
-        f"{inference.parameters.size:,} parameters · {update.horizon:,} steps of {most:,} rows "
-        f"({epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs) · {here.size} rank(s) x "
-        f"{threads} thread(s)"
+        f"{counted(folder.num_rows, 'row')} to train on, {held_out.num_rows if held_out else 0:,} held out · "
+        f"{counted(inference.parameters.size, 'parameter')} · {counted(update.horizon, 'step')} of "
+        f"{counted(most, 'row')} "
+        f"({epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs) · {counted(here.size, 'rank')} x "
+        f"{counted(threads, 'thread')}"
     )
     if inference.guide.kind == NO_LATENT:
         console.print(f"no latent site: maximum likelihood of {inference.parameters.size:,} parameters")

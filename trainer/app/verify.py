@@ -10,6 +10,7 @@ from trainer.app.options.verbs import Verify
 from trainer.app.watch import Watch
 from trainer.data.shards.folder import open_split, split_files
 from trainer.data.shards.verify import verify
+from trainer.errors import counted
 
 
 def run(cfg: Verify, run_dir: Path) -> float:
@@ -25,8 +26,8 @@ def run(cfg: Verify, run_dir: Path) -> float:
         for sentence in report.damaged:
             print(f"svi verify: {sentence}", file=sys.stderr)
         console.print(
-            f"{files.place}: {report.shards} shards, {report.blocks:,} blocks, {report.rows:,} rows are intact"
-            + (f"; {len(report.damaged)} damaged" if report.damaged else "")
+            f"{files.place}: {counted(report.shards, 'shard')}, {counted(report.blocks, 'block')}, "
+            f"{counted(report.rows, 'row')} are intact" + (f"; {len(report.damaged)} damaged" if report.damaged else "")
         )
         rows, damaged = rows + report.rows, damaged + len(report.damaged)
     if damaged:

@@ -16,7 +16,7 @@ from trainer.svi.latents import LatentSite
 from trainer.svi.step import Inference
 
 _TOP = 32  # products for single latents
-_LONGEST = 8  # last dimension of a large site up to which its latents are taken as one group
+_LONGEST = 8  # last dimension of a site of many values up to which its latents are taken as one group
 
 
 class Groups(NamedTuple):

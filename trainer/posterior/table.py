@@ -26,7 +26,7 @@ def closing_table(
             sd = float(np.median(site.sd))
             low, high, middle = _aligned(sd, [float(site.mean.min()), float(site.mean.max()), sd])
             table.add_row(site.name, _size(site.shape), f"{low} to {high}", f"~{middle}")
-            table.caption = "~ a large site: the range of its means and its median sd"
+            table.caption = "~ of a site of many values: the range of the means, and the median sd"
             continue
         name = site.name
         for index in np.ndindex(*site.shape):

@@ -176,9 +176,10 @@ def check_finite(terms: dict[str, Term]) -> None:
     """Every term at the start is finite."""
     bad = [name for name, term in terms.items() if not torch.isfinite(term.value)]
     if bad:
+        sites = f"site {bad[0]}" if len(bad) == 1 else f"sites {', '.join(bad)}"
         raise UserError(
-            f"the ELBO is not finite at the start, at site(s) {', '.join(bad)}: look for values outside the "
-            "distribution's support (log of a negative number, a count below zero) or priors that are too wide."
+            f"the ELBO is not finite at the start, at {sites}: look for values outside the distribution's "
+            "support (log of a negative number, a count below zero) or priors that are too wide."
         )
 
 

@@ -22,7 +22,7 @@ from trainer.data.shards.index import ROW_ID, Column
 from trainer.data.shards.read_thread import ReadThread
 from trainer.data.shards.tar import payload_bytes
 from trainer.data.shards.varying import Slots, entries_of, rows_of
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 
 _RING = 3  # one in use, one that Lightning's loop holds ahead of it, one that is read
 _LINE = 64  # bytes; copies to an address that is no multiple of it took up to 1.7 x as long
@@ -100,9 +100,9 @@ class Reader:
         needed = _RING * unit * self.step_bytes
         if needed > memory:
             raise UserError(
-                f"the rows of {unit} step(s) take {needed // _RING:,} bytes on a rank, {_RING} times over since it "
-                f"reads ahead, where data.memory={memory}: give data.memory={needed}, a smaller batch_size=, or more "
-                "ranks."
+                f"the rows of {counted(unit, 'step')} take {needed // _RING:,} bytes on a rank, {_RING} times over "
+                f"since it reads ahead, where data.memory={memory}: give data.memory={needed}, a smaller batch_size=, "
+                "or more ranks."
             )
         return memory // needed * unit
 

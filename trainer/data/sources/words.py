@@ -22,7 +22,7 @@ from trainer.data.address import Place
 from trainer.data.fields import CsrRows, Field, Piece, Raw, choose
 from trainer.data.sources.place import is_compressed, opened, stamp
 from trainer.data.sources.text import piece_text, svmlight_rows, texts
-from trainer.errors import UserError
+from trainer.errors import UserError, counted
 
 NAME = "counts"
 _READ = pa_csv.ReadOptions(column_names=["document", "word", "count"])
@@ -140,7 +140,9 @@ def _ldac(file: Place, changed: object) -> tuple[dict[str, Field], list[Piece]]:
 def _field(file: Place, width: int, most: int, entries: int) -> Field:
     words = _vocabulary(file)
     if words and len(words) != width:
-        raise UserError(f"the vocabulary beside '{file}' has {len(words):,} words for {width:,}: give it its own.")
+        raise UserError(
+            f"the vocabulary beside '{file}' has {counted(len(words), 'word')} for {width:,}: give it its own."
+        )
     return Field("csr", (width,), "uint16" if most < 2**16 else "int32", entries, words)
 
 
