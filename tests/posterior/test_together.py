@@ -12,7 +12,7 @@ from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
 from trainer.posterior import together as together_module
-from trainer.posterior.together import Together
+from trainer.posterior.together import Antithetic, Normals, Together
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory
 from trainer.svi.plates import PlatedModel
@@ -150,9 +150,9 @@ def problem(name):
 
 def both(inference, theta, batch, pairs=PAIRS):
     """What a new `Together` gives, its way, and the reference."""
-    together, reference = Together(inference, theta, 3), Together(inference, theta, 3)
+    together, reference = Together(inference), Together(inference)
     reference.way = reference.one_by_one
-    found = [list(each.pairs(batch, 7, 0, pairs)) for each in (together, reference)]
+    found = [list(Antithetic(each, theta, 3).pairs(batch, 7, 0, pairs)) for each in (together, reference)]
     parts = [[torch.cat([each[i] for each in slices]) for i in range(3)] for slices in found]
     return *parts, together.way.__name__
 
@@ -171,10 +171,11 @@ def test_draws_together_are_the_draws_one_by_one(name):
 def test_slices_and_their_size_change_nothing(monkeypatch):
     inference, theta, batch, _ = problem("own noise")
     whole, _, _ = both(inference, theta, batch)
-    together = Together(inference, theta, 3)
-    assert len(list(together.pairs(batch, 7, 0, PAIRS))) == 1
+    together = Together(inference)
+    at = Antithetic(together, theta, 3)
+    assert len(list(at.pairs(batch, 7, 0, PAIRS))) == 1
     monkeypatch.setattr(together_module, "_BYTES", 4 * 2 * together._written[ROWS])
-    assert [len(each.inside) for each in together.pairs(batch, 7, 0, PAIRS)] == [4, 4, 1]
+    assert [len(each.inside) for each in at.pairs(batch, 7, 0, PAIRS)] == [4, 4, 1]
     sliced, _, way = both(inference, theta, batch)
     assert way == "_traced"
     for one, other in zip(whole, sliced):
@@ -184,12 +185,13 @@ def test_slices_and_their_size_change_nothing(monkeypatch):
 def test_other_rows_than_the_first_go_the_same_way():
     """A trace is one of so many rows."""
     inference, theta, batch, _ = problem("latents of rows")
-    together = Together(inference, theta, 3)
-    list(together.pairs(batch, 0, 0, PAIRS))
+    together = Together(inference)
+    at = Antithetic(together, theta, 3)
+    list(at.pairs(batch, 0, 0, PAIRS))
     fewer = batch_of({name: column[:5] for name, column in batch.columns.items()})
-    (got,) = together.pairs(fewer, 1, 0, PAIRS)
+    (got,) = at.pairs(fewer, 1, 0, PAIRS)
     together.way = together.one_by_one
-    (want,) = together.pairs(fewer, 1, 0, PAIRS)
+    (want,) = at.pairs(fewer, 1, 0, PAIRS)
     torch.testing.assert_close(got.inside, want.inside, rtol=1e-12, atol=0.0)
 
 
@@ -202,25 +204,25 @@ def test_a_way_that_gives_other_numbers_is_not_taken(monkeypatch):
     assert both(inference, theta, batch)[-1] == "one_by_one"
 
 
-def test_a_branch_that_later_draws_take_ends_the_way(monkeypatch):
+def test_draws_that_take_another_branch_go_one_by_one(monkeypatch):
     inference, theta, batch, _ = problem("mixture")
     right = Together._mapped
 
-    def once(together, batch, normals):
+    def once(together, theta, batch, normals):
         if len(normals.seeds) > 2:
             raise RuntimeError("data-dependent control flow")
-        return right(together, batch, normals)
+        return right(together, theta, batch, normals)
 
     monkeypatch.setattr(Together, "_mapped", once)
     got, want, way = both(inference, theta, batch)
-    assert way == "one_by_one"
+    assert way == "once"
     assert torch.equal(got[1], want[1])
 
 
 def test_few_draws_are_not_worth_a_decision():
     inference, theta, batch, _ = problem("mixture")
-    together = Together(inference, theta, 3)
-    list(together.pairs(batch, 0, 0, 2))
+    together = Together(inference)
+    list(Antithetic(together, theta, 3).pairs(batch, 0, 0, 3))
     assert together.way is None
 
 
@@ -233,3 +235,31 @@ def test_weights_and_padding_count():
     assert way == "_mapped"
     torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=0.0)
     assert not torch.equal(got[1], both(inference, theta, batch)[0][1])
+
+
+def gradient(loss, at):
+    return torch.autograd.grad(loss, at)[0]
+
+
+def product(loss, at):
+    (grad,) = torch.autograd.grad(loss, at, create_graph=True)
+    return torch.autograd.grad(grad @ torch.linspace(-1, 1, len(at)), at)[0]
+
+
+@pytest.mark.parametrize("derivative", [gradient, product])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "a Gamma draw"])
+def test_derivatives_of_draws_together_are_those_one_by_one(name, derivative):
+    inference, theta, batch, expected = problem(name)
+    together, reference = Together(inference), Together(inference)
+    reference.way = reference.one_by_one
+    size, per_row = inference.guide.noise_size
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(PAIRS, ROWS, per_row, generator=generator) if per_row else None
+    normals = Normals.of(torch.randn(PAIRS, size, generator=generator), rows, range(PAIRS), (1.0, -1.0))
+    got, want = (
+        each(at, batch, normals, lambda terms, at=at: derivative(terms.sum(), at))
+        for each, at in ((each, theta.clone().requires_grad_()) for each in (together, reference))
+    )
+    assert want.abs().max() > 0.01
+    assert together.way.__name__ == expected
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * float(want.abs().max()))

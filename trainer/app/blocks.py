@@ -1,7 +1,7 @@
 """A rank's blocks of a shard folder as tensors, for what is evaluated over all rows."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_hessian, full_loss, full_product
 from trainer.posterior.optimum import problem_of
 from trainer.posterior.tensors import to_tensor
+from trainer.posterior.together import Together
 from trainer.svi.noise import mixed_seed
 from trainer.svi.rows import cat
+from trainer.svi.step import Inference
 from trainer.svi.variance import Whitening
 
 _TOGETHER = 65_536  # rows that are evaluated at once, where blocks are smaller
@@ -69,6 +71,8 @@ class AllRows:
     facts: dict[str, Any]
     watch: Callable[[int], None]
     check: Callable[[], None]
+    together: dict[str, Together] = field(default_factory=dict)
+    """How draws go through the model for each derivative, once that is known."""
 
     def gradient(
         self,
@@ -80,22 +84,26 @@ class AllRows:
     ) -> Tensor:
         """float64 [P] of minus the ELBO (nats) at ``theta``; other draws at every step, and others if ``fresh``."""
         module = _module(trainer)
-        return full_gradient(module.inference, theta, self._pass(module, trainer, fresh), whitening, draws)
+        return full_gradient(self._together("gradient", module.inference), theta, self._pass(module, trainer, fresh), whitening, draws)
 
     def product(self, trainer: pl.Trainer, theta: Tensor, along: Tensor) -> Tensor:
         """float64 [D]: the Hessian of minus the ELBO (nats) by the locations at ``theta``, times ``along`` [D]."""
         module = _module(trainer)
-        return full_product(module.inference, theta, along, self._pass(module, trainer))
+        return full_product(self._together("product", module.inference), theta, along, self._pass(module, trainer))
 
     def loss(self, trainer: pl.Trainer, theta: Tensor, draws: Draws, number: int) -> tuple[float, Tensor]:
         """Minus the ELBO (nats) at ``theta`` and its gradient [P], float64, by the draws of a ``number``."""
         module = _module(trainer)
-        return full_loss(problem_of(module.inference), theta, self._pass(module, trainer, 1 + number), draws)
+        together = self._together("loss", problem_of(module.inference))
+        return full_loss(together, theta, self._pass(module, trainer, 1 + number), draws)
 
     def hessian(self, trainer: pl.Trainer, theta: Tensor, size: int) -> Tensor:
         """float64 [D, D] of minus the ELBO (nats) by the first D = ``size`` parameters at ``theta``."""
         module = _module(trainer)
-        return full_hessian(module.inference, theta, size, self._pass(module, trainer))
+        return full_hessian(self._together("hessian", module.inference), theta, size, self._pass(module, trainer))
+
+    def _together(self, derivative: str, inference: Inference) -> Together:
+        return self.together.setdefault(derivative, Together(inference))
 
     def _pass(self, module: VariationalModule, trainer: pl.Trainer, fresh: int = 0) -> Pass:
         count, size = len(self.folder.block_rows), max(1, _TOGETHER // int(self.folder.block_rows[0]))

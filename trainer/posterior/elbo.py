@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.posterior.together import Together
+from trainer.posterior.together import Antithetic, Together
 from trainer.svi.noise import mixed_seed
 from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.rows import Column
@@ -74,10 +74,10 @@ def full_elbo(
 
     ``reduce`` sums a tensor over the ranks; ``whitening`` gives a control variate for the draws.
     """
-    together = Together(inference, theta, _own(seed))
-    likelihood, variance, rows, first = _likelihood(together, blocks, num_blocks, reduce, whitening)
+    at = _draws(inference, theta, seed)
+    likelihood, variance, rows, first = _likelihood(at, blocks, num_blocks, reduce, whitening)
     # A rank without a block takes the KL of those that have one; these agree.
-    here = (0.0, 0.0) if first is None else _global_kl(together, first, math.sqrt(variance))
+    here = (0.0, 0.0) if first is None else _global_kl(at, first, math.sqrt(variance))
     kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
     kl, kl_se = kl / ranks, kl_se / ranks
     return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, rows)
@@ -96,7 +96,7 @@ def held_out_elbo_per_row(
 
     ``blocks``, ``num_blocks`` and ``reduce`` as in :func:`full_elbo`, of the held-out rows.
     """
-    likelihood, _, rows, _ = _likelihood(Together(inference, theta, _own(seed)), blocks, num_blocks, reduce)
+    likelihood, _, rows, _ = _likelihood(_draws(inference, theta, seed), blocks, num_blocks, reduce)
     return likelihood / rows - fitted.kl / fitted.rows if rows else math.nan
 
 
@@ -108,9 +108,9 @@ def rough_elbo_per_row(
     To compare runs by while they go on: a hundredth of what the closing figures take.
     """
     likelihood, kl, rows, count = 0.0, 0.0, 0.0, 0
-    together = Together(inference, theta, _own(seed))
+    at = _draws(inference, theta, seed)
     for block in blocks:
-        for pairs in together.pairs(_batch(block, theta), block.number, 0, _FEWEST_PAIRS):
+        for pairs in at.pairs(_batch(block, theta), block.number, 0, _FEWEST_PAIRS):
             likelihood += float(pairs.inside.sum()) / _FEWEST_PAIRS
             kl -= float(pairs.outside.sum()) / _FEWEST_PAIRS
         rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
@@ -120,18 +120,18 @@ def rough_elbo_per_row(
 
 
 def _likelihood(
-    together: Together, blocks: Iterable[Block], num_blocks: int, reduce: Reduce, whitening: Whitening | None = None
+    at: Antithetic, blocks: Iterable[Block], num_blocks: int, reduce: Reduce, whitening: Whitening | None = None
 ) -> tuple[float, float, float, Block | None]:
     """What stands inside the data plate, over all ranks: mean, its variance, rows; and this rank's first block."""
     most, enough = max(_FEWEST_PAIRS, _PAIRS // num_blocks), _SE / math.sqrt(num_blocks)
-    first, likelihood, variance, rows, inference = None, 0.0, 0.0, 0.0, together.inference
+    first, likelihood, variance, rows, inference = None, 0.0, 0.0, 0.0, at.together.inference
     for block in blocks:
         if first is None:
             first = block
-        mean, se = _block_likelihood(together, block, most, enough, whitening)
+        mean, se = _block_likelihood(at, block, most, enough, whitening)
         likelihood, variance = likelihood + mean, variance + se**2
         rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
-    likelihood, variance, total = _sum([likelihood, variance, rows], together.theta, reduce)
+    likelihood, variance, total = _sum([likelihood, variance, rows], at.theta, reduce)
     return likelihood, variance, total, first
 
 
@@ -140,19 +140,19 @@ def _sum(numbers: list[float], theta: Tensor, reduce: Reduce) -> list[float]:
 
 
 def _block_likelihood(
-    together: Together, block: Block, most: int, enough: float, whitening: Whitening | None = None
+    at: Antithetic, block: Block, most: int, enough: float, whitening: Whitening | None = None
 ) -> tuple[float, float]:
     """The terms inside the data plate, summed over a block's rows: mean and standard error over pairs.
 
     Of ``most`` pairs, or of fewer once the standard error is ``enough``.
     """
-    batch, share = _batch(block, together.theta), len(block.row_id) / together.inference.num_obs
-    values = torch.zeros(0, dtype=torch.float64, device=together.theta.device)
+    batch, share = _batch(block, at.theta), len(block.row_id) / at.together.inference.num_obs
+    values = torch.zeros(0, dtype=torch.float64, device=at.theta.device)
     for stop in _stages(_FIRST_PAIRS, most):
-        for pairs in together.pairs(batch, block.number, len(values), stop):
+        for pairs in at.pairs(batch, block.number, len(values), stop):
             found = pairs.inside
             if whitening is not None:
-                found = found + share * whitening.chance(together.theta.double(), pairs.elements.double())
+                found = found + share * whitening.chance(at.theta.double(), pairs.elements.double())
             values = torch.cat([values, found])
         se = float(values.std() / math.sqrt(len(values)))
         if se <= enough or not math.isfinite(se):
@@ -166,13 +166,13 @@ def _stages(first: int, most: int) -> list[int]:
     return [*doubled, most]
 
 
-def _global_kl(together: Together, block: Block, likelihood_se: float) -> tuple[float, float]:
+def _global_kl(at: Antithetic, block: Block, likelihood_se: float) -> tuple[float, float]:
     """Minus the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
     one = Block(-1, {name: column[:1] for name, column in block.columns.items()}, block.row_id[:1])
-    batch, most = _batch(one, together.theta), _KL_DRAWS // 2
-    values = torch.zeros(0, dtype=torch.float64, device=together.theta.device)
+    batch, most = _batch(one, at.theta), _KL_DRAWS // 2
+    values = torch.zeros(0, dtype=torch.float64, device=at.theta.device)
     for stop in [*(n for n in (4, 64) if n < most), *range(500, most, 500), most]:
-        found = [-pairs.outside for pairs in together.pairs(batch, _KL_BLOCK, len(values), stop)]
+        found = [-pairs.outside for pairs in at.pairs(batch, _KL_BLOCK, len(values), stop)]
         values = torch.cat([values, *found])
         spread, first = float(values.std()), float(values[0])
         exact = spread <= 1e-9 * (1 + abs(first))
@@ -188,6 +188,6 @@ def _batch(block: Block, theta: Tensor) -> Batch:
     return Batch(block.columns, valid, torch.ones((), dtype=torch.float64, device=theta.device), block.row_id)
 
 
-def _own(seed: int) -> int:
-    """Not the noise that the parameters were trained with."""
-    return mixed_seed(seed, 0x5EED, 0)
+def _draws(inference: Inference, theta: Tensor, seed: int) -> Antithetic:
+    """With the exact KL where it is known, by other noise than the parameters were trained with."""
+    return Antithetic(Together(inference, "analytic"), theta, mixed_seed(seed, 0x5EED, 0))

@@ -9,18 +9,17 @@ rounding.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from trainer.posterior.elbo import Block
+from trainer.posterior.together import Normals, Together
 from trainer.svi.noise import chunk_noise, mixed_seed
+from trainer.svi.plates import Batch
 from trainer.svi.start import second_derivative
-from trainer.svi.step import Inference, StepBatch, StepNoise
 from trainer.svi.variance import Whitening
 
 
@@ -49,12 +48,12 @@ class Pass(NamedTuple):
     """The sum over the ranks."""
 
 
-Derivative = Callable[[Tensor, Tensor, StepNoise, int], Tensor]
-"""Of a part's loss [] (nats) by theta [P], which it was made from by the noise, on so many rows."""
+Derivative = Callable[[Tensor, Tensor], Tensor]
+"""Of a loss [] (nats) by theta [P], which it was made from; linear in the loss."""
 
 
 def full_gradient(
-    inference: Inference,
+    together: Together,
     theta: Tensor,
     rows: Pass,
     whitening: Whitening | None = None,
@@ -67,58 +66,69 @@ def full_gradient(
     ``whitening`` gives a control variate, without which the log scales' part is too noisy to judge them by.
     """
 
-    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, count: int) -> Tensor:
-        grad = torch.autograd.grad(loss, at)[0].double()
-        if whitening is None:
-            return grad
-        return grad - whitening.control_variate(theta, noise.elements, count / inference.num_obs).double()
+    def by_chance(elements: Tensor, count: int) -> Tensor:
+        assert whitening is not None
+        return whitening.control_variate(theta, elements[None], count / together.inference.num_obs).double()
 
-    return _over_parts(inference, theta, rows, draws, derivative, len(theta))
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, at)[0].double()
+
+    return _over_parts(together, theta, rows, draws, derivative, len(theta), whitening and by_chance)
 
 
-def full_product(inference: Inference, theta: Tensor, along: Tensor, rows: Pass) -> Tensor:
+def full_product(together: Together, theta: Tensor, along: Tensor, rows: Pass) -> Tensor:
     """H v [D]: the Hessian of minus the ELBO (nats) by the locations, from few draws, times v = ``along`` [D]."""
 
-    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, count: int) -> Tensor:
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
         (grad,) = torch.autograd.grad(loss, at, create_graph=True)
         slope = grad[: len(along)] @ along.to(grad.dtype)
         return torch.autograd.grad(slope, at)[0][: len(along)].double()
 
-    return _over_parts(inference, theta, rows, FEW, derivative, len(along))
+    return _over_parts(together, theta, rows, FEW, derivative, len(along))
 
 
-def full_loss(inference: Inference, theta: Tensor, rows: Pass, draws: Draws) -> tuple[float, Tensor]:
+def full_loss(together: Together, theta: Tensor, rows: Pass, draws: Draws) -> tuple[float, Tensor]:
     """Minus the ELBO (nats) and its gradient [P], float64, at ``theta`` over all rows."""
 
-    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, count: int) -> Tensor:
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
         return torch.cat([loss.detach()[None], torch.autograd.grad(loss, at)[0].double()])
 
-    found = _over_parts(inference, theta, rows, draws, derivative, 1 + len(theta))
+    found = _over_parts(together, theta, rows, draws, derivative, 1 + len(theta))
     return float(found[0]), found[1:]
 
 
-def full_hessian(inference: Inference, theta: Tensor, size: int, rows: Pass) -> Tensor:
+def full_hessian(together: Together, theta: Tensor, size: int, rows: Pass) -> Tensor:
     """float64 [D, D]: the second derivative of minus the ELBO (nats) by the first D = ``size`` parameters."""
 
-    def derivative(loss: Tensor, at: Tensor, noise: StepNoise, count: int) -> Tensor:
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
         (grad,) = torch.autograd.grad(loss, at, create_graph=True)
         return second_derivative(grad[:size], at)[:, :size].double().flatten()
 
-    return _over_parts(inference, theta, rows, ONE, derivative, size * size).view(size, size)
+    return _over_parts(together, theta, rows, ONE, derivative, size * size).view(size, size)
 
 
 def _over_parts(
-    inference: Inference, theta: Tensor, rows: Pass, draws: Draws, derivative: Derivative, size: int
+    together: Together,
+    theta: Tensor,
+    rows: Pass,
+    draws: Draws,
+    derivative: Derivative,
+    size: int,
+    by_chance: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """The sum [size] of the derivatives of all parts."""
+    """The sum [size] of the derivatives of all parts, less what a part's draws [pairs, E] add on so many rows
+    ``by_chance``."""
     of_block, total = math.ceil(draws.pairs / rows.num_blocks), theta.new_zeros(size, dtype=torch.float64)
     for block in rows.blocks:
         parts = min(of_block, max(1, len(block.row_id) // draws.part_rows))
         pairs = math.ceil(of_block / parts)
-        many = replace(inference, objective=replace(inference.objective, pairs=pairs))
-        for part in range(parts):
-            share = 1.0 / (rows.num_blocks * parts)
-            total += _of_part(many, theta, _part(block, part, parts), rows.seed, part * pairs, share, derivative)
+        for number in range(parts):
+            part = _part(block, number, parts)
+            elements, of_rows, seeds = _noise(together, theta, part, rows.seed, number * pairs, pairs)
+            normals = Normals.of(elements, of_rows, seeds, together.inference.objective.signs)
+            total += _of_part(together, theta, part, normals, 1.0 / (rows.num_blocks * parts), derivative)
+            if by_chance is not None:
+                total -= by_chance(elements, len(part.row_id))
     return rows.reduce(total)
 
 
@@ -128,30 +138,36 @@ def _part(block: Block, part: int, parts: int) -> Block:
     return Block(block.number, {name: column[rows] for name, column in block.columns.items()}, block.row_id[rows])
 
 
-def _of_part(
-    inference: Inference,
-    theta: Tensor,
-    block: Block,
-    seed: int,
-    first: int,
-    share: float,
-    derivative: Derivative,
-) -> Tensor:
-    device = theta.device
-    numbers = range(first, first + inference.objective.pairs)
+def _noise(
+    together: Together, theta: Tensor, block: Block, seed: int, first: int, count: int
+) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Of ``count`` draws from the ``first``: elements [count, E], rows [count, B, n], seeds."""
+    device, numbers = theta.device, range(first, first + count)
     when, draws = torch.tensor([block.number], device=device), torch.tensor([list(numbers)], device=device)
-    elements, rows = chunk_noise(inference.guide.noise_size, seed, when, draws, block.row_id[None, None], theta.dtype)
-    if len(numbers) > 1 and 0 < elements.shape[-1] <= SobolEngine.MAXDIM:
-        elements[0, 0] = even_normals(elements.shape[-1], mixed_seed(seed, block.number, 0), first, len(numbers))
-    noise = StepNoise(
-        elements[0], None if rows is None else rows[0], (tuple(mixed_seed(seed, block.number, n) for n in numbers),)
-    )
-    columns = {name: column[None] for name, column in block.columns.items()}
-    everything = torch.tensor(inference.num_obs, device=device)  # so that the data plate's scale is 1
-    batch = StepBatch(columns, torch.tensor([len(block.row_id)], device=device), everything, block.row_id[None])
-    at = theta.detach().requires_grad_()
-    with torch.enable_grad(), pyro.validation_enabled(False):
-        return derivative(-inference.terms(at, noise, batch, share).sum(), at, noise, len(block.row_id))
+    size = together.inference.guide.noise_size
+    elements, rows = chunk_noise(size, seed, when, draws, block.row_id[None, None], theta.dtype)
+    if count > 1 and 0 < elements.shape[-1] <= SobolEngine.MAXDIM:
+        elements[0, 0] = even_normals(elements.shape[-1], mixed_seed(seed, block.number, 0), first, count)
+    return elements[0, 0], None if rows is None else rows[0, 0], [mixed_seed(seed, block.number, n) for n in numbers]
+
+
+def _of_part(
+    together: Together, theta: Tensor, block: Block, normals: Normals, share: float, derivative: Derivative
+) -> Tensor:
+    """Of the mean loss over the draws, in slices that fit memory."""
+    valid = torch.tensor(len(block.row_id), device=theta.device)
+    one = torch.ones((), dtype=torch.float64, device=theta.device)  # the data plate's scale
+    batch, count, at = Batch(block.columns, valid, one, block.row_id), len(normals.seeds), theta.detach()
+    size, found = together.fitting(at, batch, normals), []
+    for first in range(0, count, size):
+        at = theta.detach().requires_grad_()
+
+        def of(terms: Tensor, at: Tensor = at) -> Tensor:
+            return derivative(-(terms[:, 0].sum() + share * terms[:, 1].sum()) / count, at)
+
+        with torch.enable_grad():
+            found.append(together(at, batch, normals.part(first, first + size), of))
+    return torch.stack(found).sum(0)
 
 
 def even_normals(size: int, seed: int, first: int, count: int) -> Tensor:

@@ -28,7 +28,7 @@ from trainer.svi.tracing import trace
 _BYTES = 64 * 2**20  # that the draws of a slice write, all operations together
 _OF_NOISE = 64  # bytes written for a normal
 _AGREE = {torch.float32: 1e-4, torch.float64: 1e-9}
-_FEWEST = 4  # pairs, for fewer of which it is not worth finding out
+_FEWEST = 8  # draws, for fewer of which it is not worth finding out
 
 
 class Normals(NamedTuple):
@@ -41,9 +41,18 @@ class Normals(NamedTuple):
     seeds: Sequence[int]
     """[S], for numbers that are no transformation of normals."""
 
-    def first(self, count: int) -> "Normals":
-        rows = None if self.rows is None else self.rows[:count]
-        return Normals(self.elements[:count], rows, self.seeds[:count])
+    @classmethod
+    def of(cls, elements: Tensor, rows: Tensor | None, seeds: Sequence[int], signs: Sequence[float]) -> "Normals":
+        """Each of R draws with each of the ``signs``, one after the other: [R, E] and [R, B, n] become S of them."""
+
+        def signed(drawn: Tensor) -> Tensor:
+            return torch.stack([sign * drawn for sign in signs], dim=1).flatten(0, 1)
+
+        return cls(signed(elements), None if rows is None else signed(rows), [each for each in seeds for _ in signs])
+
+    def part(self, first: int, stop: int) -> "Normals":
+        rows = None if self.rows is None else self.rows[first:stop]
+        return Normals(self.elements[first:stop], rows, self.seeds[first:stop])
 
     def noise(self, s: int) -> Noise:
         return Noise(self.elements[s], None if self.rows is None else self.rows[s], self.seeds[s])
@@ -61,66 +70,62 @@ class Pairs(NamedTuple):
 
 
 class Together:
-    """Evaluates `elbo_terms` with the exact KL, where that is known, at ``theta`` [P].
+    """Evaluates `elbo_terms` at many draws; ``kl``: another than the objective's.
 
-    The first draws decide how: two go one by one, and the first way that agrees with them to rounding is kept.
+    The first draws decide how: two go one by one, and the first way that agrees with them to rounding is kept. Draws
+    that it cannot take go one by one, so that what a draw gives does not depend on those before it.
     """
 
-    def __init__(self, inference: Inference, theta: Tensor, seed: int, kl: KL = "analytic"):
-        self.inference, self.theta, self.seed, self.kl = inference, theta, seed, kl
-        self.way: Callable[[Batch, Normals], Tensor] | None = None
-        """Gives [S, 2], inside and outside; None: not known yet."""
+    def __init__(self, inference: Inference, kl: KL | None = None):
+        self.inference, self.kl = inference, kl or inference.objective.kl
+        self.way: Callable[[Tensor, Batch, Normals], Tensor] | None = None
+        """(theta [P], rows, S draws) -> [S, 2], nats inside and outside the data plate; None: not known yet."""
         self._written: dict[int, int] = {}
         self._graphs: dict[Any, Callable[..., Tensor]] = {}
 
-    def pairs(self, batch: Batch, number: int, first: int, stop: int) -> Iterator[Pairs]:
-        """Pairs [first, stop) of the noise that block ``number`` has, in slices that fit memory."""
-        with _quiet():
-            if self.way is None and stop - first >= _FEWEST:
-                self._decide(batch, self._normals(batch, number, range(first, first + 1)))
-            size = self._pairs_of_slice(batch, number, first)
-        for start in range(first, stop, size):
-            here = range(start, min(start + size, stop))
-            normals = self._normals(batch, number, here)
-            with _quiet():
-                found = self._evaluated(batch, normals).view(len(here), 2, 2).mean(1)
-            yield Pairs(normals.elements[::2], *found.unbind(1))
+    def __call__(
+        self, theta: Tensor, batch: Batch, normals: Normals, of: Callable[[Tensor], Tensor] = lambda terms: terms
+    ) -> Tensor:
+        """``of`` the terms [S, 2] at ``theta`` [P]: these themselves, or what a derivative makes of them."""
+        if len(normals.seeds) < _FEWEST:
+            return of(self.one_by_one(theta, batch, normals))
+        with _silent_vmap():
+            if self.way is None:
+                self.way = self._decided(theta, batch, normals.part(0, 2), of)
+            try:
+                return of(self.way(theta, batch, normals))
+            except Exception:  # a branch that the first draws did not take
+                return of(self.one_by_one(theta, batch, normals))
 
-    def _decide(self, batch: Batch, two: Normals) -> None:
-        want = self.one_by_one(batch, two)
-        tolerance = _AGREE[self.theta.dtype]
+    def _decided(
+        self, theta: Tensor, batch: Batch, two: Normals, of: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor, Batch, Normals], Tensor]:
+        want = of(self.one_by_one(theta, batch, two))
+        tolerance = _AGREE[theta.dtype]
         for way in (self._mapped, self._traced):
             try:
-                got = way(batch, two)
+                got = of(way(theta, batch, two))
             except Exception:  # whatever vmap or the trace say of what they cannot run
                 continue
-            if torch.allclose(got, want, rtol=tolerance, atol=tolerance, equal_nan=True):
-                self.way = way
-                return
-        self.way = self.one_by_one
+            largest = float(want.nan_to_num().abs().max()) if want.numel() else 0.0
+            if torch.allclose(got, want, rtol=tolerance, atol=tolerance * (1 + largest), equal_nan=True):
+                return way
+        return self.one_by_one
 
-    def _pairs_of_slice(self, batch: Batch, number: int, first: int) -> int:
+    def fitting(self, theta: Tensor, batch: Batch, normals: Normals) -> int:
+        """How many draws fit a slice; ``normals``: any."""
         if batch.size not in self._written:
-            with _Written() as written:
-                self.one_by_one(batch, self._normals(batch, number, range(first, first + 1)).first(1))
+            with torch.no_grad(), _Written() as written:
+                self.one_by_one(theta, batch, normals.part(0, 1))
             elements, per_row = self.inference.guide.noise_size
             self._written[batch.size] = written.bytes + _OF_NOISE * (elements + batch.size * per_row)
-        return max(1, _BYTES // (2 * self._written[batch.size]))
+        return max(1, _BYTES // self._written[batch.size])
 
-    def _evaluated(self, batch: Batch, normals: Normals) -> Tensor:
-        if self.way is None or len(normals.seeds) <= 2:
-            return self.one_by_one(batch, normals)
-        try:
-            return self.way(batch, normals)
-        except Exception:  # a branch that the first draws did not take
-            self.way = self.one_by_one
-            return self.one_by_one(batch, normals)
-
-    def one_by_one(self, batch: Batch, normals: Normals) -> Tensor:
+    def one_by_one(self, theta: Tensor, batch: Batch, normals: Normals) -> Tensor:
         """The reference."""
-        return torch.stack([self._terms(normals.noise(s), batch) for s in range(len(normals.seeds))])
+        return torch.stack([self._terms(theta, normals.noise(s), batch) for s in range(len(normals.seeds))])
 
-    def _terms(self, noise: Noise, batch: Batch) -> Tensor:
+    def _terms(self, theta: Tensor, noise: Noise, batch: Batch) -> Tensor:
         """float64 [2]: the sums of the terms inside and outside the data plate."""
         inference = self.inference
 
@@ -128,52 +133,70 @@ class Together:
             terms = elbo_terms(inference.model, inference.guide, values, noise, batch, self.kl)
             return torch.stack([_sum(terms, scaled, batch) for scaled in (True, False)])
 
-        return inference.parameters.call(inference.parameters.unflatten(self.theta), evaluate)
+        with pyro.validation_enabled(False):
+            return inference.parameters.call(inference.parameters.unflatten(theta), evaluate)
 
-    def _mapped(self, batch: Batch, normals: Normals) -> Tensor:
+    def _mapped(self, theta: Tensor, batch: Batch, normals: Normals) -> Tensor:
         def at(flat: Tensor, rows: Tensor | None) -> Tensor:
-            return self._terms(Noise(flat, rows, 0), batch)
+            return self._terms(theta, Noise(flat, rows, 0), batch)
 
         dims = (0, None if normals.rows is None else 0)
         return torch.vmap(at, in_dims=dims)(normals.elements, normals.rows)
 
-    def _traced(self, batch: Batch, normals: Normals) -> Tensor:
+    def _traced(self, theta: Tensor, batch: Batch, normals: Normals) -> Tensor:
         makers = {name: maker(column) for name, column in batch.columns.items()}
         given = [part for column in batch.columns.values() for part in parts(column)]
         given += [batch.valid, batch.scale] + [each for each in (batch.row_id,) if each is not None]
         drawn = [each for each in (normals.elements, normals.rows) if each is not None]
 
-        def at(*tensors: Tensor) -> tuple[Tensor]:
+        def at(theta: Tensor, *tensors: Tensor) -> tuple[Tensor]:
             left, columns = list(tensors[len(drawn) :]), {}
             for name, (count, make) in makers.items():
                 columns[name], left = make(*left[:count]), left[count:]
             noise = Noise(tensors[0], None if normals.rows is None else tensors[1], 0)
-            return (self._terms(noise, Batch(columns, *left)),)
+            return (self._terms(theta, noise, Batch(columns, *left)),)
 
-        shapes = tuple((each.shape, each.dtype) for each in given)
+        shapes = tuple((each.shape, each.dtype) for each in (theta, *given))
         if shapes not in self._graphs:
-            graph, constants = trace(at, *([*(each[s] for each in drawn), *given] for s in (0, 1)))
-            dims = (*(0 for _ in drawn), *(None for _ in (*given, *constants)))
+            with torch.no_grad():
+                graph, constants = trace(at, *([theta.detach(), *(each[s] for each in drawn), *given] for s in (0, 1)))
+            dims = (None, *(0 for _ in drawn), *(None for _ in (*given, *constants)))
             mapped = torch.vmap(torch.func.functionalize(graph), in_dims=dims)
             self._graphs[shapes] = lambda *tensors: mapped(*tensors, *constants)[0]
-        return self._graphs[shapes](*drawn, *given)
+        return self._graphs[shapes](theta, *drawn, *given)
+
+
+class Antithetic(NamedTuple):
+    """Antithetic pairs of draws at one theta."""
+
+    together: Together
+    theta: Tensor
+    """[P]."""
+    seed: int
+
+    def pairs(self, batch: Batch, number: int, first: int, stop: int) -> Iterator[Pairs]:
+        """Pairs [first, stop) of the noise that block ``number`` has, in slices that fit memory."""
+        with torch.no_grad():
+            start = first
+            while start < stop:
+                normals = self._normals(batch, number, range(start, start + 1))
+                size = max(1, self.together.fitting(self.theta, batch, normals) // 2)
+                if start + 1 < min(start + size, stop):
+                    normals = self._normals(batch, number, range(start, min(start + size, stop)))
+                found = self.together(self.theta, batch, normals).view(-1, 2, 2).mean(1)
+                start += len(found)
+                yield Pairs(normals.elements[::2], *found.unbind(1))
 
     def _normals(self, batch: Batch, number: int, pairs: range) -> Normals:
-        """Each pair's draw and its antithesis, one after the other."""
         device, dtype = self.theta.device, self.theta.dtype
         when, draws = torch.tensor(number, device=device), torch.tensor(list(pairs), device=device)
-        elements, per_row = self.inference.guide.noise_size
-        flat, rows = _both(element_noise(self.seed, when, draws, elements, dtype)), None
+        elements, per_row = self.together.inference.guide.noise_size
+        flat, rows = element_noise(self.seed, when, draws, elements, dtype), None
         if per_row:
             assert batch.row_id is not None
             ids = batch.row_id.expand(len(pairs), -1)
-            rows = _both(row_noise(self.seed, when, draws, ids, per_row, dtype))
-        return Normals(flat, rows, [mixed_seed(self.seed, number, pair) for pair in pairs for _ in range(2)])
-
-
-def _both(drawn: Tensor) -> Tensor:
-    """[2 S, ...]: eps, -eps, of each of [S, ...]."""
-    return torch.stack([drawn, -drawn], dim=1).flatten(0, 1)
+            rows = row_noise(self.seed, when, draws, ids, per_row, dtype)
+        return Normals.of(flat, rows, [mixed_seed(self.seed, number, pair) for pair in pairs], (1.0, -1.0))
 
 
 def _sum(terms: dict[str, Term], scaled: bool, batch: Batch) -> Tensor:
@@ -182,13 +205,12 @@ def _sum(terms: dict[str, Term], scaled: bool, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No gradients, no validation, no warnings of operations that vmap takes one by one."""
+def _silent_vmap() -> Iterator[None]:
+    """No warnings of operations that vmap takes one by one."""
     warn: Any = vars(torch._C._functorch)["_set_vmap_fallback_warning_enabled"]
     warn(False)
     try:
-        with torch.no_grad(), pyro.validation_enabled(False):
-            yield
+        yield
     finally:
         warn(True)
 
