@@ -23,7 +23,7 @@ from trainer.lit.datamodule import ChunkData, Ranks
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import Draws, Pass, full_gradient
-from trainer.posterior.together import Together
+from trainer.posterior.together import terms_together
 from trainer.svi.objective import Objective
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ def test_the_optimum_of_a_hierarchy_is_stationary():
 
     def gradients(theta):
         passes = (Pass([block], 1, seed, lambda each: each) for seed in range(16))
-        return torch.stack([full_gradient(Together(inference), theta, each, None, draws) for each in passes])
+        return torch.stack([full_gradient(terms_together(inference), theta, each, None, draws) for each in passes])
 
     found = gradients(optimum)
     error = found.std(0) / 4

@@ -21,7 +21,7 @@ from trainer.posterior.convergence import (
 )
 from trainer.posterior.elbo import Block, full_elbo
 from trainer.posterior.gradient import MANY, Pass, even_normals, full_gradient, full_product
-from trainer.posterior.together import Together
+from trainer.posterior.together import terms_together
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD
 from trainer.svi.schedules import Constant
@@ -120,13 +120,13 @@ def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, siz
     away[4] += 0.05
     blocks = list(the_blocks(size))
     rows = Pass(blocks, len(blocks), 3, lambda each: each)
-    found = full_gradient(Together(inference), away, rows, whitening, MANY)
+    found = full_gradient(terms_together(inference), away, rows, whitening, MANY)
     want = torch.cat([precision @ (away[:3] - mean), away[3:].exp() ** 2 * precision.diagonal() - 1])
     torch.testing.assert_close(found[:3], want[:3], rtol=1e-8, atol=1e-8)
     if size == 12:  # the control variate takes all rows as alike, so blocks of a few leave some noise
         torch.testing.assert_close(found[3:], want[3:], rtol=0, atol=0.3)
     along = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
-    product = full_product(Together(inference), away, along, rows)
+    product = full_product(terms_together(inference), away, along, rows)
     torch.testing.assert_close(product, precision @ along, rtol=1e-8, atol=1e-8)
     left = step_to_go(inference, away, newton_step(away, want, whitening))
     assert left == pytest.approx(0.3, rel=1e-5)
@@ -153,7 +153,7 @@ def test_blocks_of_unequal_length_leave_no_noise_where_rows_are_alike():
     _, covariance, _ = regression_posterior(**same)
     precision = torch.linalg.inv(covariance)
     blocks = [Block(i, {n: c[:r] for n, c in same.items()}, torch.arange(r)) for i, r in enumerate((5, 5, 2))]
-    found = full_gradient(Together(inference), start[0], Pass(blocks, 3, 3, lambda each: each), start[1], MANY)
+    found = full_gradient(terms_together(inference), start[0], Pass(blocks, 3, 3, lambda each: each), start[1], MANY)
     want = start[0][3:].exp() ** 2 * precision.diagonal() - 1
     torch.testing.assert_close(found[3:], want, rtol=0, atol=1e-7)
 

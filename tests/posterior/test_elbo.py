@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.models.linear import LinearRegression, Statistics, exact_posterior
 from trainer.posterior import elbo as elbo_module
 from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row, rough_elbo_per_row
-from trainer.posterior.together import Antithetic, Together
+from trainer.posterior.together import Antithetic, terms_together
 from trainer.svi.plates import PlatedModel
 from trainer.svi.pyro_guides import PyroGuide
 
@@ -160,7 +160,7 @@ def test_a_kl_without_a_closed_form_comes_from_draws(table, pairs_drawn, monkeyp
     log_prior = 0.5 * math.log(2 / math.pi) - math.log(2.0) - math.exp(2 * m + 2 * scale**2) / 8.0 + m
     exact = -math.log(scale) - 0.5 * (1 + math.log(2 * math.pi)) - log_prior
     block = blocks_of(table, SIZES)[0]
-    kl, se = elbo_module._global_kl(Antithetic(Together(inference), at([m], [scale]), 0), block, likelihood_se)
+    kl, se = elbo_module._global_kl(Antithetic(terms_together(inference, "analytic"), at([m], [scale]), 0), block, likelihood_se)
     assert 0 < abs(kl - exact) < 4 * se
     assert len(pairs_drawn) == pairs
 
@@ -243,7 +243,7 @@ def test_blocks_do_not_share_their_noise(table, few_pairs):
     """The same rows twice: their errors must be independent for the standard error to hold."""
     inference, theta = build(half_normal, table)
     first = blocks_of(table, SIZES)[0]
-    together = Antithetic(Together(inference), theta, 0)
+    together = Antithetic(terms_together(inference, "analytic"), theta, 0)
     one, two = (elbo_module._block_likelihood(together, first._replace(number=n), 4, 0.0) for n in (0, 1))
     assert one != two
 
@@ -255,7 +255,7 @@ def test_a_block_is_drawn_until_its_error_is_small_enough(table, pairs_drawn, en
     block = blocks_of(table, SIZES)[0]
 
     def error(most, enough):
-        return elbo_module._block_likelihood(Antithetic(Together(inference), theta, 0), block, most, enough)[1]
+        return elbo_module._block_likelihood(Antithetic(terms_together(inference, "analytic"), theta, 0), block, most, enough)[1]
 
     if enough is None:
         enough = error(64, 0.0)

@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from trainer.posterior import optimum
 from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import Draws, Pass, full_loss
-from trainer.posterior.together import Together
+from trainer.posterior.together import terms_together
 from trainer.posterior.optimum import can_be_settled, problem_of, settled
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
@@ -92,7 +92,7 @@ def problem(model, guide, y):
     blocks = [Block(0, {"y": y[:30]}, ids[:30]), Block(1, {"y": y[30:]}, ids[30:])]
 
     def loss(theta, draws, number):
-        return full_loss(Together(problem_of(inference)), theta, Pass(blocks, 2, number, lambda total: total), draws)
+        return full_loss(terms_together(problem_of(inference)), theta, Pass(blocks, 2, number, lambda total: total), draws)
 
     return inference, theta, loss, batch
 
@@ -114,8 +114,8 @@ def test_the_noise_of_the_gradient_vanishes_at_the_posterior(name):
     end = exact(inference, theta, values)
     assert loss(theta, Draws(2, 1), 0)[1].abs().min() > 0.1
     whole = Draws(2, len(y))  # each draw on all rows
-    _, plain = full_loss(Together(inference), end, rows, whole)
-    _, found = full_loss(Together(problem_of(inference)), end, rows, whole)
+    _, plain = full_loss(terms_together(inference), end, rows, whole)
+    _, found = full_loss(terms_together(problem_of(inference)), end, rows, whole)
     assert plain.norm() > 0.1
     near = 1e-4 if name == "dirichlet" else 1e-8  # as near as torch's derivative of a draw is
     torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=near)

@@ -12,7 +12,7 @@ from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
 from trainer.posterior import together as together_module
-from trainer.posterior.together import Antithetic, Normals, Together
+from trainer.posterior.together import Antithetic, Normals, Together, terms_together
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory
 from trainer.svi.plates import PlatedModel
@@ -150,7 +150,7 @@ def problem(name):
 
 def both(inference, theta, batch, pairs=PAIRS):
     """What a new `Together` gives, its way, and the reference."""
-    together, reference = Together(inference), Together(inference)
+    together, reference = terms_together(inference), terms_together(inference)
     reference.way = reference.one_by_one
     found = [list(Antithetic(each, theta, 3).pairs(batch, 7, 0, pairs)) for each in (together, reference)]
     parts = [[torch.cat([each[i] for each in slices]) for i in range(3)] for slices in found]
@@ -171,7 +171,7 @@ def test_draws_together_are_the_draws_one_by_one(name):
 def test_slices_and_their_size_change_nothing(monkeypatch):
     inference, theta, batch, _ = problem("own noise")
     whole, _, _ = both(inference, theta, batch)
-    together = Together(inference)
+    together = terms_together(inference)
     at = Antithetic(together, theta, 3)
     assert len(list(at.pairs(batch, 7, 0, PAIRS))) == 1
     monkeypatch.setattr(together_module, "_BYTES", 4 * 2 * together._written[ROWS])
@@ -185,7 +185,7 @@ def test_slices_and_their_size_change_nothing(monkeypatch):
 def test_other_rows_than_the_first_go_the_same_way():
     """A trace is one of so many rows."""
     inference, theta, batch, _ = problem("latents of rows")
-    together = Together(inference)
+    together = terms_together(inference)
     at = Antithetic(together, theta, 3)
     list(at.pairs(batch, 0, 0, PAIRS))
     fewer = batch_of({name: column[:5] for name, column in batch.columns.items()})
@@ -221,7 +221,7 @@ def test_draws_that_take_another_branch_go_one_by_one(monkeypatch):
 
 def test_few_draws_are_not_worth_a_decision():
     inference, theta, batch, _ = problem("mixture")
-    together = Together(inference)
+    together = terms_together(inference)
     list(Antithetic(together, theta, 3).pairs(batch, 0, 0, 3))
     assert together.way is None
 
@@ -250,12 +250,12 @@ def product(loss, at):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "a Gamma draw"])
 def test_derivatives_of_draws_together_are_those_one_by_one(name, derivative):
     inference, theta, batch, expected = problem(name)
-    together, reference = Together(inference), Together(inference)
+    together, reference = terms_together(inference), terms_together(inference)
     reference.way = reference.one_by_one
     size, per_row = inference.guide.noise_size
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(PAIRS, ROWS, per_row, generator=generator) if per_row else None
-    normals = Normals.of(torch.randn(PAIRS, size, generator=generator), rows, range(PAIRS), (1.0, -1.0))
+    normals = Normals.of(torch.randn(PAIRS, size, generator=generator), rows, range(2 * PAIRS), (1.0, -1.0))
     got, want = (
         each(at, batch, normals, lambda terms, at=at: derivative(terms.sum(), at))
         for each, at in ((each, theta.clone().requires_grad_()) for each in (together, reference))

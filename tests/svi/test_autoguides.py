@@ -27,7 +27,7 @@ from svi_problems import (
 from trainer.errors import UserError
 from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import Pass, full_hessian
-from trainer.posterior.together import Together
+from trainer.posterior.together import terms_together
 from trainer.svi.laplace import Laplace
 from trainer.svi.latents import is_latent
 from trainer.svi.materialise import guide_factory, mean_field
@@ -186,7 +186,7 @@ def test_laplace_ends_with_the_posterior():
     ids = torch.arange(rows)
     blocks = [Block(i, {k: v[part] for k, v in data.items()}, ids[part]) for i, part in enumerate(parts)]
     mean, covariance, evidence = regression_posterior(**data)
-    hessian = full_hessian(Together(inference), theta, 3, Pass(blocks, 2, 0, lambda total: total))
+    hessian = full_hessian(terms_together(inference), theta, 3, Pass(blocks, 2, 0, lambda total: total))
     torch.testing.assert_close(hessian, covariance.inverse(), rtol=1e-9, atol=1e-9)
     end = inference.parameters.flatten({"guide.loc": mean, **inference.guide.ended(hessian)})
     factor = inference.parameters.unflatten(end)["guide.factor"]

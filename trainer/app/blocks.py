@@ -19,7 +19,7 @@ from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_hessian, full_loss, full_product
 from trainer.posterior.optimum import problem_of
 from trainer.posterior.tensors import to_tensor
-from trainer.posterior.together import Together
+from trainer.posterior.together import Together, terms_together
 from trainer.svi.noise import mixed_seed
 from trainer.svi.rows import cat
 from trainer.svi.step import Inference
@@ -103,7 +103,7 @@ class AllRows:
         return full_hessian(self._together("hessian", module.inference), theta, size, self._pass(module, trainer))
 
     def _together(self, derivative: str, inference: Inference) -> Together:
-        return self.together.setdefault(derivative, Together(inference))
+        return self.together.setdefault(derivative, terms_together(inference))
 
     def _pass(self, module: VariationalModule, trainer: pl.Trainer, fresh: int = 0) -> Pass:
         count, size = len(self.folder.block_rows), max(1, _TOGETHER // int(self.folder.block_rows[0]))

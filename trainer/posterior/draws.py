@@ -4,7 +4,7 @@ Shapes: B rows of a batch.
 """
 
 import operator
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainer.errors import UserError
+from trainer.posterior.together import Normals, Together
 from trainer.svi.guides import Draw, Noise
 from trainer.svi.latents import Site, is_latent, log_prob
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
 from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.pyro_guides import NO_LATENT, PyroGuide
 from trainer.svi.step import Inference, in_dtype
+
+_FEWEST = 64  # draws, for fewer of which a trace of the model would not pay
 
 
 def dtype_of(theta: Tensor) -> AbstractContextManager[None]:
@@ -49,20 +52,61 @@ def draw(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: i
 
     Latents outside the data plate do not depend on ``batch``, those of a row on its row id and values alone.
     """
-    guide, device = inference.guide, theta.device
-    elements, per_row = guide.noise_size
-    when, which = torch.tensor(0, device=device), torch.tensor([number], device=device)
-    flat = sign * element_noise(seed, when, which, elements, theta.dtype)[0]
-    rows = None
-    if per_row:
-        assert batch.row_id is not None
-        rows = sign * row_noise(seed, when, which, batch.row_id[None], per_row, theta.dtype)[0]
-    noise = Noise(flat, rows, mixed_seed(seed, 0, 2 * number + (sign < 0)))
+    noise = _normals(inference, theta, batch, seed, range(number, number + 1), (sign,)).noise(0)
     with dtype_of(theta), torch.no_grad(), pyro.validation_enabled(False):
         return inference.parameters.call(
             inference.parameters.unflatten(theta),
-            lambda values: guide.draw(inference.model, values, noise, batch, "monte_carlo"),
+            lambda values: inference.guide.draw(inference.model, values, noise, batch, "monte_carlo"),
         )
+
+
+def latent_draws(
+    inference: Inference, theta: Tensor, batch: Batch, seed: int, numbers: range, signs: Sequence[float] = (1.0,)
+) -> dict[str, Tensor]:
+    """[S, ...] of every latent outside the data plate, and of what the model derives from these alone: at the draws
+    ``numbers``, each with each of the ``signs``, one after the other."""
+    first = _values(inference, draw(inference, theta, batch, seed, numbers[0], signs[0]))
+    sizes = [value.numel() for value in first.values()]
+
+    def evaluate(values: dict[str, Tensor], noise: Noise, batch: Batch) -> Tensor:
+        drawn = _values(inference, inference.guide.draw(inference.model, values, noise, batch, "monte_carlo"))
+        return torch.cat([drawn[name].double().flatten() for name in first])
+
+    if not first:
+        return {}
+    together, parts = Together(inference, evaluate, _FEWEST), []
+    with dtype_of(theta), torch.no_grad():
+        size = together.fitting(theta, batch, _normals(inference, theta, batch, seed, numbers[:1], signs))
+        for some in _batched(numbers, max(1, size // len(signs))):
+            made = together(theta, batch, _normals(inference, theta, batch, seed, some, signs)).split(sizes, dim=1)
+            parts.append([part.to(value.dtype) for part, value in zip(made, first.values())])
+    every = (torch.cat(each) for each in zip(*parts))
+    return {name: each.view(-1, *value.shape) for (name, value), each in zip(first.items(), every)}
+
+
+def _batched(numbers: range, size: int) -> Iterator[range]:
+    """The ``numbers``, at most ``size`` at a time."""
+    return (numbers[first : first + size] for first in range(0, len(numbers), size))
+
+
+def _values(inference: Inference, drawn: Draw) -> dict[str, Tensor]:
+    nodes: dict[str, Any] = drawn.trace.nodes
+    names = [*latents_of(drawn, inference.model.plate), *inference.derived]
+    return {name: cast(Tensor, nodes[name]["value"]) for name in names}
+
+
+def _normals(
+    inference: Inference, theta: Tensor, batch: Batch, seed: int, numbers: range, signs: Sequence[float]
+) -> Normals:
+    device, (elements, per_row) = theta.device, inference.guide.noise_size
+    when, which = torch.tensor(0, device=device), torch.tensor(list(numbers), device=device)
+    flat, rows = element_noise(seed, when, which, elements, theta.dtype), None
+    if per_row:
+        assert batch.row_id is not None
+        ids = batch.row_id.expand(len(numbers), -1)
+        rows = row_noise(seed, when, which, ids, per_row, theta.dtype)
+    seeds = [mixed_seed(seed, 0, 2 * number + (sign < 0)) for number in numbers for sign in signs]
+    return Normals.of(flat, rows, seeds, signs)
 
 
 def latents_of(drawn: Draw, plate: str) -> dict[str, Site]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.posterior.together import Antithetic, Together
+from trainer.posterior.together import Antithetic, terms_together
 from trainer.svi.noise import mixed_seed
 from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.rows import Column
@@ -190,4 +190,4 @@ def _batch(block: Block, theta: Tensor) -> Batch:
 
 def _draws(inference: Inference, theta: Tensor, seed: int) -> Antithetic:
     """With the exact KL where it is known, by other noise than the parameters were trained with."""
-    return Antithetic(Together(inference, "analytic"), theta, mixed_seed(seed, 0x5EED, 0))
+    return Antithetic(terms_together(inference, "analytic"), theta, mixed_seed(seed, 0x5EED, 0))

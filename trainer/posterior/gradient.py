@@ -125,7 +125,8 @@ def _over_parts(
         for number in range(parts):
             part = _part(block, number, parts)
             elements, of_rows, seeds = _noise(together, theta, part, rows.seed, number * pairs, pairs)
-            normals = Normals.of(elements, of_rows, seeds, together.inference.objective.signs)
+            signs = together.inference.objective.signs
+            normals = Normals.of(elements, of_rows, [seed for seed in seeds for _ in signs], signs)
             total += _of_part(together, theta, part, normals, 1.0 / (rows.num_blocks * parts), derivative)
             if by_chance is not None:
                 total -= by_chance(elements, len(part.row_id))

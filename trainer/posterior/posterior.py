@@ -23,7 +23,7 @@ from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError, first_line
-from trainer.posterior.draws import counted_draws, draw, dtype_of, latents_of, parameters_of, predicts_by
+from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
 from trainer.posterior.predictive import Prediction, joined, levels_of, predicted, rows_together
 from trainer.posterior.summary import SiteSummary, summarise
@@ -65,14 +65,9 @@ class Posterior:
 
         Deterministic sites that follow from these alone are among them (what a reparameterised latent was called).
         """
-        drawn: dict[str, list[np.ndarray]] = {}
-        for number in range(counted_draws(num_draws)):
-            one = draw(self.inference, self.theta, self.rows, seed, number)
-            nodes = latents_of(one, self.inference.model.plate)
-            derived = {name: one.trace.nodes[name] for name in self.inference.derived}
-            for name, node in (nodes | derived).items():
-                drawn.setdefault(name, []).append(node["value"].detach().cpu().numpy())
-        return {name: np.stack(values) for name, values in drawn.items()}
+        numbers = range(counted_draws(num_draws))
+        drawn = latent_draws(self.inference, self.theta, self.rows, seed, numbers)
+        return {name: values.cpu().numpy() for name, values in drawn.items()}
 
     @own_state()
     def summary(self) -> list[SiteSummary]:

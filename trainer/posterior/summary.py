@@ -22,7 +22,7 @@ from torch.distributions import biject_to, transforms
 from torch.special import ndtri
 
 from trainer.data.store import atomic_write
-from trainer.posterior.draws import draw, latents_of
+from trainer.posterior.draws import draw, latent_draws, latents_of
 from trainer.svi.guides import MeanField
 from trainer.svi.latents import LatentSite, Site
 from trainer.svi.noise import element_noise, mixed_seed
@@ -119,16 +119,10 @@ def _from_model(
         return []
     held = sum(first[name].numel() for name in names)
     still = inference.guide.still and not inference.guide.curved
-    pairs = (
-        1 if still else _pairs(max(held, inference.guide.noise_size[0] // 5))
-    )  # noise is not held, but it takes its time
-    draws: dict[str, list[Tensor]] = {name: [] for name in names}
-    for pair in range(pairs):
-        for sign in (1.0, -1.0):
-            nodes = _latents(inference, theta, batch, seed, pair, sign)
-            for name in names:
-                draws[name].append(nodes[name]["value"])
-    return [_of_draws(name, torch.stack(draws.pop(name))) for name in names]
+    # Noise is not held, but it takes its time.
+    pairs = 1 if still else _pairs(max(held, inference.guide.noise_size[0] // 5))
+    draws = latent_draws(inference, theta, batch, mixed_seed(seed, _STREAM, 0), range(pairs), (1.0, -1.0))
+    return [_of_draws(name, draws.pop(name)) for name in names]
 
 
 def _from_u(site: LatentSite, transform: transforms.Transform, loc: Tensor, scale: Tensor, seed: int) -> SiteSummary:

@@ -1,4 +1,4 @@
-"""The ELBO's terms at many draws of z: all together where the model allows it, one by one where it does not.
+"""What is made of many draws of z: all together where the model allows it, one by one where it does not.
 
 Up to some ten thousand rows Pyro's handlers take longer for a draw than its arithmetic does. `torch.vmap` runs the
 model once for all draws. A model or guide that draws random numbers of its own is traced first, with the given noise in
@@ -43,12 +43,12 @@ class Normals(NamedTuple):
 
     @classmethod
     def of(cls, elements: Tensor, rows: Tensor | None, seeds: Sequence[int], signs: Sequence[float]) -> "Normals":
-        """Each of R draws with each of the ``signs``, one after the other: [R, E] and [R, B, n] become S of them."""
+        """Each of R draws with each of the ``signs``, one after the other: [R, E] and [R, B, n] become S of them, as the seeds are."""
 
         def signed(drawn: Tensor) -> Tensor:
             return torch.stack([sign * drawn for sign in signs], dim=1).flatten(0, 1)
 
-        return cls(signed(elements), None if rows is None else signed(rows), [each for each in seeds for _ in signs])
+        return cls(signed(elements), None if rows is None else signed(rows), seeds)
 
     def part(self, first: int, stop: int) -> "Normals":
         rows = None if self.rows is None else self.rows[first:stop]
@@ -69,25 +69,29 @@ class Pairs(NamedTuple):
     """float64 [S]: the others."""
 
 
+Evaluate = Callable[[dict[str, Tensor], Noise, Batch], Tensor]
+"""(parameters, the noise of a draw, rows) -> [n]."""
+
+
 class Together:
-    """Evaluates `elbo_terms` at many draws; ``kl``: another than the objective's.
+    """Evaluates model and guide at many draws, from ``fewest`` on together.
 
     The first draws decide how: two go one by one, and the first way that agrees with them to rounding is kept. Draws
     that it cannot take go one by one, so that what a draw gives does not depend on those before it.
     """
 
-    def __init__(self, inference: Inference, kl: KL | None = None):
-        self.inference, self.kl = inference, kl or inference.objective.kl
+    def __init__(self, inference: Inference, evaluate: Evaluate, fewest: int = _FEWEST):
+        self.inference, self.evaluate, self.fewest = inference, evaluate, fewest
         self.way: Callable[[Tensor, Batch, Normals], Tensor] | None = None
-        """(theta [P], rows, S draws) -> [S, 2], nats inside and outside the data plate; None: not known yet."""
+        """(theta [P], rows, S draws) -> [S, n], what ``evaluate`` makes of each; None: not known yet."""
         self._written: dict[int, int] = {}
         self._graphs: dict[Any, Callable[..., Tensor]] = {}
 
     def __call__(
-        self, theta: Tensor, batch: Batch, normals: Normals, of: Callable[[Tensor], Tensor] = lambda terms: terms
+        self, theta: Tensor, batch: Batch, normals: Normals, of: Callable[[Tensor], Tensor] = lambda made: made
     ) -> Tensor:
-        """``of`` the terms [S, 2] at ``theta`` [P]: these themselves, or what a derivative makes of them."""
-        if len(normals.seeds) < _FEWEST:
+        """``of`` what is made of the draws at ``theta`` [P], [S, n]: that itself, or its derivative."""
+        if len(normals.seeds) < self.fewest:
             return of(self.one_by_one(theta, batch, normals))
         with _silent_vmap():
             if self.way is None:
@@ -123,22 +127,16 @@ class Together:
 
     def one_by_one(self, theta: Tensor, batch: Batch, normals: Normals) -> Tensor:
         """The reference."""
-        return torch.stack([self._terms(theta, normals.noise(s), batch) for s in range(len(normals.seeds))])
+        return torch.stack([self._made(theta, normals.noise(s), batch) for s in range(len(normals.seeds))])
 
-    def _terms(self, theta: Tensor, noise: Noise, batch: Batch) -> Tensor:
-        """float64 [2]: the sums of the terms inside and outside the data plate."""
-        inference = self.inference
-
-        def evaluate(values: dict[str, Tensor]) -> Tensor:
-            terms = elbo_terms(inference.model, inference.guide, values, noise, batch, self.kl)
-            return torch.stack([_sum(terms, scaled, batch) for scaled in (True, False)])
-
+    def _made(self, theta: Tensor, noise: Noise, batch: Batch) -> Tensor:
+        parameters = self.inference.parameters
         with pyro.validation_enabled(False):
-            return inference.parameters.call(inference.parameters.unflatten(theta), evaluate)
+            return parameters.call(parameters.unflatten(theta), lambda values: self.evaluate(values, noise, batch))
 
     def _mapped(self, theta: Tensor, batch: Batch, normals: Normals) -> Tensor:
         def at(flat: Tensor, rows: Tensor | None) -> Tensor:
-            return self._terms(theta, Noise(flat, rows, 0), batch)
+            return self._made(theta, Noise(flat, rows, 0), batch)
 
         dims = (0, None if normals.rows is None else 0)
         return torch.vmap(at, in_dims=dims)(normals.elements, normals.rows)
@@ -154,7 +152,7 @@ class Together:
             for name, (count, make) in makers.items():
                 columns[name], left = make(*left[:count]), left[count:]
             noise = Noise(tensors[0], None if normals.rows is None else tensors[1], 0)
-            return (self._terms(theta, noise, Batch(columns, *left)),)
+            return (self._made(theta, noise, Batch(columns, *left)),)
 
         shapes = tuple((each.shape, each.dtype) for each in (theta, *given))
         if shapes not in self._graphs:
@@ -166,10 +164,22 @@ class Together:
         return self._graphs[shapes](theta, *drawn, *given)
 
 
+def terms_together(inference: Inference, kl: KL | None = None) -> Together:
+    """The sums of the ELBO's terms inside and outside the data plate, float64 [2] of each draw, nats at the scale of
+    the batch; ``kl``: another than the objective's."""
+
+    def evaluate(values: dict[str, Tensor], noise: Noise, batch: Batch) -> Tensor:
+        terms = elbo_terms(inference.model, inference.guide, values, noise, batch, kl or inference.objective.kl)
+        return torch.stack([_sum(terms, scaled, batch) for scaled in (True, False)])
+
+    return Together(inference, evaluate)
+
+
 class Antithetic(NamedTuple):
-    """Antithetic pairs of draws at one theta."""
+    """The ELBO's terms at antithetic pairs of draws at one theta."""
 
     together: Together
+    """From `terms_together`."""
     theta: Tensor
     """[P]."""
     seed: int
@@ -196,7 +206,8 @@ class Antithetic(NamedTuple):
             assert batch.row_id is not None
             ids = batch.row_id.expand(len(pairs), -1)
             rows = row_noise(self.seed, when, draws, ids, per_row, dtype)
-        return Normals.of(flat, rows, [mixed_seed(self.seed, number, pair) for pair in pairs], (1.0, -1.0))
+        seeds = [mixed_seed(self.seed, number, pair) for pair in pairs for _ in range(2)]
+        return Normals.of(flat, rows, seeds, (1.0, -1.0))
 
 
 def _sum(terms: dict[str, Term], scaled: bool, batch: Batch) -> Tensor:
