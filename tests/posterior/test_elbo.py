@@ -160,7 +160,9 @@ def test_a_kl_without_a_closed_form_comes_from_draws(table, pairs_drawn, monkeyp
     log_prior = 0.5 * math.log(2 / math.pi) - math.log(2.0) - math.exp(2 * m + 2 * scale**2) / 8.0 + m
     exact = -math.log(scale) - 0.5 * (1 + math.log(2 * math.pi)) - log_prior
     block = blocks_of(table, SIZES)[0]
-    kl, se = elbo_module._global_kl(Antithetic(terms_together(inference, "analytic"), at([m], [scale]), 0), block, likelihood_se)
+    kl, se = elbo_module._global_kl(
+        Antithetic(terms_together(inference, "analytic"), at([m], [scale]), 0), block, likelihood_se
+    )
     assert 0 < abs(kl - exact) < 4 * se
     assert len(pairs_drawn) == pairs
 
@@ -255,7 +257,9 @@ def test_a_block_is_drawn_until_its_error_is_small_enough(table, pairs_drawn, en
     block = blocks_of(table, SIZES)[0]
 
     def error(most, enough):
-        return elbo_module._block_likelihood(Antithetic(terms_together(inference, "analytic"), theta, 0), block, most, enough)[1]
+        return elbo_module._block_likelihood(
+            Antithetic(terms_together(inference, "analytic"), theta, 0), block, most, enough
+        )[1]
 
     if enough is None:
         enough = error(64, 0.0)

@@ -10,8 +10,8 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from trainer.posterior import optimum
 from trainer.posterior.elbo import Block
 from trainer.posterior.gradient import Draws, Pass, full_loss
-from trainer.posterior.together import terms_together
 from trainer.posterior.optimum import can_be_settled, problem_of, settled
+from trainer.posterior.together import terms_together
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.objective import Objective
@@ -92,7 +92,9 @@ def problem(model, guide, y):
     blocks = [Block(0, {"y": y[:30]}, ids[:30]), Block(1, {"y": y[30:]}, ids[30:])]
 
     def loss(theta, draws, number):
-        return full_loss(terms_together(problem_of(inference)), theta, Pass(blocks, 2, number, lambda total: total), draws)
+        return full_loss(
+            terms_together(problem_of(inference)), theta, Pass(blocks, 2, number, lambda total: total), draws
+        )
 
     return inference, theta, loss, batch
 

@@ -12,6 +12,7 @@ from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
 from trainer.posterior import together as together_module
+from trainer.posterior.draws import draw, latent_draws, latents_of
 from trainer.posterior.together import Antithetic, Normals, Together, terms_together
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import guide_factory
@@ -263,3 +264,14 @@ def test_derivatives_of_draws_together_are_those_one_by_one(name, derivative):
     assert want.abs().max() > 0.01
     assert together.way.__name__ == expected
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["hierarchical", "AutoNormal", "a Gamma draw", "latents of rows", "own noise"])
+def test_draws_of_the_latents_are_those_one_by_one(name):
+    inference, theta, batch, _ = problem(name)
+    got = latent_draws(inference, theta, batch, 3, range(5, 45), (1.0, -1.0))
+    for number, sign, place in ((5, 1.0, 0), (5, -1.0, 1), (44, -1.0, 79)):
+        nodes = latents_of(draw(inference, theta, batch, 3, number, sign), "data")
+        assert set(got) == set(nodes)
+        for site, node in nodes.items():
+            torch.testing.assert_close(got[site][place], node["value"], rtol=1e-12, atol=1e-13)

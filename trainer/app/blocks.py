@@ -84,7 +84,9 @@ class AllRows:
     ) -> Tensor:
         """float64 [P] of minus the ELBO (nats) at ``theta``; other draws at every step, and others if ``fresh``."""
         module = _module(trainer)
-        return full_gradient(self._together("gradient", module.inference), theta, self._pass(module, trainer, fresh), whitening, draws)
+        return full_gradient(
+            self._together("gradient", module.inference), theta, self._pass(module, trainer, fresh), whitening, draws
+        )
 
     def product(self, trainer: pl.Trainer, theta: Tensor, along: Tensor) -> Tensor:
         """float64 [D]: the Hessian of minus the ELBO (nats) by the locations at ``theta``, times ``along`` [D]."""

@@ -43,7 +43,7 @@ class Normals(NamedTuple):
 
     @classmethod
     def of(cls, elements: Tensor, rows: Tensor | None, seeds: Sequence[int], signs: Sequence[float]) -> "Normals":
-        """Each of R draws with each of the ``signs``, one after the other: [R, E] and [R, B, n] become S of them, as the seeds are."""
+        """Each of R draws, [R, E] and [R, B, n], with each of the ``signs``, one after the other: S, as seeds."""
 
         def signed(drawn: Tensor) -> Tensor:
             return torch.stack([sign * drawn for sign in signs], dim=1).flatten(0, 1)
