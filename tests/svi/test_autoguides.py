@@ -148,6 +148,21 @@ def test_a_value_for_each_row_is_refused(name):
         made(autoguide.AutoLaplaceApproximation, local, {"x": DATA["y"]})
 
 
+@pytest.mark.parametrize("name", ["AutoNormal", "AutoDiagonalNormal", "AutoLaplaceApproximation"])
+def test_a_prior_that_cannot_be_drawn_from_needs_a_start(name):
+    def flat(x):
+        m = pyro.sample("m", dist.ImproperUniform(constraints.real, (), ()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    kind, data = getattr(autoguide, name), {"x": DATA["y"]}
+    with pytest.raises(UserError, match=r"ImproperUniform does not support sampling.*proper prior.*init_to_value"):
+        made(kind, flat, data)
+    start = autoguide.init_to_value(values={"m": torch.tensor(2.0)})
+    inference, _ = made(functools.partial(kind, init_loc_fn=start), flat, data)
+    assert {"m", "x"} <= set(inference.sites)
+
+
 def test_a_discrete_guide_is_refused():
     def model(x):
         k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))

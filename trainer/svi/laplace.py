@@ -17,6 +17,7 @@ from trainer.svi.guides import KL, LOG_2PI, Draw, Noise
 from trainer.svi.latents import AtZero, FromUnconstrained, latent_name, refuse_latent
 from trainer.svi.noise_mode import NoiseMode, measure_noise
 from trainer.svi.plates import Batch, PlatedModel
+from trainer.svi.pyro_guides import only_models_that_it_holds
 
 _FLAT = (
     1e-10,
@@ -44,7 +45,8 @@ class Laplace:
         self.curved = self.size
         for site in self.sites:
             refuse_latent(trace.nodes[site.name], model.plate, can_be_local=False)
-        self.auto._setup_prototype(**{name: batch.columns[name] for name in model.own})
+        with only_models_that_it_holds():
+            self.auto._setup_prototype(**{name: batch.columns[name] for name in model.own})
         loc = self.auto.loc.detach().to(batch.dtype)
         with FromUnconstrained(self._by_site(loc)):
             self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)

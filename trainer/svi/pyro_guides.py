@@ -8,6 +8,8 @@ Shapes: B rows.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, cast
 
@@ -96,10 +98,8 @@ class PyroGuide:
         return {}
 
     def _first(self, batch: Batch) -> poutine.Trace:
-        try:
+        with only_models_that_it_holds():
             return poutine.trace(self.guide).get_trace(batch)
-        except NotImplementedError as error:  # what an autoguide says of a model that it cannot hold
-            raise UserError(f"the guide cannot hold this model: {first_line(error)}") from error
 
     def _check(self, site: Site, trace: poutine.Trace) -> None:
         """Raises UserError for a ``site`` of the guide that no gradient passes; ``trace``: the model's."""
@@ -147,6 +147,21 @@ class PyroGuide:
                 log_prior[name] = total_log_prob(site)
         local = frozenset(name for name in entropy if inside(q.nodes[name], self.plate))
         return Draw(trace, entropy, log_prior, local)
+
+
+@contextmanager
+def only_models_that_it_holds() -> Iterator[None]:
+    """What an autoguide says of a model that it cannot hold as a UserError."""
+    try:
+        yield
+    except NotImplementedError as error:
+        told = first_line(error).rstrip(".")
+        if "ImproperUniform" in told:
+            raise UserError(
+                f"the guide starts at a draw from the prior ({told}): give the improper site a proper prior, the guide "
+                "a start (init_loc_fn=init_to_value(values=...)), or take guide=mean_field."
+            ) from error
+        raise UserError(f"the guide cannot hold this model ({told}): take another guide, as mean_field.") from error
 
 
 def no_guide() -> None:
