@@ -129,3 +129,26 @@ def test_other_errors_and_refusals_are_not_tried_again():
     finally:
         torch.set_default_dtype(before)
     assert tried == [torch.float64, torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "made", [torch.jit.script, lambda net: torch.jit.trace(net, torch.zeros(2, 2))], ids=["script", "trace"]
+)
+def test_a_torchscript_module_of_float32_computes_in_float32(made):
+    net = made(nn.Linear(2, 1).requires_grad_(False))
+
+    def model(x, y=None):
+        seen.append(x.dtype)
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1) + b, 0.5), obs=y)
+
+    def wrong(x, y=None):
+        return model(x[:, :1], y)
+
+    seen: list[torch.dtype] = []
+    fit(model, {name: TABLE[name] for name in ("x", "y")}, max_steps=3, progress=False, options=OPTIONS)
+    assert seen[-1] == torch.float32
+    with pytest.raises(RuntimeError, match="TorchScript"):  # of another cause: not said to be one of types
+        fit(wrong, {name: TABLE[name] for name in ("x", "y")}, max_steps=3, progress=False, options=OPTIONS)

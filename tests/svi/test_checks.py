@@ -176,9 +176,28 @@ def counts(x, y):
         pyro.sample("y", dist.Poisson(w.exp()), obs=y)
 
 
+def selecting(x, y, mean="all", kind="rows"):
+    w = weight(x)
+    with pyro.plate("data", len(x)):
+        chosen = x > 0
+        observed = torch.stack([y, y], 1)[chosen] if kind == "pairs" else y[chosen]
+        likelihood = dist.Normal(w if mean == "one" else x * w, 1.0)
+        pyro.sample("y", likelihood.expand([2]).to_event(1) if kind == "pairs" else likelihood, obs=observed)
+
+
+def drawing(x, y):
+    w = weight(x)
+    with pyro.plate("data", 100, subsample_size=5):
+        pyro.sample("y", dist.Normal(w, 1.0), obs=y[:5])
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        (selecting, r'site "y" observes \d+ rows? of the 12 in plate "data": keep all rows.*poutine.mask'),
+        (functools.partial(selecting, mean="one"), r'site "y" observes \d+ rows? of the 12 in plate "data"'),
+        (functools.partial(selecting, mean="one", kind="pairs"), r'site "y" observes \d+ rows? of the 12 in plate'),
+        (drawing, r'plate\("data", ..., subsample_size=5\) draws its own rows: write pyro.plate'),
         (outside, 'observed site "y" stands outside plate "data" and depends on the rows.*with pyro.plate'),
         (beside, 'observed site "total" stands outside plate "data".*global_sites=\\[total\\]'),
         (unseen, "the model observes nothing: pass a column as obs="),

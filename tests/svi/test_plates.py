@@ -121,7 +121,7 @@ def refused(x, kind):
     [
         ("subsample", "drop subsample="),
         ("wrong size", 'plate\\("data"\\) takes 1000 rows where the batch has 4'),
-        ("wrong subsample size", "takes 5 rows where the batch has 4"),
+        ("wrong subsample size", "draws its own rows: write"),
         ("no size", 'has no size at site "y"'),
         ("loop", 'loop around site "y0"'),
         ("loop, N", "data plate's own indices"),

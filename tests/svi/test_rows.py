@@ -9,6 +9,7 @@ import pytest
 import torch
 from svi_problems import F64, batch_of, build, grad, noise_of, one_group
 
+from trainer.errors import UserError
 from trainer.svi.fused import Fused
 from trainer.svi.optim import Adam
 from trainer.svi.programs import Chunk, Eager
@@ -179,3 +180,20 @@ def test_a_batch_knows_its_rows_and_type():
     batch = batch_of(x=sparse(6), y=torch.zeros(6))
     assert batch.size == 6
     assert batch.dtype == F64
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: x * w,
+        lambda x, w: w * x,
+        lambda x, w: x + 1.0,
+        lambda x, w: 1.0 - x,
+        lambda x, w: x / w,
+        lambda x, w: x**2,
+    ],
+)
+def test_sparse_rows_have_no_arithmetic_and_say_what_there_is(use):
+    x = Csr(torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0]), torch.tensor([0, 2]), 3)
+    with pytest.raises(UserError, match=r"no arithmetic value by value: use x @ w, or x\.dense\(\)"):
+        use(x, torch.ones(3))

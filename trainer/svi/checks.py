@@ -12,9 +12,10 @@ import torch
 from pyro import poutine
 from pyro.util import check_site_shape
 
-from trainer.errors import UserError, first_line
+from trainer.errors import UserError, counted, first_line
 from trainer.svi.cut_off import refuse_cut_off
 from trainer.svi.dependence import check_outside, site_per_row
+from trainer.svi.faults import observed
 from trainer.svi.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
 from trainer.svi.objective import Term
 from trainer.svi.observed import RowCheck
@@ -67,22 +68,24 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
     except (RuntimeError, IndexError, ValueError):
         RowCheck(model).refuse(batch, density=True, of_all=False)  # it may be the fault of some rows
         raise
-    RowCheck(model).refuse(batch)
     plate = model.plate
+    for site in observed(trace, plate):
+        _refuse_selected(site, plate)
+    RowCheck(model).refuse(batch)
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-    observed = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}
-    if not observed:
+    seen = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}
+    if not seen:
         raise UserError(_nothing_observed(model, batch))
     for site in sites.values():
         if is_latent(site):
             refuse_latent(site, plate, can_be_local=True)
     derived = check_outside(model, batch, global_sites)
-    if not any(inside(site, plate) for site in observed.values()):
+    if not any(inside(site, plate) for site in seen.values()):
         raise UserError(
             f'the model has no plate "{plate}" with an observed site in it: put them in '
             f'`with pyro.plate("{plate}", len(x)):`, or name your own plate with plate=NAME.'
         )
-    for site in observed.values():
+    for site in seen.values():
         _check_shape(site)
     refuse_cut_off(model, batch)
     return derived
@@ -145,6 +148,18 @@ def _size(model: PlatedModel, batch: Batch) -> int | None:
     except (RuntimeError, IndexError, ValueError):
         pass
     return None
+
+
+def _refuse_selected(site: Site, plate: str) -> None:
+    """Raises UserError where an observed value is some of the rows of the data plate alone."""
+    frame = next(frame for frame in site["cond_indep_stack"] if frame.name == plate)
+    value, dim = site["value"], frame.dim - len(site["fn"].event_shape)
+    rows = value.shape[dim] if value.dim() >= -dim else 1
+    if rows not in (1, frame.size):
+        raise UserError(
+            f'site "{site["name"]}" observes {counted(rows, "row")} of the {frame.size} in plate "{plate}": keep all '
+            "rows (no boolean index), and say which ones the site is about with poutine.mask(mask=...) or torch.where."
+        )
 
 
 def _check_shape(site: Site) -> None:

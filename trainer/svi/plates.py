@@ -109,6 +109,11 @@ class DataPlate(Messenger):
                 "the trainer gives the model its rows."
             )
         declared = fn.size if fn.subsample_size is None else fn.subsample_size
+        if declared != rows and fn.subsample_size not in (None, fn.size):
+            raise UserError(
+                f'plate("{self.name}", ..., subsample_size={declared}) draws its own rows: write '
+                f'pyro.plate("{self.name}", len(x)) with a column x, the trainer gives the model its rows.'
+            )
         if declared != rows:
             raise WrongSize(self.name, int(declared), rows)
         indices = torch.arange(rows, device=self.batch.valid.device)

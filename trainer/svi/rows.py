@@ -14,6 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from trainer.errors import UserError
+
 V = TypeVar("V", bound="Varying")
 
 
@@ -150,6 +152,14 @@ class Csr(Varying):
         """[B, ...] for ``weight`` [D, ...]: the dense rows times it, at the cost of the entries alone."""
         values = self.values.reshape(-1, *(1,) * (weight.dim() - 1))
         return self.total(values * weight[self.indices])
+
+    def _elementwise(self, other: Any) -> Any:
+        raise UserError(
+            "a sparse column has no arithmetic value by value: use x @ w, or x.dense(), which has every zero of its "
+            f"{self.width:,} columns."
+        )
+
+    __mul__ = __rmul__ = __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __pow__ = _elementwise
 
 
 @dataclass(frozen=True, eq=False)
