@@ -24,6 +24,7 @@ from trainer.posterior.together import Normals, Together
 from trainer.svi.guides import Draw, Noise
 from trainer.svi.latents import Site, is_latent, log_prob
 from trainer.svi.noise import element_noise, mixed_seed, row_noise
+from trainer.svi.noise_mode import seed_generators
 from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.pyro_guides import NO_LATENT, PyroGuide
 from trainer.svi.step import Inference, in_dtype
@@ -158,7 +159,7 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
     free = poutine.condition(_Unobserved(observed)(model), data=latents)
     first_row = 0 if batch.row_id is None else int(batch.row_id[0])
     with dtype_of(theta), torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
-        torch.manual_seed(mixed_seed(seed, number, first_row))
+        seed_generators(mixed_seed(seed, number, first_row))
         trace = inference.parameters.call(
             inference.parameters.unflatten(theta), lambda values: poutine.trace(free).get_trace(batch)
         )

@@ -26,7 +26,7 @@ _PAIRS = 500  # over all blocks at the most, where these are few
 _FIRST_PAIRS = 32  # of a block, before its error is looked at
 _SE = 0.01  # nats, of all rows' likelihood
 _KL_DRAWS = 10_000
-_KL_SE = 0.005  # nats; a tenth of the likelihood's error is enough too
+_KL_SE = 0.005  # nats; a third of the likelihood's error is enough too
 _KL_BLOCK = 2**40  # names the noise of the draws without data
 
 
@@ -176,7 +176,7 @@ def _global_kl(at: Antithetic, block: Block, likelihood_se: float) -> tuple[floa
         values = torch.cat([values, *found])
         spread, first = float(values.std()), float(values[0])
         exact = spread <= 1e-9 * (1 + abs(first))
-        close = stop > 4 and spread / math.sqrt(stop) <= max(_KL_SE, likelihood_se / 10)
+        close = stop > 4 and spread / math.sqrt(stop) <= max(_KL_SE, likelihood_se / 3)
         if exact or close or not math.isfinite(spread):
             break
     return float(values.mean()), 0.0 if exact else spread / math.sqrt(len(values))

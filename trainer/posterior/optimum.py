@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.posterior.gradient import Draws
 from trainer.svi.noise import mixed_seed
+from trainer.svi.noise_mode import seed_generators
 from trainer.svi.plates import Batch
 from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.step import Inference
@@ -191,7 +192,7 @@ def fisher(inference: Inference, theta: Tensor, number: int, rows: Batch) -> Ten
     count = _SCORES[0] + _SCORES[1] * len(theta)
     scores = []
     with pyro.validation_enabled(False), torch.random.fork_rng():
-        torch.manual_seed(mixed_seed(number, 0xF15, 0))
+        seed_generators(mixed_seed(number, 0xF15, 0))
         for _ in range(count):
             at = theta.detach().to(dtype).requires_grad_()
             with torch.enable_grad():

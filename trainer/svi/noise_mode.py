@@ -81,7 +81,7 @@ class NoiseMode(TorchDispatchMode):
 
     def __enter__(self) -> "NoiseMode":
         if self.layout.others:
-            torch.manual_seed(self.seed)
+            seed_generators(self.seed)
         super().__enter__()
         return self
 
@@ -103,6 +103,16 @@ class NoiseMode(TorchDispatchMode):
         assert self.rows is not None
         values = self.rows[:, self.used_of_rows - count : self.used_of_rows]
         return values.reshape(like.movedim(axis, 0).shape).movedim(0, axis).to(like)
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds torch's own generators, those of CUDA where it is in use.
+
+    `torch.manual_seed` also keeps, for devices that may yet come to use, the seed and a stack trace of every call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 class _Measuring(TorchDispatchMode):
