@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from svi_problems import build, chunk_of, regression
@@ -14,7 +16,7 @@ from trainer.errors import UserError
 from trainer.svi.fused import Fused
 from trainer.svi.optim import Adam
 from trainer.svi.schedules import Constant
-from trainer.svi.step import Update
+from trainer.svi.step import Update, in_dtype
 
 pytestmark = [pytest.mark.xdist_group("fused"), pytest.mark.timeout(1800)]  # one worker compiles, the other goes on
 HERE = Path(__file__).parent
@@ -122,3 +124,26 @@ def test_one_compiled_step_serves_seeds_rates_horizons_and_sizes(program):
     again.prepare(start, chunk.part(0, 1), said.append)  # a chunk of one slot will do
     assert said[1:] == ["compiled step found in the cache"] * 2
     assert torch.equal(again.run(start, chunk, 1).terms, again.run(start, chunk, 6).terms[:1])
+
+
+def numbers_of_its_own(x, y):
+    """Constants and quotients of whole numbers, to which no column gives a type."""
+    thirds = (torch.arange(2) + 1) / 3
+    w = pyro.sample("w", dist.HalfCauchy(torch.ones(2)).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ (w * thirds) + torch.full((1,), 0.1), 1.0), obs=y)
+
+
+@pytest.mark.slow
+def test_numbers_that_a_model_makes_have_the_type_of_the_others(compiled_folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(compiled_folder))
+    with in_dtype(torch.float64):
+        chunk = chunk_of(6, 1, 8, torch.float64, x=(2,), y=())
+        columns = {name: column[0, 0] for name, column in chunk.columns.items()}
+        inference, theta = build(numbers_of_its_own, num_obs=1000, **columns)
+        update = Update(Adam(lr=0.01), Constant(), 10, 5)
+        fused, start = Fused(inference, update, 0, [0]), update.init(theta)
+        fused.prepare(start, chunk)
+        got, want = fused.run(start, chunk, 6), fused.eager.run(start, chunk, 6)
+    torch.testing.assert_close(got.terms, want.terms, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(got.state.theta, want.state.theta, rtol=1e-12, atol=0.0)

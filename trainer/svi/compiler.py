@@ -95,6 +95,7 @@ def compile_recipe(given: dict[str, Any], folder: Path, stages: Stages) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
     torch.set_num_threads(given.pop("threads"))
+    torch.set_default_dtype(getattr(torch, given["dtype"]))
     options = {
         "aot_inductor.output_path": str(folder / "step.so"),
         "aot_inductor.enable_line_tables": False,

@@ -119,6 +119,7 @@ class Fused:
             shapes_of(_carry(state)),
             shapes_of([each[0] for each in (*self._noise(state, chunk.part(0, 1)), *self._layout(chunk).data(chunk))]),
             shapes_of(self._fixed(state)),
+            str(torch.get_default_dtype()).removeprefix("torch."),
         )
         compilation = self._compilation = Compilation(recipe, say)
 

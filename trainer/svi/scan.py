@@ -34,6 +34,8 @@ class Recipe:
     data: Shapes
     """Without the axis of the slots."""
     fixed: Shapes
+    dtype: str
+    """torch's default type: that of numbers that the code makes from none."""
 
     def scan(self) -> "Scan":
         return Scan(called(self.step), called(self.rates), self.rate_constants)
