@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainer.errors import UserError
-from trainer.posterior.together import Normals, Together
+from trainer.posterior.together import Normals, Together, normals_of
 from trainer.svi.guides import Draw, Noise
 from trainer.svi.latents import Site, is_latent, log_prob
-from trainer.svi.noise import element_noise, mixed_seed, row_noise
+from trainer.svi.noise import mixed_seed
 from trainer.svi.noise_mode import seed_generators
 from trainer.svi.plates import Batch, PlatedModel, inside
 from trainer.svi.pyro_guides import NO_LATENT, PyroGuide
@@ -99,15 +99,9 @@ def _values(inference: Inference, drawn: Draw) -> dict[str, Tensor]:
 def _normals(
     inference: Inference, theta: Tensor, batch: Batch, seed: int, numbers: range, signs: Sequence[float]
 ) -> Normals:
-    device, (elements, per_row) = theta.device, inference.guide.noise_size
-    when, which = torch.tensor(0, device=device), torch.tensor(list(numbers), device=device)
-    flat, rows = element_noise(seed, when, which, elements, theta.dtype), None
-    if per_row:
-        assert batch.row_id is not None
-        ids = batch.row_id.expand(len(numbers), -1)
-        rows = row_noise(seed, when, which, ids, per_row, theta.dtype)
+    elements, rows = normals_of(inference, theta, batch.row_id, seed, 0, numbers)
     seeds = [mixed_seed(seed, 0, 2 * number + (sign < 0)) for number in numbers for sign in signs]
-    return Normals.of(flat, rows, seeds, signs)
+    return Normals.of(elements, rows, seeds, signs)
 
 
 def latents_of(drawn: Draw, plate: str) -> dict[str, Site]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from trainer.posterior.elbo import Block
-from trainer.posterior.together import Normals, Together
-from trainer.svi.noise import chunk_noise, mixed_seed
+from trainer.posterior.together import Normals, Together, normals_of
+from trainer.svi.noise import mixed_seed
 from trainer.svi.plates import Batch
 from trainer.svi.start import second_derivative
 from trainer.svi.variance import Whitening
@@ -143,13 +143,11 @@ def _noise(
     together: Together, theta: Tensor, block: Block, seed: int, first: int, count: int
 ) -> tuple[Tensor, Tensor | None, list[int]]:
     """Of ``count`` draws from the ``first``: elements [count, E], rows [count, B, n], seeds."""
-    device, numbers = theta.device, range(first, first + count)
-    when, draws = torch.tensor([block.number], device=device), torch.tensor([list(numbers)], device=device)
-    size = together.inference.guide.noise_size
-    elements, rows = chunk_noise(size, seed, when, draws, block.row_id[None, None], theta.dtype)
+    numbers = range(first, first + count)
+    elements, rows = normals_of(together.inference, theta, block.row_id, seed, block.number, numbers)
     if count > 1 and 0 < elements.shape[-1] <= SobolEngine.MAXDIM:
-        elements[0, 0] = even_normals(elements.shape[-1], mixed_seed(seed, block.number, 0), first, count)
-    return elements[0, 0], None if rows is None else rows[0, 0], [mixed_seed(seed, block.number, n) for n in numbers]
+        elements[:] = even_normals(elements.shape[-1], mixed_seed(seed, block.number, 0), first, count)
+    return elements, rows, [mixed_seed(seed, block.number, n) for n in numbers]
 
 
 def _of_part(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.svi.guides import KL, Noise
-from trainer.svi.noise import element_noise, mixed_seed, row_noise
+from trainer.svi.noise import chunk_noise, mixed_seed
 from trainer.svi.objective import Term, elbo_terms
 from trainer.svi.plates import Batch
 from trainer.svi.rows import maker, parts
@@ -198,16 +198,19 @@ class Antithetic(NamedTuple):
                 yield Pairs(normals.elements[::2], *found.unbind(1))
 
     def _normals(self, batch: Batch, number: int, pairs: range) -> Normals:
-        device, dtype = self.theta.device, self.theta.dtype
-        when, draws = torch.tensor(number, device=device), torch.tensor(list(pairs), device=device)
-        elements, per_row = self.together.inference.guide.noise_size
-        flat, rows = element_noise(self.seed, when, draws, elements, dtype), None
-        if per_row:
-            assert batch.row_id is not None
-            ids = batch.row_id.expand(len(pairs), -1)
-            rows = row_noise(self.seed, when, draws, ids, per_row, dtype)
+        elements, rows = normals_of(self.together.inference, self.theta, batch.row_id, self.seed, number, pairs)
         seeds = [mixed_seed(self.seed, number, pair) for pair in pairs for _ in range(2)]
-        return Normals.of(flat, rows, seeds, (1.0, -1.0))
+        return Normals.of(elements, rows, seeds, (1.0, -1.0))
+
+
+def normals_of(
+    inference: Inference, theta: Tensor, row_id: Tensor | None, seed: int, step: int, numbers: range
+) -> tuple[Tensor, Tensor | None]:
+    """The normals of R draws ``numbers`` at a ``step``: elements [R, E] and, of rows ``row_id`` [B], [R, B, n]."""
+    when, draws = (torch.tensor(each, device=theta.device) for each in ([step], [list(numbers)]))
+    ids = None if row_id is None else row_id[None, None]
+    elements, rows = chunk_noise(inference.guide.noise_size, seed, when, draws, ids, theta.dtype)
+    return elements[0, 0], None if rows is None else rows[0, 0]
 
 
 def _sum(terms: dict[str, Term], scaled: bool, batch: Batch) -> Tensor:
