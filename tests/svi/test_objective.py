@@ -21,6 +21,7 @@ from svi_problems import (
     regression_posterior,
     with_objective,
 )
+from torch.distributions import transform_to
 
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import materialise
@@ -57,9 +58,14 @@ def test_elbo_is_the_log_evidence_under_pyros_multivariate_guide():
     mean, covariance, evidence = regression_posterior(**data)
     root = torch.linalg.cholesky(covariance)
     scale = root.diag()
-    guide = inference.guide.guide
-    guide.loc.data, guide.scale, guide.scale_tril = mean, scale, root / scale[:, None]
-    theta = inference.parameters.flatten({f"guide.{name}": value for name, value in guide.named_parameters()}).detach()
+    autoguide = AutoMultivariateNormal  # of its class, not of the object: that holds its parameters in a call alone
+    theta = inference.parameters.flatten(
+        {
+            "guide.loc": mean,
+            "guide.scale_unconstrained": transform_to(autoguide.scale_constraint).inv(scale),
+            "guide.scale_tril_unconstrained": transform_to(autoguide.scale_tril_constraint).inv(root / scale[:, None]),
+        }
+    )
     for seed in range(5):
         eps = torch.randn(1, 1, 3, dtype=F64, generator=torch.Generator().manual_seed(seed))
         elbo = inference.terms(theta, noise_of(eps), one_group(**data), 1.0).sum()

@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from trainer.errors import Stopped, UserError
 from trainer.lit.failure import explained, leave_group
-from trainer.lit.waiting import interruptible
+from trainer.lit.waiting import interruptible, whole
 
 _NOTICE = 5.0  # seconds for a rank to notice by itself that another has failed
 _LEAVE = 10.0  # seconds for ranks to leave by themselves
@@ -112,6 +112,9 @@ class _Launcher(_SubprocessScriptLauncher):
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = env.main_address, str(env.main_port)
         os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = str(env.node_rank()), str(env.local_rank())
         os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
+        whole(self._start_children)  # a child that has started is in `procs`, to be ended
+
+    def _start_children(self) -> None:
         for local_rank in range(1, self.num_processes):
             self.procs.append(subprocess.Popen(self.command, env={**os.environ, "LOCAL_RANK": str(local_rank)}))
 
