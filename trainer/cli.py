@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from trainer.app.config import config_folder, register_open_nodes
 from trainer.app.options.entrance import check, options
 from trainer.app.run_folder import end_noted
 from trainer.app.secrets import handed_on, redact_files, redacted
-from trainer.errors import RankLost, UserError, exit_code
+from trainer.errors import RankLost, UserError, exit_code, meant
 
 VERBS = {
     "shard": "pack a table into shards",
@@ -60,9 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         print('\nsvi VERB --help lists its options; eval "$(svi completion)" has the shell complete them.')
         return
     if arguments[0] not in VERBS:
-        near = get_close_matches(arguments[0], VERBS, n=1)
-        hint = f" (do you mean {near[0]}?)" if near else ""
-        print(f"svi: {arguments[0]} is no verb{hint}: svi --help lists them.", file=sys.stderr)
+        hint = meant(arguments[0], VERBS)
+        print(f"svi: {arguments[0]} is no verb{hint and f' ({hint})'}: svi --help lists them.", file=sys.stderr)
         sys.exit(2)
     verb, *overrides = arguments
     if {"-h", "--help"} & set(overrides):

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -64,6 +65,12 @@ def shortened(names: Iterable[str], most: int = 20) -> str:
     """``names`` in a row, the first ``most`` of them where there are more."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def meant(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """ "do you mean NAME?", the nearest to ``name`` of the ``known`` ones; ``otherwise`` where none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"do you mean {near[0]}?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:

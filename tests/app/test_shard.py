@@ -176,7 +176,7 @@ BAD = {
     "source=nowhere.parquet out=packed": "no file at 'nowhere.parquet'",
     "source=empty.csv out=packed": "'empty.csv' has no rows",
     "source=nothing.csv out=packed": "cannot read 'nothing.csv': Empty CSV file",
-    "source=t.csv out=packed columns.y=targt": "has no column 'targt': did you mean target?",
+    "source=t.csv out=packed columns.y=targt": "has no column 'targt': do you mean target?",
     "source=t.csv out=packed columns.y=5": "has no column '5'",
     "source=t.csv out=packed columns.x=[a,team]": "'team' in columns.x holds text; give it a column of its own",
     "source=t.csv out=packed columns.x.y=a": "columns.x={y:a} must be a source column, or several as [a,b].",

@@ -119,7 +119,7 @@ def test_like_reads_digits_as_text_too(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named_with_those_that_are_close(index: Index) -> None:
-    with pytest.raises(UserError, match="'the data' has no column 'year': did you mean years"):
+    with pytest.raises(UserError, match="'the data' has no column 'year': do you mean years"):
         check_columns(index, MemorySource({"years": [1]}), ["year"])
 
 

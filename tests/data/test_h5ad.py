@@ -100,7 +100,7 @@ def test_cells_are_packed(tmp_path: Path) -> None:
 def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"'X' of .* is stored by columns .csc., which cannot be read by rows"):
         open_source(write(tmp_path / "t.h5ad", "csc"))
-    with pytest.raises(UserError, match=r"no column 'totl': did you mean total\?"):
+    with pytest.raises(UserError, match=r"no column 'totl': do you mean total\?"):
         open_source(write(tmp_path / "u.h5ad"), ["totl"])
     with h5py.File(tmp_path / "old.h5ad", "w") as root:
         root["X"] = np.zeros((3, 2))

@@ -379,7 +379,7 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
         ({"split_time": "day"}, "split.time and split.after belong together"),
         ({"split_after": 3}, "split.time and split.after belong together"),
         ({"split_time": "day", "split_after": 3}, "no value for 'day' in row 2"),
-        ({"split_time": "dya", "split_after": 3}, r"no column 'dya': did you mean day\?"),
+        ({"split_time": "dya", "split_after": 3}, r"no column 'dya': do you mean day\?"),
         ({"split_time": "team", "split_after": "May"}, "split.after=May cannot be compared with column 'team'"),
         (
             {"split_time": "day", "split_after": 3, "split_by": "team"},
@@ -397,7 +397,7 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
 def test_groups_refuse_inexact_keys(parquet: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="group_by=a is no column of integers or text"):
         pack(parquet, tmp_path / "out", columns={"x": "b"}, group_by="a")
-    with pytest.raises(UserError, match=r"no column 'tam': did you mean team?"):
+    with pytest.raises(UserError, match=r"no column 'tam': do you mean team?"):
         pack(parquet, tmp_path / "out", columns={"x": "b"}, group_by="tam")
     with pytest.raises(UserError, match="keep the column 'length' for themselves"):
         pack(parquet, tmp_path / "out", columns={"length": "b"}, group_by="team")
@@ -462,7 +462,7 @@ def test_an_integer_that_fits_no_int64(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"x": ["a", "word"]}, "text in a numeric column: 'word' in columns.x"),
-        ({"x": ["a", "flagg"]}, "no column 'flagg': did you mean flag?"),
+        ({"x": ["a", "flagg"]}, "no column 'flagg': do you mean flag?"),
         ({"x": []}, "columns.x names no source column"),
         ({"x y": "a"}, "'x y' cannot name an argument"),
         ({"größe": "a"}, "cannot name an argument"),

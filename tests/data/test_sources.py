@@ -172,7 +172,7 @@ def test_files_must_agree(tmp_path: Path) -> None:
 
 def test_unknown_columns_suggest(tmp_path: Path) -> None:
     path = write(tmp_path, "parquet", {"temperature": np.zeros(3), "place": np.zeros(3)})
-    with pytest.raises(UserError, match=r"no column 'temprature': did you mean temperature?"):
+    with pytest.raises(UserError, match=r"no column 'temprature': do you mean temperature?"):
         open_source(path, ["temprature"])
     with pytest.raises(UserError, match=r"no column 'zz': it has temperature, place."):
         open_source(path, ["zz"])

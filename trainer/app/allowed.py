@@ -6,7 +6,6 @@ function of any package. Names that the user types are the user's own affair; al
 
 import sys
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from trainer.errors import UserError, first_line
+from trainer.errors import UserError, first_line, meant
 
 LIST = (
     "trainer.models",
@@ -78,8 +77,8 @@ def _not_imported(name: str, cause: BaseException) -> UserError:
     above, _, last = name.rpartition(".")
     of_class = isinstance(cause, AttributeError) and cause.name == last and name.partition(".")[0] in sys.modules
     if of_class or (above in sys.modules and getattr(cause, "name", None) == name):
-        near = get_close_matches(last, dir(getattr(cause, "obj", None) if of_class else sys.modules[above]), n=1)
-        return UserError(f"_target_={name}: {above} has no {last}{f' (do you mean {near[0]}?)' if near else ''}.")
+        hint = meant(last, dir(getattr(cause, "obj", None) if of_class else sys.modules[above]))
+        return UserError(f"_target_={name}: {above} has no {last}{hint and f' ({hint})'}.")
     if not above or getattr(cause, "name", None) in (name.partition(".")[0], above):
         return _absent(name, first_line(cause))
     return UserError(f"_target_={name}: importing it raises {type(cause).__name__}: {first_line(cause)}")

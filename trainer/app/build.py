@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.app.allowed import imported
-from trainer.errors import UserError, first_line
+from trainer.errors import UserError, first_line, meant
 from trainer.posterior.convergence import Rule
 from trainer.svi.guides import MeanField
 from trainer.svi.materialise import GuideFactory, guide_factory, mean_field
@@ -50,8 +49,7 @@ def _refuse_unknown(node: DictConfig) -> None:
         return
     for name in map(str, node):
         if name not in parameters and not (name.startswith("_") and name.endswith("_")):
-            near = get_close_matches(name, parameters, n=1)
-            taken = f"do you mean {near[0]}?" if near else f"it takes {', '.join(parameters) or 'none'}"
+            taken = meant(name, parameters, f"it takes {', '.join(parameters) or 'none'}")
             raise UserError(
                 f"option {node._get_full_key(name)} is unknown to {target} ({taken}): leave it out or mend it."
             )

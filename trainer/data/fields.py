@@ -1,7 +1,6 @@
 """What a source column holds, and the choice of columns by name."""
 
 import decimal
-import difflib
 import numbers
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from trainer.errors import UserError, shortened
+from trainer.errors import UserError, meant, shortened
 
 
 class _Varying:
@@ -142,8 +141,7 @@ def choose(wanted: Iterable[str] | None, available: Sequence[str], where: object
         if wanted is not None and times[name] > 1:
             raise UserError(f"'{where}' has two columns named '{name}': rename one of them.")
         if name not in times:
-            close = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"it has {shortened(available)}."
+            hint = meant(name, available, f"it has {shortened(available)}.")
             raise UserError(f"'{where}' has no column '{name}': {hint}")
     return chosen
 

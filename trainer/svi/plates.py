@@ -10,7 +10,6 @@ Shapes: B rows of a batch (padding included), the first `valid` of which count.
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from trainer.errors import UserError, shortened
+from trainer.errors import UserError, meant, shortened
 from trainer.svi.promotion import Promoting
 from trainer.svi.rows import Column
 from trainer.svi.supports import harmless
@@ -208,10 +207,10 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model
             taken.append(name)
         elif parameter.default is parameter.empty:
             one_of_models = ", or have it return a guide (lambda model: AutoNormal(model))" if what == "guide" else ""
-            near = get_close_matches(name, columns, n=1)
-            hint = f"; do you mean {near[0]}?" if near else ""
+            hint = meant(name, columns)
             raise UserError(
-                f'the {what} needs an argument "{name}" that is no column of the data ({shortened(columns)}{hint}): '
+                f'the {what} needs an argument "{name}" that is no column of the data ({shortened(columns)}'
+                f"{hint and f'; {hint}'}): "
                 f"name its column with columns.{name}=..., or give it with {what}.{name}=... (in Python "
                 f'columns={{"{name}": ...}}, or functools.partial){one_of_models}.'
             )

@@ -10,7 +10,6 @@ Shapes: B rows.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, cast
 
 import pyro
@@ -21,7 +20,7 @@ from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from trainer.errors import UserError, first_line
+from trainer.errors import UserError, first_line, meant
 from trainer.svi.guides import KL, Draw, Noise
 from trainer.svi.latents import Site, is_latent, refuse_latent, total_log_prob
 from trainer.svi.lazy_guides import KINDS
@@ -185,10 +184,9 @@ def _check_names(q: poutine.Trace, trace: poutine.Trace) -> None:
                     f'the guide samples "{name}", which is no latent of the model but has its value there: leave it '
                     "out of the guide."
                 )
-            near = get_close_matches(name, lacking, n=1) or lacking[:1]
-            meant = f'do you mean "{near[0]}"?' if near else "leave it out"
+            hint = meant(name, lacking, f"do you mean {lacking[0]}?" if lacking else "leave it out")
             raise UserError(
-                f'the guide samples "{name}", which the model does not have ({meant}): give it the name that it has in '
+                f'the guide samples "{name}", which the model does not have ({hint}): give it the name that it has in '
                 'the model, or infer={"is_auxiliary": True} where it is the guide\'s own.'
             )
     if lacking:

@@ -215,7 +215,7 @@ def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> 
             optimizer.step(closure)
         except IndexError:  # its line search has no step left to take where all that it tried are not finite
             return Mode(torch.full_like(loc, math.nan).detach(), False, lowest)
-        now = float(loss(loc.detach()))
+        now = float(loss(loc.detach()).detach())  # a net beside the latents wants its gradient
         if not (math.isfinite(now) and bool(torch.isfinite(loc).all())):
             break
         if before - now < 1e-3:

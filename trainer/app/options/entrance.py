@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from enum import Enum
 from os import PathLike, fspath
 from threading import Lock
@@ -20,7 +19,7 @@ from trainer.app.config import config_folder, hydra_kept, register_open_nodes
 from trainer.app.options import verbs
 from trainer.app.options.kinds import Part, shown
 from trainer.app.options.records import Unknown, bound, plain, record
-from trainer.errors import UserError, first_line
+from trainer.errors import UserError, first_line, meant
 
 _ALONE = Lock()  # Hydra composes with what is global to the process
 
@@ -120,12 +119,9 @@ def _told(verb: str, content: dict[str, Any]) -> Any:
 
 
 def _unknown(verb: str, key: str) -> UserError:
-    near = get_close_matches(key, _names(verb), n=1) or [
-        name for name in _names(verb) if name.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
-    return UserError(
-        f"option {key} is unknown{f' (do you mean {near[0]}?)' if near else ''}: svi {verb} --help lists them."
-    )
+    same_end = [name for name in _names(verb) if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = meant(key, _names(verb), f"do you mean {same_end[0]}?" if same_end else "")
+    return UserError(f"option {key} is unknown{hint and f' ({hint})'}: svi {verb} --help lists them.")
 
 
 def _names(verb: str) -> list[str]:

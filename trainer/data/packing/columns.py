@@ -12,7 +12,6 @@ Shapes: B rows of a batch.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import pyarrow as pa
 from trainer.data.fields import NOT_UTF8, NUMERIC, TWICE, VARYING, Field, Raw, VaryingRows, choose
 from trainer.data.shards.index import DTYPES
 from trainer.data.sources.source import Source
-from trainer.errors import UserError, shortened
+from trainer.errors import UserError, meant, shortened
 
 ColumnMap = Mapping[str, str | Sequence[str]]
 _READ_ROWS = 1 << 16
@@ -160,8 +159,7 @@ def check_categories(categories: Sequence[str], columns: ColumnMap | None, sourc
                 f"(columns.{name}={name})."
             )
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"do you mean {near[0]}?" if near else f"there are {shortened(known)}."
+            hint = meant(name, known, f"there are {shortened(known)}.")
             raise UserError(f"categories=[{name}] names no column that is packed: {hint}")
 
 
