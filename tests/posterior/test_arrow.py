@@ -1,29 +1,21 @@
 """The arrow of a Hessian from its products: exact where there is nothing but the arrow."""
 
-from types import SimpleNamespace
-
 import torch
 from svi_problems import F64
 
 from trainer.posterior.arrow import arrow
-from trainer.svi.guides import MeanField
+from trainer.svi.gaussian import Diagonal, GaussianView
 from trainer.svi.latents import LatentSite
 
 GROUPS, LENGTH = 100, 3
 
 
-class Guide(MeanField):
-    """Of sites alone."""
-
-    def __init__(self, *shapes):
-        self.sites, self.size = [], 0
-        for number, shape in enumerate(shapes):
-            self.sites.append(LatentSite(f"site_{number}", shape, self.size))
-            self.size += self.sites[-1].size
-
-
-def inference(*shapes):
-    return SimpleNamespace(guide=Guide(*shapes))
+def view(*shapes):
+    sites, size = [], 0
+    for number, shape in enumerate(shapes):
+        sites.append(LatentSite(f"site_{number}", shape, size))
+        size += sites[-1].size
+    return GaussianView(tuple(sites), slice(0, size), Diagonal(slice(size, 2 * size)))
 
 
 def hierarchy(top=2):
@@ -52,7 +44,7 @@ class Product:
 def test_an_arrow_is_solved_exactly_from_a_product_for_each_top_level_latent_and_neighbour():
     matrix, v = hierarchy(), torch.randn(302, generator=torch.Generator().manual_seed(1), dtype=F64)
     product = Product(matrix)
-    made = arrow(inference((2,), (GROUPS, LENGTH)), product, torch.device("cpu"))
+    made = arrow(view((2,), (GROUPS, LENGTH)), product, torch.device("cpu"))
     assert product.calls == 2 + LENGTH
     torch.testing.assert_close(made.diagonal, matrix.diagonal())
     torch.testing.assert_close(made.solve(v), torch.linalg.solve(matrix, v))
@@ -62,14 +54,14 @@ def test_top_level_latents_may_stand_anywhere():
     """One before the groups, one after them."""
     order = [0, *range(2, 302), 1]
     matrix, v = hierarchy()[order][:, order], torch.randn(302, generator=torch.Generator().manual_seed(1), dtype=F64)
-    made = arrow(inference((), (GROUPS, LENGTH), (1,)), Product(matrix), torch.device("cpu"))
+    made = arrow(view((), (GROUPS, LENGTH), (1,)), Product(matrix), torch.device("cpu"))
     torch.testing.assert_close(made.solve(v), torch.linalg.solve(matrix, v))
 
 
 def test_of_too_many_small_sites_nothing_is_asked():
     matrix = hierarchy(top=33)
     product = Product(matrix)
-    made = arrow(inference((33,), (GROUPS, LENGTH)), product, torch.device("cpu"))
+    made = arrow(view((33,), (GROUPS, LENGTH)), product, torch.device("cpu"))
     assert product.calls == LENGTH
     assert made.diagonal[:33].tolist() == [1.0] * 33
     v = torch.ones(333, dtype=F64)
@@ -83,21 +75,21 @@ def test_the_diagonal_of_neighbours_that_are_many_is_found_where_only_the_neares
     walk = walk - torch.diag(torch.ones(299, dtype=F64), -1)
     for shape, calls in (((300,), 2), ((10, 30), 8)):
         product = Product(walk)
-        made = arrow(inference(shape), product, torch.device("cpu"))
+        made = arrow(view(shape), product, torch.device("cpu"))
         assert product.calls == calls
         torch.testing.assert_close(made.diagonal, walk.diagonal())
         torch.testing.assert_close(made.solve(walk.diagonal()), torch.ones(300, dtype=F64))
 
 
 def test_a_diagonal_that_is_not_positive_gives_none():
-    assert arrow(inference((2,), (GROUPS, LENGTH)), Product(-hierarchy()), torch.device("cpu")) is None
+    assert arrow(view((2,), (GROUPS, LENGTH)), Product(-hierarchy()), torch.device("cpu")) is None
 
 
 def test_what_is_no_arrow_still_gives_a_positive_definite_matrix():
     """Groups that are saddles, and a top-level latent that what is unseen alone keeps from being one."""
     matrix = hierarchy()
     matrix[2:, 2:] = torch.block_diag(*(torch.ones(3, 3, dtype=F64) - 0.1 * torch.eye(3) for _ in range(GROUPS)))
-    made = arrow(inference((2,), (GROUPS, LENGTH)), Product(matrix), torch.device("cpu"))
+    made = arrow(view((2,), (GROUPS, LENGTH)), Product(matrix), torch.device("cpu"))
     solved = torch.stack([made.solve(unit) for unit in torch.eye(302, dtype=F64)])
     torch.testing.assert_close(solved, solved.T)
     assert (torch.linalg.eigvalsh(solved) > 0).all()

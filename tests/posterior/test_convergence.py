@@ -77,7 +77,7 @@ def test_the_evidence_of_an_average_by_hand(problem):
     means[:, 0] = torch.tensor([1.0, -1.0] * 4)
     means[4:, 1] = 0.5
     means[4:, 4] = 0.06
-    found = of_average(inference, means, theta)
+    found = of_average(inference.gaussian, means, theta)
     wander = (8 / 7) ** 0.5 / 8**0.5 / 2.0
     assert found.mc_error == pytest.approx(wander, rel=1e-12)
     assert found.rhat == pytest.approx((1 + 0.25**2 / 2) ** 0.5, rel=1e-12)
@@ -93,10 +93,10 @@ def test_the_error_of_small_sites_scales(problem):
     drifting = torch.tensor([0.0] * 4 + [1.0] * 4, dtype=F64)
     means = optimum.expand(8, -1).clone()
     means[:, 3] += 0.01 * steady
-    assert scale_error_of_small(inference, means) == pytest.approx(0.01 * (8 / 7) ** 0.5 / 8**0.5)
+    assert scale_error_of_small(inference.gaussian, means) == pytest.approx(0.01 * (8 / 7) ** 0.5 / 8**0.5)
     means[:, 4] += 0.01 * drifting
-    assert scale_error_of_small(inference, means) == pytest.approx(0.005)
-    assert math.isnan(scale_error_of_small(inference, None))
+    assert scale_error_of_small(inference.gaussian, means) == pytest.approx(0.005)
+    assert math.isnan(scale_error_of_small(inference.gaussian, None))
 
 
 def test_small_sites_count_whole_and_others_to_their_99_per_cent():
@@ -128,9 +128,9 @@ def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, siz
     along = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
     product = full_product(terms_together(inference), away, along, rows)
     torch.testing.assert_close(product, precision @ along, rtol=1e-8, atol=1e-8)
-    left = step_to_go(inference, away, newton_step(away, want, whitening))
+    left = step_to_go(inference.gaussian, away, newton_step(inference.gaussian, away, want, whitening))
     assert left == pytest.approx(0.3, rel=1e-5)
-    plain = step_to_go(inference, away, axis_step(inference, away, want))
+    plain = step_to_go(inference.gaussian, away, axis_step(inference.gaussian, away, want))
     assert plain == pytest.approx(float((away[3:].exp() * want[:3]).abs().max()), rel=1e-12)
 
 

@@ -11,7 +11,6 @@ from trainer.data.shards.index import ROW_ID
 from trainer.errors import UserError
 from trainer.lit.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
-from trainer.svi.guides import MeanField
 from trainer.svi.observed import RowCheck, with_parameters
 from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.step import Inference, StepBatch
@@ -58,7 +57,7 @@ def first_pass(
     if inference.model.weighted and bounds.get(WEIGHT, (0.0, 1.0))[1] == 0:
         raise UserError(f'column "{WEIGHT}" is 0 in every row, so that none counts: give them weights above 0.')
     check = RowCheck(inference.model, with_parameters(inference.parameters, theta), bounds)
-    check.refuse(rows, density=isinstance(inference.guide, MeanField))
+    check.refuse(rows, density=inference.gaussian is not None)
     check.learn(rows)
     made = FirstPass(check, folder, until)
     if rows.size == folder.num_rows:

@@ -17,7 +17,8 @@ from trainer.lit.strategy import from_rank_zero
 from trainer.posterior.convergence import Rule, newton_step, step_to_go
 from trainer.posterior.gradient import MANY, Draws
 from trainer.posterior.newton import NEAR, polished, step_by_products
-from trainer.posterior.optimum import can_be_settled, settled
+from trainer.posterior.optimum import settled
+from trainer.svi.gaussian import GaussianView
 from trainer.svi.plates import Batch
 from trainer.svi.start import whitening_at
 from trainer.svi.step import StepBatch
@@ -60,57 +61,62 @@ class EndRound:
         average, slots, left, facts = module.theta, module.state.slots, math.nan, self.rows.facts
         own, whitening, _ = module.update.split(slots)
         theta = average
-        if whitening is not None:
-            theta, whitening, left = self._by_curvature(trainer, module, average, whitening)
+        view = module.inference.gaussian
+        if whitening is not None and view is not None:
+            theta, whitening, left = self._by_curvature(trainer, module, view, average, whitening)
             slots = (*own, *whitening)
         elif self.afford is not None and module.step > max(self.afford, _AGAIN * facts.get("no_newton_at", 0)):
-            steps = self._settled if can_be_settled(module.inference) else self._by_products
-            theta, left = steps(trainer, module, average)
+            if view is None:
+                theta, left = self._settled(trainer, module, average)
+            else:
+                theta, left = self._by_products(trainer, module, view, average)
             if theta is average:
                 facts["no_newton_at"] = module.step
         module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
         return theta is not average, left
 
     def _by_curvature(
-        self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor, whitening: Whitening
+        self, trainer: pl.Trainer, module: VariationalModule, view: GaussianView, theta: Tensor, whitening: Whitening
     ) -> tuple[Tensor, Whitening, float]:
         """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
-        inference, rows = module.inference, self.rows
+        rows = self.rows
 
         def gradient(theta: Tensor, draws: Draws = MANY, fresh: bool = True) -> Tensor:
             return rows.gradient(trainer, theta, whitening, draws, fresh)
 
         def solve(theta: Tensor, found: Tensor) -> Tensor:
-            return newton_step(theta, found, whitening)
+            return newton_step(view, theta, found, whitening)
 
         def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-            near = step_to_go(inference, theta, solve(theta, found)) <= NEAR
+            near = step_to_go(view, theta, solve(theta, found)) <= NEAR
             if not near:
                 module.say(f"step {module.step:,}: Newton steps, in passes over all rows")
-            made = None if near else polished(inference, theta, solve, gradient, _LEVELS[:2])
+            made = None if near else polished(view, theta, solve, gradient, _LEVELS[:2])
             return (theta, found) if made is None or not made.agreed else (from_rank_zero(made.theta), made.gradient)
 
         theta, found = moved(theta, gradient(theta))
-        made = whitening_at(inference, theta.cpu(), self.sample)
+        made = whitening_at(module.inference, theta.cpu(), self.sample)
         whitening = Whitening(*(from_rank_zero(each.to(module.device)) for each in made))
         theta, found = moved(theta, found)
-        left = step_to_go(inference, theta, solve(theta, found))
+        left = step_to_go(view, theta, solve(theta, found))
         if left <= Rule().gradient:  # one of many readings may be so small by luck: four times the draws tell
-            left = step_to_go(inference, theta, solve(theta, gradient(theta, _LEVELS[1])))
+            left = step_to_go(view, theta, solve(theta, gradient(theta, _LEVELS[1])))
         return theta, whitening, left
 
-    def _by_products(self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
-        inference, rows = module.inference, self.rows
+    def _by_products(
+        self, trainer: pl.Trainer, module: VariationalModule, view: GaussianView, theta: Tensor
+    ) -> tuple[Tensor, float]:
+        rows = self.rows
 
         def gradient(theta: Tensor, draws: Draws, fresh: bool) -> Tensor:
             return rows.gradient(trainer, theta, None, draws, fresh)
 
         def solve(theta: Tensor, found: Tensor) -> Tensor | None:
-            return step_by_products(inference, theta, found, lambda along: rows.product(trainer, theta, along))
+            return step_by_products(view, theta, found, lambda along: rows.product(trainer, theta, along))
 
         module.say(f"step {module.step:,}: Newton steps, in some dozens of passes over all rows")
         try:
-            made = polished(inference, theta, solve, gradient, _LEVELS)
+            made = polished(view, theta, solve, gradient, _LEVELS)
         except RuntimeError as error:  # an operation without a second derivative
             module.say(f"step {module.step:,}: no Newton steps, since curvature is not to be had: {error}")
             made = None

@@ -19,7 +19,6 @@ from trainer.posterior.convergence import (
     Mark,
     Rule,
     axis_step,
-    can_be_judged,
     of_average,
     scale_error_of_small,
     segment_ends,
@@ -70,7 +69,7 @@ class Stop(Callback):
         assert isinstance(module, VariationalModule)
         here = module.update.at(module.step - 1)
         ends = segment_ends(here, self.epoch, module.program.sync_every)
-        if module.step in ends and can_be_judged(module.inference):
+        if module.step in ends and module.inference.gaussian is not None:
             self.marks.append((int(module.state.averaged), module.state.average.cpu().clone()))
         if module.step == here.horizon:
             self.facts["ending"] = module.step
@@ -96,17 +95,18 @@ class Stop(Callback):
             self.facts["stopped"], trainer.should_stop = EXACT, True
             self.say(exact)
             return
-        if not can_be_judged(module.inference):
+        view = module.inference.gaussian
+        if view is None:
             self._judge_gain(trainer, module, left if moved else math.nan)
             return
         means = segment_means(self.marks) if ends and len(self.marks) == len(ends) else None
         evidence = None
         if moved:
-            known = module.update.whitened or knows_small_sites(module.inference)
-            small = None if known else scale_error_of_small(module.inference, means)
+            known = module.update.whitened or knows_small_sites(view)
+            small = None if known else scale_error_of_small(view, means)
             evidence = Evidence(None, small, None, left)
         elif means is not None:
-            evidence = of_average(module.inference, means, average)._replace(gradient=left)
+            evidence = of_average(view, means, average)._replace(gradient=left)
         if evidence is not None:
             self._judge(trainer, module, evidence, moved and not module.update.whitened)
 
@@ -128,9 +128,9 @@ class Stop(Callback):
             and math.isnan(evidence.gradient)
             and (last or set(rule.short_of(evidence)) <= {"gradient"})
         ):
-            gradient = self.end_round.rows.gradient(trainer, theta)
-            step = axis_step(module.inference, theta, gradient)
-            evidence = evidence._replace(gradient=step_to_go(module.inference, theta, step))
+            view, gradient = module.inference.gaussian, self.end_round.rows.gradient(trainer, theta)
+            assert view is not None
+            evidence = evidence._replace(gradient=step_to_go(view, theta, axis_step(view, theta, gradient)))
         self.facts["evidence"], short = evidence._asdict(), rule.short_of(evidence)
         if not short and self.rule is not None:
             self.facts["stopped"] = "converged"

@@ -59,11 +59,11 @@ from trainer.lit.strategy import RankStrategy, SlurmStep, sum_over_ranks
 from trainer.posterior.convergence import segment_ends
 from trainer.posterior.optimum import can_be_settled
 from trainer.posterior.tensors import to_tensor
-from trainer.svi.guides import MeanField
+from trainer.svi.guides import MEAN_FIELD
 from trainer.svi.materialise import guide_factory, materialise
 from trainer.svi.plates import WEIGHT, Batch
 from trainer.svi.pyro_guides import NO_LATENT
-from trainer.svi.start import has_latents_alone, laplace_start
+from trainer.svi.start import laplace_start, latents_alone
 from trainer.svi.step import Inference
 
 _CHECK_ROWS = 1024
@@ -203,7 +203,7 @@ def _train(
     )
     if inference.guide.kind == NO_LATENT:
         console.print(f"no latent site: maximum likelihood of {inference.parameters.size:,} parameters")
-    elif not isinstance(inference.guide, MeanField):
+    elif inference.guide.kind != MEAN_FIELD:
         console.print(f"guide: {inference.guide.kind}")
     if here.rank == 0:
         _save_config(cfg, run_dir)
@@ -227,7 +227,7 @@ def _train(
     rows = AllRows(folder, cfg.seed, facts, bar.on_pass, signals.check)
     rule = build.rule(cfg.stop)
     afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
-    by_products = afford if has_latents_alone(inference) or can_be_settled(inference) else None
+    by_products = afford if latents_alone(inference) or can_be_settled(inference) else None
     stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print, doubts)
     shown = f" · {run_dir}" if given is None or given.keep else ""
     figures = MetricsFile(run_dir / "metrics.csv", console.print)
@@ -303,13 +303,13 @@ def _anchored(cfg: Train, inference: Inference) -> int:
     """How many locations are anchored."""
     if cfg.estimator == "plain":
         return 0
-    guide, each_step = inference.guide, int(cfg.program.get("sync_every", 1)) == 1
-    if not (isinstance(guide, MeanField) and not guide.noise_size[1] and each_step):
+    view, each_step = inference.gaussian, int(cfg.program.get("sync_every", 1)) == 1
+    if view is None or inference.guide.noise_size[1] or not each_step:
         raise UserError(
             "estimator=anchor needs guide=mean_field, a model without latents or noise of its own per row, and a sum "
             "over the ranks at every step: leave estimator=plain."
         )
-    return guide.size
+    return view.size
 
 
 def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:

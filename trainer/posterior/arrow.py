@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from trainer.posterior.convergence import small_sites
-from trainer.svi.guides import MeanField
+from trainer.svi.gaussian import GaussianView
 from trainer.svi.latents import LatentSite
-from trainer.svi.step import Inference
 
 _TOP = 32  # products for single latents
 _LONGEST = 8  # last dimension of a site of many values up to which its latents are taken as one group
@@ -49,12 +48,12 @@ class Arrow(NamedTuple):
         return (below - _below(self.groups, head @ self.border)).index_copy(0, self.top, head)
 
 
-def knows_small_sites(inference: Inference) -> bool:
+def knows_small_sites(view: GaussianView) -> bool:
     """Whether their latents are few enough for a product each."""
-    return int(small_sites(inference).sum()) <= _TOP
+    return int(small_sites(view).sum()) <= _TOP
 
 
-def arrow(inference: Inference, product: Callable[[Tensor], Tensor], device: torch.device) -> Arrow | None:
+def arrow(view: GaussianView, product: Callable[[Tensor], Tensor], device: torch.device) -> Arrow | None:
     """By ``product``, v -> H v [D], of T + L vectors where large sites have L neighbours; None: H has a diagonal <= 0.
 
     Of large sites, random signs z give the diagonal, z * (H z) (Bekas, Kokiopoulou and Saad 2007). What hangs together
@@ -62,15 +61,14 @@ def arrow(inference: Inference, product: Callable[[Tensor], Tensor], device: tor
     one probe (Tang and Saad 2012, "A probing method for computing the diagonal of a matrix inverse"), and each shows
     how it hangs together with the others of its group.
     """
-    assert isinstance(inference.guide, MeanField)
-    small = small_sites(inference).to(device)
-    top = small.nonzero()[:, 0] if knows_small_sites(inference) else small.nonzero()[:0, 0]
+    small = small_sites(view).to(device)
+    top = small.nonzero()[:, 0] if knows_small_sites(view) else small.nonzero()[:0, 0]
     rows = [product(torch.zeros_like(small, dtype=torch.float64).index_fill(0, number, 1.0)) for number in top]
     border = torch.stack(rows) if rows else torch.zeros(0, len(small), dtype=torch.float64, device=device)
     head = border[:, top]
     border, diagonal = border.masked_fill(small, 0.0), small.double().index_copy(0, top, head.diagonal())
     signs, groups = 2.0 * torch.randint(0, 2, small.shape, generator=torch.Generator().manual_seed(0)) - 1.0, []
-    for site in inference.guide.sites:
+    for site in view.sites:
         if not small[site.start]:
             matrices = _of_groups(site, signs.double().to(device), product)
             diagonal[site.start : site.start + site.size] = matrices.diagonal(dim1=1, dim2=2).reshape(-1)

@@ -6,7 +6,7 @@ ridges stay unseen, and the average's error is judged from the means of its segm
 are eight, since an epoch's mean is free of the rows' order): Monte Carlo standard error by batch means (Flegal and
 Jones 2010), drift as the split R-hat (Vehtari et al. 2021) that draws from the two halves' posteriors would have.
 
-Shapes: P parameters, D latents (loc [D] and log scale [D] head theta).
+Shapes: P parameters, D latents.
 """
 
 import math
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.svi.guides import MeanField
-from trainer.svi.step import Inference, Update
+from trainer.svi.gaussian import GaussianView
+from trainer.svi.step import Update
 from trainer.svi.variance import Whitening
 
 SEGMENTS = 8
@@ -77,31 +77,30 @@ def segment_means(marks: Sequence[Mark]) -> Tensor:
     return torch.stack([(b - a) / (m - n) for (n, a), (m, b) in pairwise(totals)])
 
 
-def of_average(inference: Inference, means: Tensor, theta: Tensor) -> Evidence:
+def of_average(view: GaussianView, means: Tensor, theta: Tensor) -> Evidence:
     """The evidence of segment means [S, P] beside their average ``theta`` [P]; the gradient is not known yet."""
-    size = locations(inference)
-    scale = theta[size : 2 * size].double().exp()
+    scale = view.sd(theta.double())
     error, drift = _error_and_drift(means)
-    off = torch.maximum(error, drift.abs() / 2)[size : 2 * size]
-    drift = drift[:size] / scale
-    top = small_sites(inference)
+    off = torch.maximum(error, drift.abs() / 2)[view.covariance.log_sd]
+    drift = drift[view.loc] / scale
+    top = small_sites(view)
     return Evidence(
-        judged(error[:size] / scale, top),
+        judged(error[view.loc] / scale, top),
         judged(off, top),
         judged((1 + drift**2 / 2).sqrt(), top),
         float("nan"),
     )
 
 
-def scale_error_of_small(inference: Inference, means: Tensor | None) -> float | None:
+def scale_error_of_small(view: GaussianView, means: Tensor | None) -> float | None:
     """The ``scale_error`` of the small sites alone (None: there are none; nan: no segments tell)."""
-    top = small_sites(inference)
+    top = small_sites(view)
     if not top.any():
         return None
     if means is None:
         return math.nan
     error, drift = _error_and_drift(means)
-    return float(torch.maximum(error, drift.abs() / 2)[len(top) : 2 * len(top)][top].max())
+    return float(torch.maximum(error, drift.abs() / 2)[view.covariance.log_sd][top].max())
 
 
 def _error_and_drift(means: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,39 +109,38 @@ def _error_and_drift(means: Tensor) -> tuple[Tensor, Tensor]:
     return means.std(0) / len(means) ** 0.5, means[:half].mean(0) - means[half:].mean(0)
 
 
-def newton_step(theta: Tensor, gradient: Tensor, whitening: Whitening) -> Tensor:
+def newton_step(view: GaussianView, theta: Tensor, gradient: Tensor, whitening: Whitening) -> Tensor:
     """The step [P], float64, to where the ``gradient`` [P] of minus the ELBO (nats) vanishes.
 
     Locations: - L L' g. Log scales: by log s the gradient is s^2 h - 1 with h the mean curvature under the guide, which
     s = 1 / sqrt(h) makes zero. The other parameters stay.
     """
-    size, factor = len(whitening.factor), whitening.factor.double()
+    factor, log_sd = whitening.factor.double(), view.covariance.log_sd
     step = torch.zeros_like(theta, dtype=torch.float64)
-    step[:size] = -(factor @ (factor.T @ gradient[:size].double()))
-    step[size : 2 * size] = -0.5 * gradient[size : 2 * size].double().clamp(min=-0.9).log1p()
+    step[view.loc] = -(factor @ (factor.T @ gradient[view.loc].double()))
+    step[log_sd] = -0.5 * gradient[log_sd].double().clamp(min=-0.9).log1p()
     return step
 
 
-def axis_step(inference: Inference, theta: Tensor, gradient: Tensor) -> Tensor:
+def axis_step(view: GaussianView, theta: Tensor, gradient: Tensor) -> Tensor:
     """The same where no curvature is known, which is then taken as 1 / scale^2 for each latent.
 
     For the locations alone, since the noise of the draws would hide the log scales' step.
     """
-    size, step = locations(inference), torch.zeros_like(theta, dtype=torch.float64)
-    step[:size] = -(theta[size : 2 * size].double().exp() ** 2) * gradient[:size].double()
+    step = torch.zeros_like(theta, dtype=torch.float64)
+    step[view.loc] = -(view.sd(theta.double()) ** 2) * gradient[view.loc].double()
     return step
 
 
-def to_go(inference: Inference, theta: Tensor, step: Tensor) -> tuple[float, float]:
+def to_go(view: GaussianView, theta: Tensor, step: Tensor) -> tuple[float, float]:
     """The judged size of a ``step`` [P]: of the locations, in scales, and twice that of the log scales."""
-    size, top = locations(inference), small_sites(inference)
-    loc = step[:size] / theta[size : 2 * size].double().exp()
-    return judged(loc.abs(), top), judged(2 * step[size : 2 * size].abs(), top)
+    top, loc = small_sites(view), step[view.loc] / view.sd(theta.double())
+    return judged(loc.abs(), top), judged(2 * step[view.covariance.log_sd].abs(), top)
 
 
-def step_to_go(inference: Inference, theta: Tensor, step: Tensor) -> float:
+def step_to_go(view: GaussianView, theta: Tensor, step: Tensor) -> float:
     """The judged ``step`` [P], in scales; twice a log scale's step counts too (a scale 5 % off is 0.1)."""
-    return max(to_go(inference, theta, step))
+    return max(to_go(view, theta, step))
 
 
 def judged(values: Tensor, top: Tensor) -> float:
@@ -154,19 +152,6 @@ def judged(values: Tensor, top: Tensor) -> float:
     return float(torch.stack(largest).max())
 
 
-def locations(inference: Inference) -> int:
-    """D."""
-    assert isinstance(inference.guide, MeanField)
-    return inference.guide.size
-
-
-def small_sites(inference: Inference) -> Tensor:
+def small_sites(view: GaussianView) -> Tensor:
     """bool [D]: latents of sites with at most 256 scalars."""
-    assert isinstance(inference.guide, MeanField)
-    return torch.cat([torch.full((site.size,), site.size <= _SMALL_SITE) for site in inference.guide.sites])
-
-
-def can_be_judged(inference: Inference) -> bool:
-    """Whether the guide is a mean-field one, whose parameters are locations and log scales."""
-    names = list(inference.parameters.shapes)
-    return isinstance(inference.guide, MeanField) and names[:2] == ["guide.loc", "guide.log_scale"]
+    return torch.cat([torch.full((site.size,), site.size <= _SMALL_SITE) for site in view.sites])

@@ -26,7 +26,6 @@ from trainer.svi.latents import Site, is_latent, log_prob
 from trainer.svi.noise import mixed_seed
 from trainer.svi.noise_mode import seed_generators
 from trainer.svi.plates import Batch, PlatedModel, inside
-from trainer.svi.pyro_guides import NO_LATENT, PyroGuide
 from trainer.svi.step import Inference, in_dtype
 
 _FEWEST = 64  # draws, for fewer of which a trace of the model would not pay
@@ -114,7 +113,7 @@ def parameters_of(inference: Inference, theta: Tensor, batch: Batch) -> dict[str
     parameters, guide = inference.parameters, inference.guide
     values = parameters.constrain(parameters.unflatten(theta.detach()))
     own = {name: value for name, value in values.items() if name[:6] != "guide."}
-    if isinstance(guide, PyroGuide) and guide.kind != NO_LATENT:
+    if guide.callables:
         nodes = draw(inference, theta, batch, 0, 0).trace.nodes.items()
         touched = {str(name): cast(Tensor, node["value"]) for name, node in nodes if node["type"] == "param"}
         return {_with_module(name.replace("$$$", "."), own): value for name, value in touched.items()}

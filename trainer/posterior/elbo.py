@@ -147,12 +147,13 @@ def _block_likelihood(
     Of ``most`` pairs, or of fewer once the standard error is ``enough``.
     """
     batch, share = _batch(block, at.theta), len(block.row_id) / at.together.inference.num_obs
+    view = at.together.inference.gaussian
     values = torch.zeros(0, dtype=torch.float64, device=at.theta.device)
     for stop in _stages(_FIRST_PAIRS, most):
         for pairs in at.pairs(batch, block.number, len(values), stop):
             found = pairs.inside
-            if whitening is not None:
-                found = found + share * whitening.chance(at.theta.double(), pairs.elements.double())
+            if whitening is not None and view is not None:
+                found = found + share * whitening.chance(view.sd(at.theta.double()), pairs.elements.double())
             values = torch.cat([values, found])
         se = float(values.std() / math.sqrt(len(values)))
         if se <= enough or not math.isfinite(se):

@@ -13,7 +13,6 @@ from trainer.data.shards.index import Index
 from trainer.data.store import atomic_write
 from trainer.errors import UserError
 from trainer.posterior.posterior import Posterior
-from trainer.svi.guides import MeanField
 
 
 def to_inference_data(posterior: Posterior, num_draws: int = 1000, seed: int = 0) -> Any:
@@ -65,20 +64,20 @@ def save_guide(posterior: Posterior, path: Path) -> None:
         from safetensors.numpy import save
     except ModuleNotFoundError:
         raise UserError("safetensors is not installed: pip install 'svi-trainer[export]'.") from None
-    inference, guide = posterior.inference, posterior.inference.guide
-    if not isinstance(guide, MeanField):
+    inference, view = posterior.inference, posterior.inference.gaussian
+    if view is None:
         raise UserError("only the mean-field guide is exported as safetensors: use Posterior.save for others.")
-    values = inference.parameters.unflatten(posterior.theta.detach().cpu())
+    theta = posterior.theta.detach().cpu()
     tensors: dict[str, np.ndarray] = {}
-    for site in guide.sites:
-        here = slice(site.start, site.start + site.size)
-        tensors[f"{site.name}.loc"] = values["guide.loc"][here].reshape(site.shape).numpy()
-        tensors[f"{site.name}.scale"] = values["guide.log_scale"][here].exp().reshape(site.shape).numpy()
-    own = inference.parameters.constrain(values)
+    locations, sds = view.by_site(view.location(theta)), view.by_site(view.sd(theta))
+    for site in view.sites:
+        tensors[f"{site.name}.loc"] = locations[site.name].numpy()
+        tensors[f"{site.name}.scale"] = sds[site.name].numpy()
+    own = inference.parameters.constrain(inference.parameters.unflatten(theta))
     tensors |= {name: value.numpy() for name, value in own.items() if not name.startswith("guide.")}
     facts = {
         "family": "z = biject_to(support)(u), u ~ Normal(loc, scale), independent",
-        "sites": {site.name: list(site.shape) for site in guide.sites},
+        "sites": {site.name: list(site.shape) for site in view.sites},
         "columns": {column.name: column.vocabulary for column in posterior.index.columns if column.vocabulary},
         "meta": posterior.index.meta,
         "metrics": posterior.metrics,

@@ -67,8 +67,10 @@ def full_gradient(
     """
 
     def by_chance(elements: Tensor, count: int) -> Tensor:
+        view, share = together.inference.gaussian, count / together.inference.num_obs
         assert whitening is not None
-        return whitening.control_variate(theta, elements[None], count / together.inference.num_obs).double()
+        assert view is not None
+        return view.by_log_sd(whitening.control_variate(view.sd(theta), elements[None], share), theta).double()
 
     def derivative(loss: Tensor, at: Tensor) -> Tensor:
         return torch.autograd.grad(loss, at)[0].double()

@@ -5,7 +5,7 @@ of its length, and along a ridge they hardly move at all. A Newton step leaves o
 curvature is wrong. Where it is known as a matrix (a percent off, from a sample of rows) a step costs a pass; with more
 latents it is known by its products with vectors, a pass each.
 
-Shapes: P parameters, of which the first D are the locations and the next D the log scales.
+Shapes: P parameters, D latents.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trainer.posterior.arrow import arrow
-from trainer.posterior.convergence import locations, step_to_go, to_go
+from trainer.posterior.convergence import step_to_go, to_go
 from trainer.posterior.gradient import MANY, Draws
-from trainer.svi.step import Inference
+from trainer.svi.gaussian import GaussianView
 
 NEAR = 0.03  # scales left to go, under which there is nothing to gain
 _AGREE = 0.08, 0.1  # what fresh draws may leave to go: locations, in scales, and twice a log scale
@@ -52,7 +52,7 @@ class Polished(NamedTuple):
 
 
 def polished(
-    inference: Inference, theta: Tensor, solve: Solve, gradient: Gradient, levels: Sequence[Draws] = (MANY,)
+    view: GaussianView, theta: Tensor, solve: Solve, gradient: Gradient, levels: Sequence[Draws] = (MANY,)
 ) -> Polished | None:
     """``theta`` [P] after Newton steps; None where they fail, or fresh draws leave more than a quarter of the way.
 
@@ -61,7 +61,7 @@ def polished(
     """
     way, made = 0.0, None
     for draws in levels:
-        settled = _settled(inference, theta, solve, partial(gradient, draws=draws, fresh=False))
+        settled = _settled(view, theta, solve, partial(gradient, draws=draws, fresh=False))
         if settled is None:
             return None
         theta, secant, first = settled
@@ -69,7 +69,7 @@ def polished(
         step = solve(theta, found)
         if step is None:
             return None
-        far = to_go(inference, theta, secant.accelerated(theta, step, keep=False))
+        far = to_go(view, theta, secant.accelerated(theta, step, keep=False))
         agreed = all(each <= limit for each, limit in zip(far, _AGREE, strict=True))
         way, made = max(way, first), Polished(theta, found, max(far), agreed)
         if agreed:
@@ -78,16 +78,16 @@ def polished(
 
 
 def _settled(
-    inference: Inference, theta: Tensor, solve: Solve, gradient: Callable[[Tensor], Tensor]
+    view: GaussianView, theta: Tensor, solve: Solve, gradient: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, "Secant", float] | None:
     """Where Newton steps end, what they have learnt, and the first one's size in scales; None: they do not end."""
-    secant, first, left = Secant(inference), 0.0, 0.0
+    secant, first, left = Secant(view), 0.0, 0.0
     for number in range(_STEPS):
         step = solve(theta, gradient(theta))
         if step is None or not step.isfinite().all():
             return None
         ahead = secant.accelerated(theta, step)
-        left = max(step_to_go(inference, theta, each) for each in (step, ahead))
+        left = max(step_to_go(view, theta, each) for each in (step, ahead))
         first = first or left
         if left <= _DONE:
             return theta, secant, first
@@ -105,8 +105,8 @@ class Secant:
     Anal. 49, 2011): the step's linear model through all points so far, solved for a step of zero.
     """
 
-    def __init__(self, inference: Inference):
-        self.size = locations(inference)
+    def __init__(self, view: GaussianView):
+        self.view = view
         self.points: list[Tensor] = []
         self.steps: list[Tensor] = []
 
@@ -118,7 +118,7 @@ class Secant:
         if len(self.points) < 2:
             return step
         weight = torch.ones_like(step)
-        weight[: self.size] = (-theta[self.size : 2 * self.size].double()).exp()
+        weight[self.view.loc] = (-theta[self.view.covariance.log_sd].double()).exp()
         moved = torch.stack(self.points[-_MEMORY:]).diff(dim=0).T
         changed = torch.stack(self.steps[-_MEMORY:]).diff(dim=0).T
         share = torch.linalg.pinv(weight[:, None] * changed, rtol=_KNOWN) @ (weight * step)
@@ -126,28 +126,27 @@ class Secant:
 
 
 def step_by_products(
-    inference: Inference, theta: Tensor, gradient: Tensor, product: Callable[[Tensor], Tensor]
+    view: GaussianView, theta: Tensor, gradient: Tensor, product: Callable[[Tensor], Tensor]
 ) -> Tensor | None:
     """The Newton step [P] where the Hessian by the locations is known by ``product``: v -> H v [D].
 
     Locations: by conjugate gradients in scales, preconditioned by the Hessian's `Arrow`; None where the Hessian turns
     out not to be positive definite. Log scales: s = 1 / sqrt(diag H); those of which the arrow knows nothing stay.
     """
-    size = locations(inference)
-    scale = theta[size : 2 * size].double().exp()
+    scale = view.sd(theta.double())
 
     def scaled(direction: Tensor) -> Tensor:
         return scale * product(scale * direction)
 
-    known = arrow(inference, scaled, theta.device)
+    known = arrow(view, scaled, theta.device)
     if known is None:
         return None
-    direction = conjugate_gradients(scaled, -scale * gradient[:size].double(), known.solve)
+    direction = conjugate_gradients(scaled, -scale * gradient[view.loc].double(), known.solve)
     if direction is None:
         return None
     step = torch.zeros_like(theta, dtype=torch.float64)
-    step[:size] = scale * direction
-    step[size : 2 * size] = -0.5 * known.diagonal.clamp(1 / _FACTOR, _FACTOR).log()
+    step[view.loc] = scale * direction
+    step[view.covariance.log_sd] = -0.5 * known.diagonal.clamp(1 / _FACTOR, _FACTOR).log()
     return step
 
 

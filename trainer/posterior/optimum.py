@@ -24,8 +24,8 @@ from torch import Tensor
 from trainer.posterior.gradient import Draws
 from trainer.svi.noise import mixed_seed
 from trainer.svi.noise_mode import seed_generators
+from trainer.svi.parameters import Parameters
 from trainer.svi.plates import Batch
-from trainer.svi.pyro_guides import PyroGuide
 from trainer.svi.step import Inference
 
 LEVELS = (Draws(16, 16_384), Draws(64, 16_384), Draws(256, 16_384))
@@ -58,20 +58,15 @@ def can_be_settled(inference: Inference) -> bool:
     be had."""
     guide = inference.guide
     of_rows = guide.noise_size[1] or any(kind == "kl_local" for kind in inference.kinds)
-    whole = isinstance(guide, PyroGuide) or guide.curved
-    return bool(whole and not of_rows and _levels(inference))
+    return bool(inference.gaussian is None and not of_rows and _levels(inference))
 
 
 def problem_of(inference: Inference) -> Inference:
     """With the gradient whose noise vanishes where the guide is the posterior (Roeder, Wu and Duvenaud 2017), where it
     need not be that of a function."""
-    if not _steps_naturally(inference):
+    if inference.guide.log_q_of_a_draw is None:
         return inference
     return replace(inference, objective=replace(inference.objective, kl="sticking_the_landing"))
-
-
-def _steps_naturally(inference: Inference) -> bool:
-    return isinstance(inference.guide, PyroGuide) and inference.guide.layout.others
 
 
 def _levels(inference: Inference) -> tuple[Draws, ...]:
@@ -85,10 +80,11 @@ def _levels(inference: Inference) -> tuple[Draws, ...]:
 
 def settled(inference: Inference, theta: Tensor, loss: Loss, rows: Batch) -> Optimum | None:
     """``theta`` [P] brought to the optimum; None where no steps lead on. ``rows``: any of the data."""
-    if _steps_naturally(inference):
-        found = by_natural_gradient(theta, loss, partial(fisher, inference, rows=rows))
-    else:
+    log_q = inference.guide.log_q_of_a_draw
+    if log_q is None:
         found = by_fixed_draws(theta, loss, _levels(inference))
+    else:
+        found = by_natural_gradient(theta, loss, partial(fisher, inference.parameters, log_q, rows=rows))
     check = _levels(inference)[0]
     if found is None or not loss(found.theta, check, 3000)[0] <= loss(theta, check, 3000)[0] + found.gain:
         return None
@@ -185,10 +181,11 @@ def _natural(gradient: Tensor, information: Tensor) -> tuple[Tensor, float]:
     return step, float(-0.5 * step @ gradient)
 
 
-def fisher(inference: Inference, theta: Tensor, number: int, rows: Batch) -> Tensor:
+def fisher(
+    parameters: Parameters, log_q_of_a_draw: Callable[[Batch], Tensor], theta: Tensor, number: int, rows: Batch
+) -> Tensor:
     """The Fisher information [P, P] of a guide at ``theta`` [P], float64, from the scores of draws of its own."""
-    guide, parameters, dtype = inference.guide, inference.parameters, rows.dtype
-    assert isinstance(guide, PyroGuide)
+    dtype = rows.dtype
     count = _SCORES[0] + _SCORES[1] * len(theta)
     scores = []
     with pyro.validation_enabled(False), torch.random.fork_rng():
@@ -196,7 +193,7 @@ def fisher(inference: Inference, theta: Tensor, number: int, rows: Batch) -> Ten
         for _ in range(count):
             at = theta.detach().to(dtype).requires_grad_()
             with torch.enable_grad():
-                log_q = parameters.call(parameters.unflatten(at), lambda _: guide.log_q_of_a_draw(rows))
+                log_q = parameters.call(parameters.unflatten(at), lambda _: log_q_of_a_draw(rows))
                 (score,) = torch.autograd.grad(log_q, at, allow_unused=True, materialize_grads=True)
             scores.append(score.double())
     stacked = torch.stack(scores)

@@ -29,7 +29,7 @@ from trainer.posterior.predictive import Prediction, joined, levels_of, predicte
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
 from trainer.posterior.tensors import to_tensor
-from trainer.svi.guides import MeanField
+from trainer.svi.guides import MEAN_FIELD
 from trainer.svi.materialise import GuideFactory, guide_factory, materialise
 from trainer.svi.objective import Objective
 from trainer.svi.observed import column_of
@@ -254,7 +254,7 @@ class Posterior:
         console = Console(width=100, color_system=None, force_jupyter=False)
         with console.capture() as captured:
             console.print(closing_table(self.summary(), parameters_of(self.inference, self.theta, self.rows)))
-            if not isinstance(self.inference.guide, MeanField):
+            if self.inference.guide.kind != MEAN_FIELD:
                 console.print(f"guide: {self.inference.guide.kind}")
         return captured.get()
 

@@ -4,7 +4,7 @@ import pyro
 import torch
 from pyro import poutine
 
-from trainer.svi.guides import MeanField, Noise, normal_prior
+from trainer.svi.guides import Noise, normal_prior
 from trainer.svi.latents import is_latent
 from trainer.svi.plates import Batch
 from trainer.svi.step import Inference
@@ -17,8 +17,8 @@ def far_from_prior(inference: Inference, theta: torch.Tensor, rows: Batch) -> li
 
     Among many groups the furthest of n is expected at about sqrt(2 log n), which is below 5 for n < 250,000.
     """
-    guide = inference.guide
-    if not isinstance(guide, MeanField):
+    guide, view = inference.guide, inference.gaussian
+    if view is None:
         return []
     elements, per_row = guide.noise_size
     noise = Noise(theta.new_zeros(elements), theta.new_zeros(int(rows.valid), per_row) if per_row else None, 0)
@@ -30,7 +30,7 @@ def far_from_prior(inference: Inference, theta: torch.Tensor, rows: Batch) -> li
             return guide.draw(inference.model, params, noise, rows, "analytic").trace
 
         trace = inference.parameters.call(values, nodes)
-        locations = guide.by_site(values["guide.loc"])
+        locations = view.by_site(view.location(theta))
         for name, site in trace.nodes.items():
             prior, _ = normal_prior(site) if is_latent(site) and name in locations else (None, 0)
             if prior is None:

@@ -23,7 +23,6 @@ from torch.special import ndtri
 
 from trainer.data.store import atomic_write
 from trainer.posterior.draws import draw, latent_draws, latents_of
-from trainer.svi.guides import MeanField
 from trainer.svi.latents import LatentSite, Site
 from trainer.svi.noise import element_noise, mixed_seed
 from trainer.svi.plates import Batch
@@ -55,17 +54,16 @@ def summarise(inference: Inference, theta: Tensor, batch: Batch, seed: int = 0) 
 
     A site without ``loc`` is followed by ``SITE@unconstrained`` where the guide is mean-field.
     """
-    guide = inference.guide
-    if not isinstance(guide, MeanField):
+    view = inference.gaussian
+    if view is None:
         return _from_model(inference, theta, batch, seed, None)
-    values = inference.parameters.unflatten(theta.detach())
-    loc, scale = values["guide.loc"].double(), values["guide.log_scale"].double().exp()
+    theta = theta.detach()
+    loc, scale = view.by_site(view.location(theta.double())), view.by_site(view.sd(theta.double()))
     few = [_latents(inference, theta, batch, seed, pair, sign) for pair in (0, 1) for sign in (1.0, -1.0)]
     summaries: dict[str, SiteSummary] = {}
     moving = []
-    for site in guide.sites:
-        span = slice(site.start, site.start + site.size)
-        q = loc[span].view(site.shape), scale[span].view(site.shape)
+    for site in view.sites:
+        q = loc[site.name], scale[site.name]
         maps = [biject_to(nodes[site.name]["fn"].support) for nodes in few]
         if any(not torch.equal(maps[0](q[0]), each(q[0])) for each in maps[1:]):
             moving.append(site.name)
@@ -75,13 +73,11 @@ def summarise(inference: Inference, theta: Tensor, batch: Batch, seed: int = 0) 
             summaries[site.name] = _exact(site, _base(maps[0]), *q)
     summaries.update({each.name: each for each in _from_model(inference, theta, batch, seed, moving)})
     result = []
-    for site in guide.sites:
+    for site in view.sites:
         result.append(summaries[site.name])
         if summaries[site.name].loc is None:
-            span = slice(site.start, site.start + site.size)
-            at, by = (numbers[span].view(site.shape) for numbers in (loc, scale))
             own = LatentSite(f"{site.name}@unconstrained", site.shape, site.start)
-            result.append(_exact(own, transforms.identity_transform, at, by))
+            result.append(_exact(own, transforms.identity_transform, loc[site.name], scale[site.name]))
     return result
 
 

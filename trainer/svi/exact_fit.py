@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints, transforms
 
 from trainer.errors import UserError
-from trainer.svi.guides import MeanField, Noise
+from trainer.svi.gaussian import GaussianView
+from trainer.svi.guides import Noise
 from trainer.svi.latents import Site, is_discrete
 from trainer.svi.plates import Batch, inside
 from trainer.svi.step import Inference, StepBatch
@@ -74,8 +75,10 @@ def refuse_exact(
     near 0, a tensor as ``like``, at which a loss is lowest; then also where minus the log joint falls without end as
     the spread goes to 0.
     """
+    view = inference.gaussian
+    assert view is not None
     at, few = at.detach().clone().requires_grad_(), _first(rows)
-    for name, found in _spreads(inference, {"guide.loc": at, "guide.log_scale": 0.0 * at}, few).items():
+    for name, found in _spreads(inference, view.theta(at, 0.0 * at), few).items():
         if not found.spread.requires_grad:  # a known one
             continue
         (slope,) = torch.autograd.grad(found.spread, at, retain_graph=True, allow_unused=True)
@@ -88,25 +91,24 @@ def refuse_exact(
         exact = found.is_nothing
         if not exact and lowest is not None and inference.num_obs > len(at) + 1:  # else each row may have a latent
             exact = all(
-                _falls(inference, some, joint(inference, some), at.detach(), lowest, name, latent, by_ten)
+                _falls(inference, view, some, joint(inference, some), at.detach(), lowest, name, latent, by_ten)
                 for some in (few, rows)
             )
         if exact:
-            assert isinstance(inference.guide, MeanField)
-            raise UserError(found.sentence(f'"{inference.guide.latent_name(latent)}"'))
+            raise UserError(found.sentence(f'"{view.latent_name(latent)}"'))
 
 
 def met_exactly(inference: Inference, theta: Tensor, rows: StepBatch) -> str | None:
     """A sentence where at ``theta`` [P] an observed site's spread is nothing beside that of its values."""
     few = _first(rows)
     with torch.no_grad():
-        found = _spreads(inference, inference.parameters.unflatten(theta), few).values()
+        found = _spreads(inference, theta, few).values()
     return next((each.sentence("its scale") for each in found if each.is_nothing), None)
 
 
 def _falls(
-    inference: Inference, rows: StepBatch, loss: Loss, at: Tensor, lowest: Callable[[Loss, Tensor], Tensor], name: str,
-    latent: int, by_ten: float,
+    inference: Inference, view: GaussianView, rows: StepBatch, loss: Loss, at: Tensor,
+    lowest: Callable[[Loss, Tensor], Tensor], name: str, latent: int, by_ten: float,
 ) -> bool:  # fmt: skip
     """Whether the loss is lower each time that ``latent`` takes the spread down by ten, until that is nothing."""
     free = torch.ones_like(at)
@@ -114,7 +116,7 @@ def _falls(
     least = float(loss(at))
     for _ in range(_MOST_STEPS):
         with torch.no_grad():
-            if _spreads(inference, {"guide.loc": at, "guide.log_scale": 0.0 * at}, rows)[name].is_nothing:
+            if _spreads(inference, view.theta(at, 0.0 * at), rows)[name].is_nothing:
                 return True
         moved = at.clone()
         moved[latent] -= by_ten
@@ -140,22 +142,21 @@ def _is_coarse(column: Any) -> bool:
     return bool((column == column.float()).all()) and bool((column != column.round()).any())
 
 
-def _spreads(inference: Inference, values: dict[str, Tensor], rows: StepBatch) -> dict[str, Spread]:
+def _spreads(inference: Inference, theta: Tensor, rows: StepBatch) -> dict[str, Spread]:
     """Of the observed sites in the data plate whose distribution has one."""
-    dtype = next(iter(values.values())).dtype if inference.wide else torch.float32
-    values = {name: each.to(dtype) for name, each in values.items()}
+    dtype = theta.dtype if inference.wide else torch.float32
+    theta = theta.to(dtype)
     columns = {name: c[0].to(dtype) if c.is_floating_point() else c[0] for name, c in rows.columns.items()}
     row_id = None if rows.row_id is None else rows.row_id[0]
     batch = Batch(columns, rows.valid[0], inference.num_obs / rows.batch_rows.double(), row_id)
     elements, per_row = inference.guide.noise_size
-    some = next(iter(values.values()))
-    noise = Noise(some.new_zeros(elements), some.new_zeros(batch.size, per_row) if per_row else None, 0)
+    noise = Noise(theta.new_zeros(elements), theta.new_zeros(batch.size, per_row) if per_row else None, 0)
 
     def trace(params: dict[str, Tensor]) -> poutine.Trace:
         return inference.guide.draw(inference.model, params, noise, batch, "monte_carlo").trace
 
     with pyro.validation_enabled(False):
-        nodes = inference.parameters.call(values, trace).nodes
+        nodes = inference.parameters.call(inference.parameters.unflatten(theta), trace).nodes
     observed = [name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood" and name in nodes]
     here = [name for name in observed if inside(nodes[name], inference.model.plate)]
     made = {name: _relative(nodes[name], columns, not inference.wide) for name in here}

@@ -1,8 +1,8 @@
 """Guides: what q(z) is, how it is drawn from given noise, and what it adds to the ELBO.
 
-A guide has one method beyond its parameters, `draw(model, params, noise, batch, kl) -> Draw`: the model's trace at
-z ~ q, with the entropy terms of q by site. `MeanField` stands here, Pyro's autoguides and users' own in `pyro_guides`,
-Laplace's approximation in `laplace`.
+`draw(model, params, noise, batch, kl) -> Draw` gives the model's trace at z ~ q, with the entropy terms of q by site;
+`gaussian` is all that others know of a Gaussian guide. `MeanField` stands here, Pyro's autoguides and users' own in
+`pyro_guides`, Laplace's approximation in `laplace`.
 
 Mean-field Gaussian in unconstrained space: Kucukelbir, Tran, Ranganath, Gelman and Blei, "Automatic differentiation
 variational inference", JMLR 18 (2017), eq. 6. Sticking the landing: Roeder, Wu and Duvenaud (NeurIPS 2017).
@@ -11,6 +11,7 @@ Shapes: D unconstrained global latents; B rows; noise.elements [E], noise.rows [
 """
 
 import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -22,20 +23,14 @@ from torch import Tensor
 from torch.distributions import transforms
 
 from trainer.errors import UserError
-from trainer.svi.latents import (
-    AtZero,
-    FromUnconstrained,
-    LatentSite,
-    Site,
-    latent_name,
-    refuse_latent,
-    total,
-)
+from trainer.svi.gaussian import Diagonal, GaussianView
+from trainer.svi.latents import AtZero, FromUnconstrained, LatentSite, Site, by_site, refuse_latent, total
 from trainer.svi.noise_mode import NoiseMode, measure_noise
 from trainer.svi.plates import Batch, PlatedModel
 
 KL = Literal["analytic", "monte_carlo", "sticking_the_landing"]
 LOG_2PI = math.log(2 * math.pi)
+MEAN_FIELD = "mean-field"
 
 
 class Noise(NamedTuple):
@@ -74,8 +69,18 @@ class Guide(Protocol):
     """How many parameters, from the first, the answer needs the curvature by: `ended` takes it; 0: none."""
 
     @property
+    def log_q_of_a_draw(self) -> Callable[[Batch], Tensor] | None:
+        """log q [] of a draw from torch's own generator, as a function of the parameters alone; None where draws are
+        smooth functions of their noise, so that nobody needs it."""
+        ...
+
+    @property
     def callables(self) -> tuple[Any, ...]:
         """Callables of the user's, whose modules are trained."""
+        ...
+
+    def gaussian(self, places: Mapping[str, slice]) -> GaussianView | None:
+        """The guide as a Gaussian whose parameters lie at ``places`` in theta; None: it is none, or not yet."""
         ...
 
     def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
@@ -96,7 +101,7 @@ class MeanField:
     Supports may depend on other latents: the transform is taken from the site as the model reaches it.
     """
 
-    kind, callables, curved, still = "mean-field", (), 0, False
+    kind, callables, curved, still, log_q_of_a_draw = MEAN_FIELD, (), 0, False, None
 
     def __init__(self, model: PlatedModel, batch: Batch, init_scale: float = 0.1):
         if not init_scale > 0:
@@ -121,6 +126,9 @@ class MeanField:
 
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         return {}
+
+    def gaussian(self, places: Mapping[str, slice]) -> GaussianView:
+        return GaussianView(self.sites, places["guide.loc"], Diagonal(places["guide.log_scale"]))
 
     def init(self) -> dict[str, Tensor]:
         """{"guide.loc": zeros [D], "guide.log_scale": log(init_scale) [D]}."""
@@ -152,14 +160,9 @@ class MeanField:
             log_prior[name] = total(node, exact) if exact is not None else latents.log_prior(node)
         return Draw(trace, entropy, log_prior, frozenset())
 
-    def latent_name(self, index: int) -> str:
-        """Where scalar ``index`` of D stands, as `beta[3]`."""
-        return latent_name(self.sites, index)
-
     def by_site(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a vector [D], each in its site's unconstrained shape."""
-        parts = flat.split([site.size for site in self.sites])
-        return {site.name: part.view(site.shape) for site, part in zip(self.sites, parts)}
+        return by_site(self.sites, flat)
 
 
 def normal_prior(site: Site) -> tuple[torch.distributions.Normal | None, int]:

@@ -6,6 +6,7 @@ the inverse Hessian of minus the log joint over all rows as its covariance (Kass
 Shapes: D unconstrained scalars.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.svi.guides import KL, LOG_2PI, Draw, Noise
-from trainer.svi.latents import AtZero, FromUnconstrained, latent_name, refuse_latent
+from trainer.svi.latents import AtZero, FromUnconstrained, by_site, latent_name, refuse_latent
 from trainer.svi.noise_mode import NoiseMode, measure_noise
 from trainer.svi.plates import Batch, PlatedModel
 from trainer.svi.pyro_guides import only_models_that_it_holds
@@ -31,7 +32,7 @@ class Laplace:
     """u = loc + L eps; a row of zeros in L is a point, whose entropy counts as 0. ``auto``: Pyro's guide, which starts
     it."""
 
-    kind, callables = "AutoLaplaceApproximation (normal by the curvature at the mode)", ()
+    kind, callables, log_q_of_a_draw = "AutoLaplaceApproximation (normal by the curvature at the mode)", (), None
 
     def __init__(self, auto: Any):
         self.auto, self.curved, self.still = auto, 0, False
@@ -65,6 +66,9 @@ class Laplace:
         entropy = {name: part.sum(dtype=torch.float64) for name, part in self._by_site(each).items()}
         log_prior = {name: latents.log_prior(trace.nodes[name]) for name in entropy}
         return Draw(trace, entropy, log_prior, frozenset())
+
+    def gaussian(self, places: Mapping[str, slice]) -> None:
+        """A point while it trains."""
 
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         """The parameters that the ``hessian`` [D, D] of minus the log joint changes. Raises UserError where it has no
@@ -100,5 +104,4 @@ class Laplace:
         )
 
     def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([site.size for site in self.sites])
-        return {site.name: part.view(site.shape) for site, part in zip(self.sites, parts, strict=True)}
+        return by_site(self.sites, flat)

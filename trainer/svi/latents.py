@@ -46,6 +46,13 @@ def latent_name(sites: Iterable[LatentSite], index: int) -> str:
     return f"{site.name}[{', '.join(str(int(i)) for i in place)}]"
 
 
+def by_site(sites: Iterable[LatentSite], flat: Tensor) -> dict[str, Tensor]:
+    """The parts of a vector [D], each in its site's unconstrained shape."""
+    sites = tuple(sites)
+    parts = flat.split([site.size for site in sites])
+    return {site.name: part.view(site.shape) for site, part in zip(sites, parts, strict=True)}
+
+
 class AtZero(Messenger):
     """Sets every latent to the image of u = 0, so that no prior is sampled (improper ones cannot be); lists them."""
 

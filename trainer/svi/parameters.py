@@ -8,6 +8,7 @@ Shapes: theta [P], unconstrained.
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -92,6 +93,12 @@ class Parameters:
     @property
     def size(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def places(self) -> dict[str, slice]:
+        """Where each parameter lies in theta."""
+        ends = list(itertools.accumulate(math.prod(shape) for shape in self.shapes.values()))
+        return {name: slice(*span) for name, span in zip(self.shapes, itertools.pairwise((0, *ends)))}
 
     def flatten(self, values: dict[str, Tensor]) -> Tensor:
         """theta [P] from {name: unconstrained tensor}."""

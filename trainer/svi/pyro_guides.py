@@ -8,7 +8,7 @@ Shapes: B rows.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -45,7 +45,11 @@ class PyroGuide:
     @property
     def callables(self) -> tuple[Any, ...]:
         """What the user gave, whose modules are trained."""
-        return (self.guide.fn if isinstance(self.guide, PlatedModel) else self.guide,)
+        return () if self._given is no_guide else (self._given,)
+
+    @property
+    def _given(self) -> Any:
+        return self.guide.fn if isinstance(self.guide, PlatedModel) else self.guide
 
     def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
         """Runs guide and model to learn how many normals they take. Raises UserError for sites it cannot hold."""
@@ -69,19 +73,22 @@ class PyroGuide:
             self.layout = measure_noise(lambda rows: self._traces(model, rows), batch)
         self.noise_size = (self.layout.elements, self.layout.per_row)
         self.still = self.layout.empty
-        self.kind = _kind(self.callables[0], own.empty, any(is_latent(site) for site in q.nodes.values()))
+        self.kind = _kind(self._given, own.empty, any(is_latent(site) for site in q.nodes.values()))
         return {}
 
     def _named(self) -> tuple[str, ...]:
         """The arguments of a guide of the user's, by name."""
-        guide = self.callables[0]
+        guide = self._given
         if not isinstance(self.guide, PlatedModel) or is_autoguide(guide):
             return ()
         call = guide.forward if isinstance(guide, nn.Module) else guide
         return tuple(inspect.signature(call).parameters)
 
-    def log_q_of_a_draw(self, batch: Batch) -> Tensor:
-        """log q [] of a draw from torch's own generator, as a function of the parameters alone."""
+    @property
+    def log_q_of_a_draw(self) -> Callable[[Batch], Tensor] | None:
+        return self._log_q_of_a_draw if self.layout.others else None
+
+    def _log_q_of_a_draw(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             drawn = poutine.trace(self.guide).get_trace(batch)
         return torch.stack(list(self._log_q(batch, drawn).values())).sum()
@@ -95,6 +102,9 @@ class PyroGuide:
 
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         return {}
+
+    def gaussian(self, places: Mapping[str, slice]) -> None:
+        """Whatever it is, its parameters are its own."""
 
     def _first(self, batch: Batch) -> poutine.Trace:
         with only_models_that_it_holds():

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from trainer.svi.exact_fit import refuse_exact
-from trainer.svi.guides import KL, MeanField
+from trainer.svi.gaussian import GaussianView
+from trainer.svi.guides import KL
 from trainer.svi.noise import element_noise
 from trainer.svi.step import Inference, StepBatch, StepNoise, in_dtype
 from trainer.svi.variance import Whitening
@@ -52,45 +53,45 @@ def laplace_start(
     round's end knows a curvature. None where there is none to take: another guide, other parameters beside it, more
     than 256 latents.
     """
-    guide = inference.guide
-    if not isinstance(guide, MeanField) or not has_latents_alone(inference) or guide.size > MOST_LATENTS:
+    view = latents_alone(inference)
+    if view is None or view.size > MOST_LATENTS:
         _tell_of_scales(rows, say)
         return None
     with _exact(inference):
         loss = _joint(inference, rows)
-        found = _mode(loss, guide.size, theta.device)
+        found = _mode(loss, view.size, theta.device)
         doubts: list[str] = []
-        mode = _settled(loss, found, guide, doubts.append)
+        mode = _settled(loss, found, view, doubts.append)
         units = _units(loss, theta) if mode is None else None
         if units is not None:
-            scaled = _mode(lambda at: loss(units * at), guide.size, theta.device)
+            scaled = _mode(lambda at: loss(units * at), view.size, theta.device)
             found = Mode(units * scaled.loc, scaled.settled, units * scaled.lowest)
-            mode = _settled(loss, found, guide, doubts.append)
+            mode = _settled(loss, found, view, doubts.append)
         for sentence in doubts[-1:] if mode is None else ():
             say(sentence)
         refuse_exact(inference, rows, found.lowest, _joint, _lowest if mode is None else None)
         if mode is None:
             _tell_of_scales(rows, say)
-            plain = torch.eye(guide.size, dtype=theta.dtype, device=theta.device)
+            plain = torch.eye(view.size, dtype=theta.dtype, device=theta.device)
             return theta, Whitening(PLAIN * plain, 0.0 * plain)
         loc, hessian = mode
         scale = hessian.diagonal().rsqrt()
-        _tell_of_ridge(guide, scale[:, None] * hessian * scale, say)
-        made = inference.parameters.flatten({"guide.loc": loc, "guide.log_scale": scale.log()})
+        _tell_of_ridge(view, scale[:, None] * hessian * scale, say)
+        made = view.theta(loc, scale.log())
         whitening = Whitening(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
     return made.to(theta.dtype), Whitening(*(each.to(theta.dtype) for each in whitening))
 
 
-def has_latents_alone(inference: Inference) -> bool:
-    """Whether locations and log scales of a mean-field guide are all that is learnt, and no latent belongs to a row."""
-    guide = inference.guide
-    if not isinstance(guide, MeanField) or guide.noise_size != (guide.size, 0):
-        return False
-    return set(inference.parameters.shapes) == {"guide.loc", "guide.log_scale"}
+def latents_alone(inference: Inference) -> GaussianView | None:
+    """The guide as a Gaussian, where that is all that is learned and nothing else is drawn; else None."""
+    view = inference.gaussian
+    if view is None or inference.guide.noise_size != (view.size, 0) or inference.parameters.size != view.parameters:
+        return None
+    return view
 
 
 def _settled(
-    loss: Callable[[Tensor], Tensor], found: "Mode", guide: MeanField, say: Callable[[str], None]
+    loss: Callable[[Tensor], Tensor], found: "Mode", view: GaussianView, say: Callable[[str], None]
 ) -> tuple[Tensor, Tensor] | None:
     """The mode [D] and the Hessian [D, D] there, if that looks like a Gaussian's."""
     loc = found.loc
@@ -98,7 +99,7 @@ def _settled(
         say(_NOT_FINITE)
         return None
     if not found.settled:
-        say(_NO_MAXIMUM.format(guide.latent_name(int(loc.abs().argmax()))))
+        say(_NO_MAXIMUM.format(view.latent_name(int(loc.abs().argmax()))))
         return None
     hessian = _hessian(loss, loc)
     curvature = hessian.diagonal()
@@ -109,7 +110,7 @@ def _settled(
     if flat.any() or not ((rises > _RISE[0]) & (rises < _RISE[1])).all():
         where = int(torch.where(flat, -math.inf, rises.min(1).values).argmin())
         if flat.any() or rises[where].min() <= _RISE[0]:
-            say(_NO_MAXIMUM.format(guide.latent_name(where)))
+            say(_NO_MAXIMUM.format(view.latent_name(where)))
         return None
     return loc, hessian
 
@@ -121,8 +122,9 @@ def whitening_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Whiten
     The mean is over a few antithetic pairs: what the ELBO curves by, which for a hierarchy is not the curvature at the
     guide's centre.
     """
-    values = inference.parameters.unflatten(theta.double())
-    loc, scale = values["guide.loc"], values["guide.log_scale"].exp()
+    view = inference.gaussian
+    assert view is not None
+    loc, scale = view.location(theta.double()), view.sd(theta.double())
     joint, count = _joint(inference, rows), rows.batch_rows.clamp(min=1)
     pairs = torch.arange(min(_PAIRS, _PAIR_ROWS // int(count)))
     eps = element_noise(0, torch.zeros((), dtype=torch.int64), pairs, len(loc), torch.float64)
@@ -159,9 +161,11 @@ def _minus_terms(inference: Inference, kl: KL, rows: StepBatch, loc: Tensor, log
     dtype = _dtype(inference)
     problem = replace(inference, objective=replace(inference.objective, kl=kl, antithetic=False, pairs=1))
     columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in rows.columns.items()}
-    values = inference.parameters.flatten({"guide.loc": loc.to(dtype), "guide.log_scale": log_scale.to(dtype)})
+    view = inference.gaussian
+    assert view is not None
+    theta = view.theta(loc.to(dtype), log_scale.to(dtype))
     noise = StepNoise(eps[None, None].to(dtype), None, ((0,),))
-    return -problem.terms(values, noise, rows._replace(columns=columns), share=1.0).sum()
+    return -problem.terms(theta, noise, rows._replace(columns=columns), share=1.0).sum()
 
 
 def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
@@ -256,12 +260,12 @@ def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tens
         return torch.stack([torch.stack([loss(loc + side), loss(loc - side)]) - lowest for side in sides])
 
 
-def _tell_of_ridge(guide: MeanField, correlation: Tensor, say: Callable[[str], None]) -> None:
+def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str], None]) -> None:
     """Says which latents can stand in for each other, by the Hessian scaled to a diagonal of ones."""
     values, vectors = torch.linalg.eigh(correlation)
     if values[0] > _RIDGE:
         return
-    first, second = (guide.latent_name(int(i)) for i in vectors[:, 0].abs().topk(2).indices)
+    first, second = (view.latent_name(int(i)) for i in vectors[:, 0].abs().topk(2).indices)
     if values[0] < _UNIDENTIFIED:
         say(
             f'neither the data nor the priors tell "{first}" from "{second}": only a combination of them has a '

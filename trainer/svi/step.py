@@ -16,6 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from trainer.svi.gaussian import GaussianView
 from trainer.svi.guides import Guide, Noise
 from trainer.svi.objective import Kind, Objective, elbo_terms
 from trainer.svi.optim import Optimizer, Slots
@@ -88,6 +89,11 @@ class Inference:
     """Whether the model can be evaluated in float64."""
     derived: tuple[str, ...] = ()
     """Deterministic sites that latents outside the data plate alone decide."""
+
+    @property
+    def gaussian(self) -> GaussianView | None:
+        """The guide as a Gaussian, if it is one."""
+        return self.guide.gaussian(self.parameters.places)
 
     def terms(self, theta: Tensor, noise: StepNoise, batch: StepBatch, share: float) -> Tensor:
         """This rank's part of the ELBO's terms [S], float64 nats; ``share``: a group's part in what counts once."""
@@ -213,7 +219,10 @@ def step(
 
     terms, grad = gradient(state.theta)
     if whitening is not None:
-        grad = grad - whitening.control_variate(state.theta, noise.elements, share) / inference.num_obs
+        view = inference.gaussian
+        assert view is not None
+        chance = whitening.control_variate(view.sd(state.theta), noise.elements, share)
+        grad = grad - view.by_log_sd(chance, state.theta) / inference.num_obs
     if anchor is not None:
         grad = anchor.minus(grad, gradient(anchor.theta)[1])
     grad = reduce(grad)

@@ -1,7 +1,7 @@
 """What makes steps better than the plain stochastic gradient's: whitened coordinates, a control variate, an anchor.
 
-Shapes: P parameters, of which the first D are the mean-field locations and the next D the log scales; A lane groups of
-this rank, R draws of a group, E >= D normals of a draw.
+Shapes: P parameters, of which the first D are the locations; A lane groups of this rank, R draws of a group, E >= D
+normals of a draw.
 """
 
 from typing import NamedTuple
@@ -28,8 +28,9 @@ class Whitening(NamedTuple):
         first, others = step.split([len(self.factor), len(step) - len(self.factor)])
         return torch.cat([self.factor @ first, others])
 
-    def control_variate(self, theta: Tensor, elements: Tensor, share: float) -> Tensor:
-        """What the draws ``elements`` [A, R, E] add to the gradient [P] of a quadratic loss by chance, in nats.
+    def control_variate(self, sd: Tensor, elements: Tensor, share: float) -> Tensor:
+        """What the draws ``elements`` [A, R, E] of a mean-field guide with ``sd`` [D] add to the gradient [D] of a
+        quadratic loss by the log sds by chance, in nats.
 
         With f(z) = z'Hz / 2 the gradient by log s is s eps (H s eps), of mean s^2 diag H: the difference has mean 0 for
         any H, and takes nearly all noise from the gradient of the log scales where f is nearly quadratic. (An
@@ -37,24 +38,21 @@ class Whitening(NamedTuple):
         reparameterization gradient variance" (NeurIPS 2017), section 3. A scale enters with at most 1 / sqrt(H_ii): far
         from where H was taken it does not add more noise than it would take there. ``share``: of a lane group.
         """
-        size = len(self.factor)
-        scale = self._bounded(theta)
-        z = scale * elements[..., :size].flatten(0, -2)
+        scale = self._bounded(sd)
+        z = scale * elements[..., : len(scale)].flatten(0, -2)
         chance = (z * (z @ self.curvature)).mean(0) - scale**2 * self.curvature.diagonal()
-        zero = torch.zeros_like(scale)
-        return torch.cat([zero, share * len(elements) * chance, theta.new_zeros(len(theta) - 2 * size)])
+        return share * len(elements) * chance
 
-    def chance(self, theta: Tensor, elements: Tensor) -> Tensor:
+    def chance(self, sd: Tensor, elements: Tensor) -> Tensor:
         """What draws [..., E] and their antitheses add to a quadratic loss by chance, in nats: (z'Hz - its mean) / 2
         [...]."""
-        scale = self._bounded(theta)
-        z, curvature = scale * elements[..., : len(scale)], self.curvature.to(theta.dtype)
+        scale = self._bounded(sd)
+        z, curvature = scale * elements[..., : len(scale)], self.curvature.to(sd.dtype)
         return 0.5 * ((z @ curvature * z).sum(-1) - (scale**2 * curvature.diagonal()).sum())
 
-    def _bounded(self, theta: Tensor) -> Tensor:
-        """The scales [D], none beyond what the curvature makes of it."""
-        scale = theta[len(self.factor) : 2 * len(self.factor)].exp()
-        return torch.minimum(scale, self.curvature.diagonal().to(scale.dtype).clamp(min=1e-30).rsqrt())
+    def _bounded(self, sd: Tensor) -> Tensor:
+        """``sd`` [D], none beyond what the curvature makes of it."""
+        return torch.minimum(sd, self.curvature.diagonal().to(sd.dtype).clamp(min=1e-30).rsqrt())
 
 
 class Anchor(NamedTuple):
