@@ -27,7 +27,7 @@ from rich.table import Table
 
 from scripts.benchmark.ours import Ours, Way
 from scripts.benchmark.problems import MODELS, Setting, make_data
-from trainer.lit.strategy import sum_over_ranks
+from trainer.distributed.comm import Group
 from trainer.svi.fused import Fused
 from trainer.svi.local_steps import LocalSteps
 from trainer.svi.programs import Chunk, Program
@@ -72,12 +72,12 @@ def repeated(work: Callable[[], Any], seconds: float, active: bool) -> float:
 def rank_main(rank: int, store: str, setting: Setting, rounds: int, seconds: float, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    ours = Ours(setting, Way(fused=True))
+    comm, ours = Group(rank, WORLD), Ours(setting, Way(fused=True))
     ours.start()
     alone = ours._views()
     shared = [chunk._replace(batch_rows=chunk.batch_rows * WORLD) for chunk in alone]
-    summed = Fused(ours.inference, ours.update, 0, [rank], WORLD, sum_over_ranks)
-    averaged = LocalSteps(ours.inference, ours.update, 0, [rank], WORLD, sum_over_ranks, SYNC_EVERY)
+    summed = Fused(ours.inference, ours.update, 0, [rank], comm)
+    averaged = LocalSteps(ours.inference, ours.update, 0, [rank], comm, SYNC_EVERY)
     start = ours.update.init(ours.theta)
     for program in (summed, averaged):
         program.prepare(start, shared[0])
@@ -95,7 +95,7 @@ def rank_main(rank: int, store: str, setting: Setting, rounds: int, seconds: flo
         dist.barrier()
         began = time.perf_counter()
         for _ in range(500):
-            sum_over_ranks(gradient)
+            comm.sum(gradient)
         here["all-reduce"] = (time.perf_counter() - began) / 500
         here["copy by one"] = repeated(lambda: np.copyto(target, source), seconds / 2, rank == 0)
         here["copy by two"] = repeated(lambda: np.copyto(target, source), seconds / 2, True)

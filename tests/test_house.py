@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "svi": {"svi", "cache", "errors"},
+    "distributed": {"distributed", "errors"},
+    "svi": {"svi", "distributed", "cache", "errors"},
     "data": {"data", "cache", "errors"},
     "models": {"errors"},
-    "posterior": {"posterior", "svi", "data", "errors"},
-    "lit": {"lit", "posterior", "svi", "data", "errors"},
-    "app": {"app", "lit", "posterior", "models", "svi", "data", "cache", "errors"},
+    "posterior": {"posterior", "svi", "data", "distributed", "errors"},
+    "lit": {"lit", "posterior", "svi", "data", "distributed", "errors"},
+    "app": {"app", "lit", "posterior", "models", "svi", "data", "distributed", "cache", "errors"},
 }
 ROOMS_OF = {
     "pyro": {"svi", "models", "posterior", "app"},
@@ -22,7 +23,7 @@ ROOMS_OF = {
     "wandb": {"lit", "app"},
     "optuna": {"app"},
     "pyarrow": {"data"},
-    "torch": {"svi", "models", "posterior", "lit", "app"},
+    "torch": {"distributed", "svi", "models", "posterior", "lit", "app"},
 }
 MODULES = sorted((ROOT / "trainer").rglob("*.py"))
 

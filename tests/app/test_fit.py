@@ -374,7 +374,7 @@ def test_training_goes_on_where_four_times_the_draws_leave_something_to_go(table
         asked.append(draws.pairs)
         return torch.full_like(theta, asked.count(4 * MANY.pairs) == 1 and draws.pairs > MANY.pairs, dtype=torch.double)
 
-    monkeypatch.setattr("trainer.app.blocks.full_gradient", gradient)
+    monkeypatch.setattr("trainer.posterior.full_data.full_gradient", gradient)
     options = {**QUICK, "recipe": "auto", "rounds": 2}
     found = fit(regression, table, columns=COLUMNS, max_steps=900, progress=False, options=options)
     assert asked.count(4 * MANY.pairs) == 2

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from trainer.distributed.comm import ALONE, Group
 from trainer.errors import UserError
 from trainer.lit import module as lit_module
 from trainer.lit.metrics import is_kept
 from trainer.lit.module import VariationalModule
-from trainer.lit.strategy import same_on_all_ranks
 from trainer.svi.tracing import Untraceable
 
 
@@ -37,7 +37,9 @@ def prepared(rank: int) -> list[object]:
     """What becomes of that program on ``rank``."""
     said: list[str] = []
     program = OnRankZeroAlone(rank)
-    module = SimpleNamespace(program=program, state=None, say=said.append, device=torch.device("cpu"))
+    module = SimpleNamespace(
+        program=program, comm=Group(rank, 2), state=None, say=said.append, device=torch.device("cpu")
+    )
     VariationalModule._prepare(module, None)  # type: ignore[arg-type]
     return [module.program, program.abandoned, len(said)]
 
@@ -47,7 +49,7 @@ def compare(rank: int, folder: str) -> None:
     same = [torch.arange(5.0), torch.tensor(3)]
     nearly = [torch.arange(5.0) * (1 + 1e-7 * rank), torch.tensor(3)]
     negative_zero = [torch.tensor([0.0 if rank else -0.0])]
-    found = [same_on_all_ranks(each) for each in (same, nearly, negative_zero)]
+    found = [Group(rank, 2).agree(each) for each in (same, nearly, negative_zero)]
     (Path(folder) / str(rank)).write_text(f"{found} {prepared(rank)}")
     dist.destroy_process_group()
 
@@ -59,11 +61,11 @@ def test_a_bit_that_differs_and_a_step_that_one_cannot_compile_are_seen_on_both_
 
 
 def test_one_rank_agrees_with_itself() -> None:
-    assert same_on_all_ranks([torch.ones(3)])
+    assert ALONE.agree([torch.ones(3)])
 
 
 def test_the_module_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_module, "same_on_all_ranks", lambda tensors: False)
+    monkeypatch.setattr(VariationalModule, "comm", SimpleNamespace(agree=lambda tensors: False))
     monkeypatch.setattr(lit_module, "flat_state", lambda state: [])
     module = VariationalModule.__new__(VariationalModule)
     monkeypatch.setattr(VariationalModule, "step", 41)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as distributed
 from pyro.distributions import constraints
 
-from trainer.lit.strategy import sum_over_ranks
+from trainer.distributed.comm import ALONE, Group
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
@@ -123,7 +123,7 @@ def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
     mine = chunk.map(lambda each: each[:, held].contiguous() if each.dim() > 1 else each)
     mine = mine if inference.guide.noise_size[1] else mine._replace(row_id=None)
     update = Update(Adam(lr=0.01), Cosine(), STEPS, 150)
-    fused = Fused(inference, update, 11, held, world, sum_over_ranks)
+    fused = Fused(inference, update, 11, held, Group(rank, world) if world > 1 else ALONE)
     start = update.init(theta)
     programs: list[tuple[str, Program]] = [("eager", fused.eager)]
     if name != "dense words":  # what the other is compared with

@@ -6,6 +6,7 @@ world size is a group of the same four, so torch and Pyro are imported once.
 
 import multiprocessing
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,9 @@ def train(name: str, rank: int, world: int, reduce: Any) -> dict[str, np.ndarray
         chunk.row_id[:, held],
     )
     update = Update(Adam(lr=0.05), Cosine(), STEPS, 30)
-    result = Eager(inference, update, 11, held, world, reduce).run(update.init(theta), mine, STEPS)
+    result = Eager(inference, update, 11, held, SimpleNamespace(size=world, sum=reduce)).run(
+        update.init(theta), mine, STEPS
+    )
     out = {
         "theta": result.state.theta,
         "average": result.state.average,
@@ -115,7 +118,7 @@ def train_locally(rank: int, reduce: Any) -> dict[str, np.ndarray]:
     columns = {column: values[:, held] for column, values in chunk.columns.items()}
     mine = Chunk(columns, chunk.valid[:, held], chunk.batch_rows, chunk.row_id[:, held])
     update = Update(SGD(lr=0.01), Cosine(), STEPS, 30)
-    common = (inference, update, 11, held, 2, reduce)
+    common = (inference, update, 11, held, SimpleNamespace(size=2, sum=reduce))
     start = update.init(theta)
     together = Eager(*common).run(start, mine, STEPS)
     single = LocalSteps(*common, sync_every=1, program=Eager).run(start, mine, STEPS)

@@ -1,5 +1,7 @@
 """`Eager`'s noise: numbered by the step, the lane group and the pair, whoever holds the group."""
 
+from types import SimpleNamespace
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -81,11 +83,12 @@ def test_the_step_of_the_state_and_the_seed_number_the_noise():
 
 
 def test_the_terms_and_the_gradient_are_summed_over_the_ranks():
-    """A reduce that doubles stands for two ranks with the same rows, each with half of what counts once."""
+    """A sum that doubles stands for two ranks with the same rows, each with half of what counts once."""
     chunk = chunk_of(1, 1, 5, x=())
     chunk = chunk._replace(batch_rows=chunk.batch_rows * 2)
     program, start = eager([0])
-    two = Eager(program.inference, program.update, program.seed, [0], 2, lambda tensor: 2 * tensor)
+    ranks = SimpleNamespace(size=2, sum=lambda tensor: 2 * tensor)
+    two = Eager(program.inference, program.update, program.seed, [0], ranks)
     twice = type(chunk)(
         {"x": chunk.columns["x"].repeat(1, 2, 1)},
         chunk.valid.repeat(1, 2),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
 
+from trainer.distributed.comm import ALONE
 from trainer.svi.objective import Objective
 from trainer.svi.optim import SGD
 from trainer.svi.schedules import Constant
@@ -28,7 +29,7 @@ def one_step(inference, update, state, seed, whitening=None):
     eps = torch.randn(1, 1, inference.guide.size, dtype=F64, generator=generator)
     noise = StepNoise(eps, None, ((0,),))
     rates = update.rates(state.step, inference.num_obs)
-    return step(inference, update, lambda each: each, 1, state, noise, one_group(**DATA), rates)[0]
+    return step(inference, update, ALONE, state, noise, one_group(**DATA), rates)[0]
 
 
 def test_on_a_gaussian_posterior_every_draw_gives_the_exact_gradient():

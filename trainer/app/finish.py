@@ -10,19 +10,16 @@ import torch
 from pytorch_lightning import Callback
 from rich.console import Console
 
-from trainer.app.blocks import block, blocks, together
 from trainer.app.stop import Stop
 from trainer.data.plan import Plan
-from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.verify import LEFT_OUT
 from trainer.data.store import atomic_write
 from trainer.errors import counted
 from trainer.lit.metrics import MetricsFile
 from trainer.lit.module import VariationalModule
-from trainer.lit.signals import StopOnSignal
-from trainer.lit.strategy import from_rank_zero
 from trainer.posterior.draws import parameters_of
 from trainer.posterior.elbo import full_elbo, held_out_elbo_per_row
+from trainer.posterior.full_data import FullData
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.prior_check import far_from_prior
 from trainer.posterior.summary import summarise, write_summary
@@ -42,18 +39,17 @@ class Finish(Callback):
     def __init__(
         self,
         run_dir: Path,
-        folder: ShardFolder,
-        held_out: ShardFolder | None,
+        rows: FullData,
+        held_out: FullData | None,
         plan: Plan,
         seed: int,
         console: Console,
-        signals: StopOnSignal,
         figures: MetricsFile,
         stop: Stop,
         shown: str,
     ):
-        self.signals, self.figures, self.stop = signals, figures, stop
-        self.run_dir, self.folder, self.held_out, self.plan = run_dir, folder, held_out, plan
+        self.figures, self.stop = figures, stop
+        self.run_dir, self.rows, self.held_out, self.plan = run_dir, rows, held_out, plan
         self.seed, self.console = seed, console
         self.shown = shown
         self.headline = float("nan")
@@ -63,8 +59,8 @@ class Finish(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
-        seconds, self.answer = module.seconds, self._answer(trainer, module)
-        metrics = {**self._evaluate(trainer, module), **self._facts(module, seconds, trainer.world_size)}
+        seconds, self.answer = module.seconds, self._answer(module)
+        metrics = {**self._evaluate(module), **self._facts(module, seconds)}
         self.metrics = metrics
         self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
         if trainer.is_global_zero:
@@ -72,26 +68,26 @@ class Finish(Callback):
             numbers = {f"final/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
             self.figures.to_loggers(trainer, numbers, module.step)
 
-    def _answer(self, trainer: pl.Trainer, module: VariationalModule) -> torch.Tensor:
+    def _answer(self, module: VariationalModule) -> torch.Tensor:
         """Where training has come to, with what the guide makes of the curvature there."""
         theta, guide, parameters = module.theta, module.inference.guide, module.inference.parameters
         if not guide.curved:
             return theta
-        hessian = self.stop.end_round.rows.hessian(trainer, theta, guide.curved)
+        hessian = self.stop.end_round.loss.hessian(module.step, theta, guide.curved)
         values = {**parameters.unflatten(theta), **guide.ended(hessian)}
-        return from_rank_zero(parameters.flatten(values).to(theta.dtype))
+        return module.comm.from_first(parameters.flatten(values).to(theta.dtype))
 
-    def _evaluate(self, trainer: pl.Trainer, module: VariationalModule) -> dict[str, Any]:
+    def _evaluate(self, module: VariationalModule) -> dict[str, Any]:
         theta, inference = self.answer, module.inference
         assert theta is not None
         _, whitening, _ = module.update.split(module.state.slots)
-        count = len(self.folder.block_rows)
-        here, total = together(blocks(self.folder, trainer, self.signals.check))
+        count = len(self.rows.folder.block_rows)
+        here, total = self.rows.blocks(theta, module.step)
         fitted = full_elbo(inference, theta, here, count, self.seed, total, whitening)
         held_out = None
         if self.held_out is not None:
-            count = len(self.held_out.block_rows)
-            here, total = together(blocks(self.held_out, trainer, self.signals.check))
+            count = len(self.held_out.folder.block_rows)
+            here, total = self.held_out.blocks(theta, module.step)
             held_out = held_out_elbo_per_row(inference, theta, here, count, self.seed, total, fitted)
         return {
             "elbo": fitted.elbo,
@@ -102,21 +98,21 @@ class Finish(Callback):
             "held_out_elbo_per_row": held_out,
         }
 
-    def _facts(self, module: VariationalModule, seconds: float, world_size: int) -> dict[str, Any]:
+    def _facts(self, module: VariationalModule, seconds: float) -> dict[str, Any]:
         epochs = self.plan.epochs_at(module.step)
         passes = self.stop.facts.get("passes", 0)
-        rows = round((epochs + passes) * self.folder.num_rows)
+        rows = round((epochs + passes) * self.rows.folder.num_rows)
         done = module.step >= module.update.horizon
         return {
-            "rows": self.folder.num_rows,
-            "held_out_rows": self.held_out.num_rows if self.held_out else 0,
+            "rows": self.rows.folder.num_rows,
+            "held_out_rows": self.held_out.folder.num_rows if self.held_out else 0,
             **self._left_out(),
             "steps": module.step,
             "epochs": epochs,
             "passes": passes,
             "seconds": seconds,
             "rows_per_second": rows / max(seconds, 1e-9),
-            "world_size": world_size,
+            "world_size": module.comm.size,
             "stop_reason": self.stop.facts.get("stopped") or ("budget" if done else "max_time"),
             "evidence": self.stop.facts.get("evidence"),
             "guide": module.inference.guide.kind,
@@ -124,7 +120,9 @@ class Finish(Callback):
 
     def _left_out(self) -> dict[str, Any]:
         """What `data.on_corrupt=quarantine` left out: rows, and the blocks of each shard of each split."""
-        train, held_out = (each.index.meta.get(LEFT_OUT, {}) if each else {} for each in (self.folder, self.held_out))
+        train, held_out = (
+            each.folder.index.meta.get(LEFT_OUT, {}) if each else {} for each in (self.rows, self.held_out)
+        )
         return {
             "rows_left_out": train.get("rows", 0),
             "held_out_rows_left_out": held_out.get("rows", 0),
@@ -133,10 +131,10 @@ class Finish(Callback):
 
     def posterior(self, module: VariationalModule) -> Posterior:
         """The answer, with a few rows of the training data."""
-        first = block(self.folder, 0, module, rows=_SUMMARY_ROWS)
+        first = self.rows.block(0, module.theta, rows=_SUMMARY_ROWS)
         count = torch.tensor(len(first.row_id), device=module.device)
-        rows = Batch(first.columns, count, self.folder.num_rows / count.double(), first.row_id)
-        index = dataclasses.replace(self.folder.index, shards=())
+        rows = Batch(first.columns, count, self.rows.folder.num_rows / count.double(), first.row_id)
+        index = dataclasses.replace(self.rows.folder.index, shards=())
         theta = module.theta if self.answer is None else self.answer
         if self.answer is None and module.inference.guide.curved:  # of a run that has ended before
             theta = torch.load(self.run_dir / "posterior.pt", weights_only=True)["theta"].to(module.device)

@@ -9,7 +9,7 @@ from trainer.data.fields import concatenate
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import ROW_ID
 from trainer.errors import UserError
-from trainer.lit.first_pass import FirstPass
+from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.observed import RowCheck, with_parameters
 from trainer.svi.plates import WEIGHT, Batch

@@ -2,15 +2,16 @@
 
 import os
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
 from trainer.app.launch import in_slurm_step, slurm_tasks, usable_cores
+from trainer.distributed.comm import ALONE, Comm, Group
+from trainer.distributed.waiting import interruptible
 from trainer.errors import UserError, counted
-from trainer.lit.waiting import interruptible
 from trainer.svi.process import is_fork
 
 Answer = TypeVar("Answer")
@@ -24,6 +25,11 @@ class World(NamedTuple):
     rank: int
     external: bool
     """torchrun or srun made the ranks; else we are alone or Lightning launches the others."""
+
+    @property
+    def comm(self) -> Comm:
+        """What the ranks do together, once they have met."""
+        return ALONE if self.size == 1 else Group(self.rank, self.size)
 
 
 def world(trainer: DictConfig) -> World:
@@ -111,8 +117,4 @@ def of_all(value: Answer, world: World) -> list[Answer]:
 
     ``value`` is pickled, on its way to ranks of our own job.
     """
-    if not world.external or world.size == 1:
-        return [value]
-    box: list[Any] = [None] * world.size
-    interruptible(lambda: dist.all_gather_object(box, value))
-    return box
+    return world.comm.gathered(value) if world.external else [value]

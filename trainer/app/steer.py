@@ -11,10 +11,9 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from trainer.app.blocks import AllRows
 from trainer.lit.module import VariationalModule
-from trainer.lit.strategy import from_rank_zero
 from trainer.posterior.convergence import Rule, newton_step, step_to_go
+from trainer.posterior.full_data import FullLoss
 from trainer.posterior.gradient import MANY, Draws
 from trainer.posterior.newton import NEAR, polished, step_by_products
 from trainer.posterior.optimum import settled
@@ -32,14 +31,14 @@ _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 class MoveAnchor(Callback):
     """Sets the state's `Anchor` before each step at which an epoch ``begins``, from a pass over all rows."""
 
-    def __init__(self, rows: AllRows, begins: Callable[[int], bool]):
-        self.rows, self.begins = rows, begins
+    def __init__(self, loss: FullLoss, begins: Callable[[int], bool]):
+        self.loss, self.begins = loss, begins
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)
         if self.begins(module.step):
             theta = module.state.theta.clone()
-            gradient = self.rows.gradient(trainer, theta) / module.inference.num_obs
+            gradient = self.loss.gradient(module.step, theta) / module.inference.num_obs
             anchor = Anchor(theta, gradient[: module.update.anchored].to(theta.dtype))
             module.state = module.state._replace(slots=(*module.state.slots[:-2], *anchor))
 
@@ -53,36 +52,36 @@ class EndRound:
     ``sample``: the rows that give the curvature.
     """
 
-    def __init__(self, rows: AllRows, sample: StepBatch, afford: int | None):
-        self.rows, self.sample, self.afford = rows, sample, afford
+    def __init__(self, loss: FullLoss, sample: StepBatch, afford: int | None, facts: dict[str, Any]):
+        self.loss, self.sample, self.afford, self.facts = loss, sample, afford, facts
 
-    def __call__(self, trainer: pl.Trainer, module: VariationalModule) -> tuple[bool, float]:
+    def __call__(self, module: VariationalModule) -> tuple[bool, float]:
         """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
-        average, slots, left, facts = module.theta, module.state.slots, math.nan, self.rows.facts
+        average, slots, left, facts = module.theta, module.state.slots, math.nan, self.facts
         own, whitening, _ = module.update.split(slots)
         theta = average
         view = module.inference.gaussian
         if whitening is not None and view is not None:
-            theta, whitening, left = self._by_curvature(trainer, module, view, average, whitening)
+            theta, whitening, left = self._by_curvature(module, view, average, whitening)
             slots = (*own, *whitening)
         elif self.afford is not None and module.step > max(self.afford, _AGAIN * facts.get("no_newton_at", 0)):
             if view is None:
-                theta, left = self._settled(trainer, module, average)
+                theta, left = self._settled(module, average)
             else:
-                theta, left = self._by_products(trainer, module, view, average)
+                theta, left = self._by_products(module, view, average)
             if theta is average:
                 facts["no_newton_at"] = module.step
         module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
         return theta is not average, left
 
     def _by_curvature(
-        self, trainer: pl.Trainer, module: VariationalModule, view: GaussianView, theta: Tensor, whitening: Whitening
+        self, module: VariationalModule, view: GaussianView, theta: Tensor, whitening: Whitening
     ) -> tuple[Tensor, Whitening, float]:
         """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
-        rows = self.rows
+        full, step = self.loss, module.step
 
         def gradient(theta: Tensor, draws: Draws = MANY, fresh: bool = True) -> Tensor:
-            return rows.gradient(trainer, theta, whitening, draws, fresh)
+            return full.gradient(step, theta, whitening, draws, fresh)
 
         def solve(theta: Tensor, found: Tensor) -> Tensor:
             return newton_step(view, theta, found, whitening)
@@ -92,27 +91,29 @@ class EndRound:
             if not near:
                 module.say(f"step {module.step:,}: Newton steps, in passes over all rows")
             made = None if near else polished(view, theta, solve, gradient, _LEVELS[:2])
-            return (theta, found) if made is None or not made.agreed else (from_rank_zero(made.theta), made.gradient)
+            return (
+                (theta, found)
+                if made is None or not made.agreed
+                else (module.comm.from_first(made.theta), made.gradient)
+            )
 
         theta, found = moved(theta, gradient(theta))
         made = whitening_at(module.inference, theta.cpu(), self.sample)
-        whitening = Whitening(*(from_rank_zero(each.to(module.device)) for each in made))
+        whitening = Whitening(*(module.comm.from_first(each.to(module.device)) for each in made))
         theta, found = moved(theta, found)
         left = step_to_go(view, theta, solve(theta, found))
         if left <= Rule().gradient:  # one of many readings may be so small by luck: four times the draws tell
             left = step_to_go(view, theta, solve(theta, gradient(theta, _LEVELS[1])))
         return theta, whitening, left
 
-    def _by_products(
-        self, trainer: pl.Trainer, module: VariationalModule, view: GaussianView, theta: Tensor
-    ) -> tuple[Tensor, float]:
-        rows = self.rows
+    def _by_products(self, module: VariationalModule, view: GaussianView, theta: Tensor) -> tuple[Tensor, float]:
+        full, step = self.loss, module.step
 
         def gradient(theta: Tensor, draws: Draws, fresh: bool) -> Tensor:
-            return rows.gradient(trainer, theta, None, draws, fresh)
+            return full.gradient(step, theta, None, draws, fresh)
 
         def solve(theta: Tensor, found: Tensor) -> Tensor | None:
-            return step_by_products(view, theta, found, lambda along: rows.product(trainer, theta, along))
+            return step_by_products(view, theta, found, lambda along: full.product(step, theta, along))
 
         module.say(f"step {module.step:,}: Newton steps, in some dozens of passes over all rows")
         try:
@@ -120,9 +121,9 @@ class EndRound:
         except RuntimeError as error:  # an operation without a second derivative
             module.say(f"step {module.step:,}: no Newton steps, since curvature is not to be had: {error}")
             made = None
-        return (theta, math.nan) if made is None else (from_rank_zero(made.theta), made.left)
+        return (theta, math.nan) if made is None else (module.comm.from_first(made.theta), made.left)
 
-    def _settled(self, trainer: pl.Trainer, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
+    def _settled(self, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
         inference, device, dtype = module.inference, theta.device, theta.dtype
         of_one = {name: column[0][:_FEW_ROWS] for name, column in self.sample.columns.items()}
         count = len(next(iter(of_one.values())))
@@ -130,11 +131,11 @@ class EndRound:
         rows = Batch(of_one, torch.tensor(count), scale, torch.arange(count))
 
         def loss(theta: Tensor, draws: Draws, number: int) -> tuple[float, Tensor]:
-            value, gradient = self.rows.loss(trainer, theta.to(device, dtype), draws, number)
+            value, gradient = self.loss.loss(module.step, theta.to(device, dtype), draws, number)
             return value, gradient.cpu()
 
         module.say(f"step {module.step:,}: to the optimum over all rows, in some dozens of passes")
         found = settled(inference, theta.cpu(), loss, rows)
         if found is None:
             return theta, math.nan
-        return from_rank_zero(found.theta.to(device, dtype)), found.gain / len(theta)
+        return module.comm.from_first(found.theta.to(device, dtype)), found.gain / len(theta)

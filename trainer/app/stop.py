@@ -89,7 +89,7 @@ class Stop(Callback):
     def _judged(self, trainer: pl.Trainer, module: VariationalModule) -> None:
         here, average = module.update.at(module.step - 1), module.theta.cpu()
         ends = segment_ends(here, self.epoch, module.program.sync_every)
-        moved, left = self.end_round(trainer, module)
+        moved, left = self.end_round(module)
         exact = met_exactly(module.inference, module.theta.cpu(), self.end_round.sample)
         if exact is not None and (self.rule is not None or module.step == module.update.horizon):
             self.facts["stopped"], trainer.should_stop = EXACT, True
@@ -128,7 +128,7 @@ class Stop(Callback):
             and math.isnan(evidence.gradient)
             and (last or set(rule.short_of(evidence)) <= {"gradient"})
         ):
-            view, gradient = module.inference.gaussian, self.end_round.rows.gradient(trainer, theta)
+            view, gradient = module.inference.gaussian, self.end_round.loss.gradient(module.step, theta)
             assert view is not None
             evidence = evidence._replace(gradient=step_to_go(view, theta, axis_step(view, theta, gradient)))
         self.facts["evidence"], short = evidence._asdict(), rule.short_of(evidence)

@@ -22,7 +22,6 @@ from rich.console import Console
 
 from trainer.app import build, resume, secrets, weights
 from trainer.app.allowed import refuse_others
-from trainer.app.blocks import AllRows
 from trainer.app.budget import optimizer_of, update_of
 from trainer.app.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.app.data import cache_of, held_out_split, places, training_split
@@ -45,18 +44,19 @@ from trainer.app.tracking import Tracked
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.store import atomic_write
+from trainer.distributed.failure import explained, leave_group
 from trainer.errors import RankLost, Stopped, UserError, counted
 from trainer.lit import checkpoint
 from trainer.lit.checkpoint import Checkpoints
 from trainer.lit.datamodule import ChunkData
-from trainer.lit.failure import explained, leave_group
 from trainer.lit.metrics import MetricsFile
 from trainer.lit.module import VariationalModule
 from trainer.lit.progress import ProgressBar
 from trainer.lit.row_log import RowLog
 from trainer.lit.signals import StopOnSignal
-from trainer.lit.strategy import RankStrategy, SlurmStep, sum_over_ranks
+from trainer.lit.strategy import RankStrategy, SlurmStep
 from trainer.posterior.convergence import segment_ends
+from trainer.posterior.full_data import FullData, FullLoss
 from trainer.posterior.optimum import can_be_settled
 from trainer.posterior.tensors import to_tensor
 from trainer.svi.guides import MEAN_FIELD
@@ -208,14 +208,16 @@ def _train(
     if here.rank == 0:
         _save_config(cfg, run_dir)
     ranks = resume.ranks(plan_facts, here)
-    program = build.program(cfg.program)(inference, update, plan_facts["seed"], ranks.groups, here.size, sum_over_ranks)
+    program = build.program(cfg.program)(inference, update, plan_facts["seed"], ranks.groups, here.comm)
     module = VariationalModule(inference, update, program, state, seconds, console.print, checked)
     with_row_id = bool(inference.guide.noise_size[1] or cfg.data.log_rows)
     every = cfg.checkpoint.every_n_steps or 0
     for name, count in (("checkpoint.every_n_steps", every), ("slots", cfg.slots or 0)):
         if count % program.sync_every:
             raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
-    report = _report(cfg, held_out or folder, update.horizon, program.sync_every, facts, signals)
+    full = FullData(folder, inference.model.arguments, here.comm, signals.check, checked)
+    held = None if held_out is None else replace(full, folder=held_out)
+    report = _report(cfg, held or full, update.horizon, program.sync_every, facts)
     data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), with_row_id,
                      cfg.slots, _cuts(plan, every, update.anchored),
                      tuple(end for each in update.rounds for end in (each.horizon, *segment_ends(
@@ -224,17 +226,22 @@ def _train(
                      cfg.data.memory or memory_share(here.local_size))  # fmt: skip
     data.first, data.last = int(state.step), update.horizon
     bar = ProgressBar(console, update.horizon)
-    rows = AllRows(folder, cfg.seed, facts, bar.on_pass, signals.check)
+
+    def passed() -> None:
+        facts["passes"] = facts.get("passes", 0) + 1
+        bar.on_pass(facts["passes"])
+
+    loss = FullLoss(full, inference, cfg.seed, passed)
     rule = build.rule(cfg.stop)
     afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
     by_products = afford if latents_alone(inference) or can_be_settled(inference) else None
-    stop = Stop(rule, EndRound(rows, sample, by_products), plan.steps_per_epoch, facts, console.print, doubts)
+    stop = Stop(rule, EndRound(loss, sample, by_products, facts), plan.steps_per_epoch, facts, console.print, doubts)
     shown = f" · {run_dir}" if given is None or given.keep else ""
     figures = MetricsFile(run_dir / "metrics.csv", console.print)
-    finish = Finish(run_dir, folder, held_out, plan, cfg.seed, console, signals, figures, stop, shown)
+    finish = Finish(run_dir, full, held, plan, cfg.seed, console, figures, stop, shown)
     callbacks = [
         signals,
-        *([MoveAnchor(rows, plan.begins)] if update.anchored else []),
+        *([MoveAnchor(loss, plan.begins)] if update.anchored else []),
         *([RowLog(Path(cfg.data.log_rows))] if cfg.data.log_rows else []),
         bar,
         figures,
@@ -360,12 +367,10 @@ def _save_config(cfg: Train, run_dir: Path) -> None:
         file.write(OmegaConf.to_yaml(OmegaConf.create(secrets.redacted(plain(content)))).encode())
 
 
-def _report(
-    cfg: Train, folder: ShardFolder, horizon: int, unit: int, facts: dict[str, Any], signals: StopOnSignal
-) -> list[Any]:
+def _report(cfg: Train, rows: FullData, horizon: int, unit: int, facts: dict[str, Any]) -> list[Any]:
     """Of a trial of a study, what reports to it."""
     if cfg.trial is None:
         return []
     from trainer.app.trial import Report  # Optuna, which only sweeps need
 
-    return [Report(cfg.trial, folder, cfg.seed, horizon, unit, facts, signals.check)]
+    return [Report(cfg.trial, rows, cfg.seed, horizon, unit, facts)]

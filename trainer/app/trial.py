@@ -1,6 +1,5 @@
 """A run that is a trial of a study tells it how far it has come, and ends early where the study's pruner says so."""
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -11,47 +10,45 @@ from pytorch_lightning import Callback
 
 from trainer.app import build
 from trainer.app.allowed import refuse_others
-from trainer.app.blocks import blocks, together
 from trainer.app.options.verbs import Trial
 from trainer.app.study import open_storage
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
 from trainer.lit.module import VariationalModule
-from trainer.lit.strategy import max_over_ranks
 from trainer.posterior.elbo import rough_elbo_per_row
+from trainer.posterior.full_data import FullData
 
 PARTS = 15  # of the budget, each with a report at its end: rounds end after 1, 3 and 7 of them
 _ROWS = 16_384  # at least, that a report looks at: the same ones in all trials, whose noise is then common to them
 
 
 class Report(Callback):
-    """Reports the ELBO per row of ``folder`` (the held-out rows, where there are any) at each step of `ends`.
+    """Reports the ELBO per row of ``rows`` (the held-out ones, where there are any) at each step of `ends`.
 
     ``node``: the option `trial`; ``unit``: what the steps of `ends` are multiples of; ``facts``: the checkpoint's,
-    where the reason to stop is kept; ``check`` is called at each block.
+    where the reason to stop is kept.
     """
 
     def __init__(
         self,
         node: Trial,
-        folder: ShardFolder,
+        rows: FullData,
         seed: int,
         horizon: int,
         unit: int,
         facts: dict[str, Any],
-        check: Callable[[], None],
     ):
-        self.node, self.folder, self.seed, self.facts, self.check = node, folder, seed, facts, check
+        self.node, self.rows, self.seed, self.facts = node, rows, seed, facts
         self.ends = [part * horizon // PARTS // unit * unit for part in range(1, PARTS)]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)
         if module.step not in self.ends or trainer.should_stop:
             return
-        here, total = together(blocks(self.folder, trainer, self.check, few_blocks(self.folder)))
+        here, total = self.rows.blocks(module.theta, module.step, few_blocks(self.rows.folder))
         value = rough_elbo_per_row(module.inference, module.theta, here, self.seed, total)
         end = trainer.is_global_zero and self._is_pruned(self.ends.index(module.step) + 1, value)
-        if max_over_ranks(int(end), module.device):
+        if module.comm.largest(int(end), module.device):
             self.facts["stopped"] = "pruned"
             trainer.should_stop = True
 

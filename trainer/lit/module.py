@@ -13,10 +13,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from trainer.distributed.comm import Comm
 from trainer.errors import UserError
 from trainer.lit.datamodule import ChunkData
-from trainer.lit.first_pass import FirstPass
-from trainer.lit.strategy import from_rank_zero, gathered, max_over_ranks, raise_together, same_on_all_ranks
+from trainer.posterior.first_pass import FirstPass
 from trainer.svi.checks import finite_or_raise
 from trainer.svi.culprits import culprits
 from trainer.svi.programs import Chunk, ChunkResult, Program
@@ -57,6 +57,11 @@ class VariationalModule(pl.LightningModule):
         self._started = self._previous = time.monotonic()
 
     @property
+    def comm(self) -> Comm:
+        """The ranks."""
+        return self.program.comm
+
+    @property
     def step(self) -> int:
         """Steps taken."""
         return int(self.state.step)
@@ -76,11 +81,11 @@ class VariationalModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         device = self.device
-        on_device = [from_rank_zero(t.to(device)) for t in flat_state(self.state)]
+        on_device = [self.comm.from_first(t.to(device)) for t in flat_state(self.state)]
         self.state = state_from_flat(on_device)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ChunkData)
-        if len(set(gathered(data.plan.identity))) > 1:
+        if len(set(self.comm.gathered(data.plan.identity))) > 1:
             raise UserError(
                 "the ranks plan different batches, since their machines differ in the room for shards: give them the "
                 "same data.cache.bytes=."
@@ -91,7 +96,7 @@ class VariationalModule(pl.LightningModule):
             error = self._checked(chunk)
         except UserError as found:
             error = found
-        raise_together(error, device)
+        self.comm.raise_together(error, device)
         self._most, self._chosen = most, data.slots
         self._get_ready(data, chunk)
 
@@ -110,7 +115,7 @@ class VariationalModule(pl.LightningModule):
         except Untraceable as error:
             failed = True
             self.say(f"training with program=eager, since the step cannot be compiled ({error})")
-        if max_over_ranks(int(failed), self.device):
+        if self.comm.largest(int(failed), self.device):
             if not failed:
                 self.say("training with program=eager, since another rank cannot compile the step")
             self.program.abandon()
@@ -126,13 +131,13 @@ class VariationalModule(pl.LightningModule):
         held += 4 * self.inference.guide.noise_size[0] * chunk.valid.shape[1]
         unit = self.program.sync_every
         slots = int(min(_CHUNK_SECONDS / per_step, _CHUNK_BYTES / held)) // unit * unit
-        return max_over_ranks(max(unit, slots), self.device)
+        return self.comm.largest(max(unit, slots), self.device)
 
     def on_train_start(self) -> None:
         self._started = self._previous = time.monotonic()
 
     def training_step(self, chunk: Chunk | UserError, batch_idx: int) -> None:
-        raise_together(chunk if isinstance(chunk, UserError) else self._checked(chunk), self.device)
+        self.comm.raise_together(chunk if isinstance(chunk, UserError) else self._checked(chunk), self.device)
         assert isinstance(chunk, Chunk)
         if self.step in self.program.stages and self.step != self._ready_at:
             with self.interruptible():
@@ -154,7 +159,7 @@ class VariationalModule(pl.LightningModule):
 
     def compare_ranks(self) -> None:
         """Raises UserError on all ranks where their states, made by the same updates, are not the same to the bit."""
-        if not same_on_all_ranks(flat_state(self.state)):
+        if not self.comm.agree(flat_state(self.state)):
             raise UserError(
                 f"the ranks hold different parameters at step {self.step}, so memory, a network or a library failed: "
                 "resume the run from its last checkpoint, on other machines if it happens again."
@@ -192,7 +197,7 @@ class VariationalModule(pl.LightningModule):
         slot, places = culprits(self.program.eager, self.state, chunk.part(0, len(result.terms)))
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         ids = data.row_ids(self.step + slot) if places else np.empty(0)
-        rows = sorted(row for some in gathered([int(ids[place]) for place in places]) for row in some)
+        rows = sorted(row for some in self.comm.gathered([int(ids[place]) for place in places]) for row in some)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
             finite_or_raise(dict(zip(self.inference.sites, result.terms[bad].tolist())), self.step + bad, rows)

@@ -15,7 +15,6 @@ import torch
 from pytorch_lightning import Callback
 
 from trainer.lit.module import VariationalModule
-from trainer.lit.strategy import from_rank_zero
 from trainer.svi.programs import Chunk
 
 
@@ -27,9 +26,10 @@ class RowLog(Callback):
         self.file: io.FileIO | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, VariationalModule)
         self.folder.mkdir(parents=True, exist_ok=True)
         launch = torch.tensor(1 + max(_launches(self.folder), default=-1), device=module.device)
-        name = f"{int(from_rank_zero(launch)):06d}.{trainer.global_rank}-{trainer.world_size}.rows"
+        name = f"{int(module.comm.from_first(launch)):06d}.{trainer.global_rank}-{trainer.world_size}.rows"
         self.file = (self.folder / name).open("wb", buffering=0)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

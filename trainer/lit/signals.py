@@ -3,7 +3,7 @@
 Lightning's own handlers save and synchronise inside the handler, which hangs when one rank alone is told. Before
 training, while it waits for a compiler, and at a second Ctrl-C, a signal ends the process at once. A pass over all rows
 looks at the flag at each block; the rank that was told leaves, and the others, who miss it, follow
-(`trainer.lit.failure`).
+(`trainer.distributed.failure`).
 """
 
 import signal
@@ -18,7 +18,6 @@ from pytorch_lightning import Callback
 
 from trainer.errors import Stopped
 from trainer.lit.module import VariationalModule
-from trainer.lit.strategy import max_over_ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -76,7 +75,8 @@ class StopOnSignal(Callback):
         self.waits = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        self.received = max_over_ranks(self.received, module.device)
+        assert isinstance(module, VariationalModule)
+        self.received = module.comm.largest(self.received, module.device)
         if self.received:
             raise Stopped(self.received, agreed=True)
 

@@ -14,23 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
-import xxhash
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from trainer.errors import Stopped, UserError
-from trainer.lit.failure import explained, leave_group
-from trainer.lit.waiting import interruptible, whole
+from trainer.distributed.failure import explained, leave_group
+from trainer.distributed.waiting import interruptible, whole
+from trainer.errors import Stopped
 
 _NOTICE = 5.0  # seconds for a rank to notice by itself that another has failed
 _LEAVE = 10.0  # seconds for ranks to leave by themselves
-_SMALL = 2**20  # bytes, up to which a vector's latency counts more than its size
 
 
 class RankStrategy(DDPStrategy):
@@ -143,88 +137,3 @@ class _Launcher(_SubprocessScriptLauncher):
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, the same bits on each, as a new tensor (the tensor itself on one rank).
-
-    While a graph is traced, by an operation that it can hold (a compiled CPU step knows no other than all-reduce).
-    Else a small vector goes from rank to rank over gloo: 0.15 ms between two processes of a machine where its
-    all-reduce takes 1.5.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    size, world = dist.get_world_size(), dist.group.WORLD
-    assert world is not None
-    if get_proxy_mode() is None and dist.get_backend() == "gloo" and size & (size - 1) == 0 and tensor.nbytes <= _SMALL:
-        return _exchanged(tensor, dist.get_rank(), size)
-    return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", world))
-
-
-def _exchanged(tensor: Tensor, rank: int, size: int) -> Tensor:
-    """The sum by recursive doubling: pairs exchange, then pairs of pairs. Both of a pair add the same two numbers.
-
-    One of a pair sends first: two sends at once take gloo ten times as long.
-    """
-    total = tensor.detach().clone()
-    for distance in (1 << i for i in range(size.bit_length() - 1)):
-        theirs, other = torch.empty_like(total), rank ^ distance
-        if rank < other:
-            dist.send(total, other)
-            dist.recv(theirs, other)
-        else:
-            dist.recv(theirs, other)
-            dist.send(total, other)
-        total = total + theirs
-    return total
-
-
-def max_over_ranks(value: int, device: torch.device) -> int:
-    """The largest ``value`` of any rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    tensor = torch.tensor(value, device=device)
-    interruptible(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
-    return int(tensor)
-
-
-def same_on_all_ranks(tensors: Sequence[Tensor]) -> bool:
-    """Whether every rank holds the same bits, by a hash (xxHash, 63 bits)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return True
-    hashed = xxhash.xxh3_64()
-    for tensor in tensors:
-        hashed.update(tensor.detach().cpu().numpy().tobytes())
-    here = hashed.intdigest() >> 1
-    extremes = torch.tensor([here, -here], device=tensors[0].device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    return int(extremes[0]) == -int(extremes[1])
-
-
-def gathered(value: Any) -> list[Any]:
-    """Every rank's ``value``, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    interruptible(lambda: dist.all_gather_object(values, value))
-    return values
-
-
-def raise_together(error: UserError | None, device: torch.device) -> None:
-    """Raises a rank's ``error`` on every rank, so that all leave and rank 0 can tell of it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if error is not None:
-            raise error
-        return
-    failed = max_over_ranks(0 if error is None else dist.get_rank() + 1, device)
-    if failed:
-        message = [str(error)]
-        dist.broadcast_object_list(message, src=failed - 1)
-        raise UserError(message[0])
-
-
-def from_rank_zero(tensor: Tensor) -> Tensor:
-    """Rank 0's ``tensor``, on every rank."""
-    if dist.is_available() and dist.is_initialized():
-        interruptible(lambda: dist.broadcast(tensor, src=0))
-    return tensor

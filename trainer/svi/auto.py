@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
-from torch import Tensor
-
+from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError
 from trainer.svi.fused import Fused
-from trainer.svi.programs import Chunk, ChunkResult, Eager, alone
+from trainer.svi.programs import Chunk, ChunkResult, Eager
 from trainer.svi.step import Inference, State, Update
 from trainer.svi.tracing import Untraceable
 
@@ -36,15 +35,14 @@ class Auto:
     update: Update
     seed: int
     groups: Sequence[int]
-    world_size: int = 1
-    reduce: Callable[[Tensor], Tensor] = alone
+    comm: Comm = ALONE
     sync_every: ClassVar[int] = 1
     stages: tuple[int, ...] = field(init=False)
     eager: Eager = field(init=False)
     fused: Fused = field(init=False)
 
     def __post_init__(self) -> None:
-        given = self.inference, self.update, self.seed, self.groups, self.world_size, self.reduce
+        given = self.inference, self.update, self.seed, self.groups, self.comm
         self.eager, self.fused = Eager(*given), Fused(*given)
         self.stages = stages([each.horizon for each in self.update.rounds])
 

@@ -16,10 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError, first_line
 from trainer.svi.compiling import Compilation
 from trainer.svi.noise import chunk_noise
-from trainer.svi.programs import Chunk, ChunkResult, Eager, alone, draw_numbers
+from trainer.svi.programs import Chunk, ChunkResult, Eager, draw_numbers
 from trainer.svi.replay import Replay, Section
 from trainer.svi.rows import Column, cat, maker, parts, rolled
 from trainer.svi.scan import Recipe, Scan, shapes_of
@@ -46,9 +47,7 @@ class Fused:
     update: Update
     seed: int
     groups: Sequence[int]
-    world_size: int = 1
-    reduce: Callable[[Tensor], Tensor] = alone
-    """Sums over the ranks by a functional collective, which a graph can hold."""
+    comm: Comm = ALONE
     sync_every: ClassVar[int] = 1
     stages: ClassVar[tuple[int, ...]] = ()
     _call: Section | None = field(default=None, init=False, repr=False)
@@ -62,7 +61,7 @@ class Fused:
     @property
     def eager(self) -> Eager:
         """The program that this one must equal."""
-        return Eager(self.inference, self.update, self.seed, self.groups, self.world_size, self.reduce)
+        return Eager(self.inference, self.update, self.seed, self.groups, self.comm)
 
     def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
         """Traces the step for chunks like ``chunk``, and has another process compile it unless that was done before.
@@ -108,7 +107,7 @@ class Fused:
     ) -> Callable[[], Section]:
         """What gives the chunk as one compiled function, or on a GPU a step that is replayed."""
         if state.theta.device.type == "cuda":
-            if self.world_size > 1:
+            if self.comm.size > 1:
                 raise Untraceable("a sum over GPUs is not captured yet")
             module = Scan(traced.graph, rates.graph, len(rates.constants))
             return lambda: Replay(module.before, torch.compile(module.step))
@@ -137,7 +136,7 @@ class Fused:
         chunk = chunk.part(0, steps)
         data = (*self._noise(state, chunk), *self._layout(chunk).data(chunk))
         *carry, terms, norms = self._call(_carry(state), data, self._fixed(state))
-        return ChunkResult(_state(carry), self.reduce(terms), norms)
+        return ChunkResult(_state(carry), self.comm.sum(terms), norms)
 
     def flat(self, state: State, chunk: Chunk) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
         """The pure step as a function of tensors in a row (carry, noise, data, rates, numbers), and these for each
@@ -154,9 +153,7 @@ class Fused:
             inference = dataclasses.replace(self.inference, num_obs=num_obs)  # type: ignore[arg-type]
             frame: dict[str, Any] = {"start": start, "average_from": average_from}
             update = dataclasses.replace(self.update, **frame)
-            made, terms, norm = step(
-                inference, update, self.reduce, self.world_size, _state(before), noise, batch, rates
-            )
+            made, terms, norm = step(inference, update, self.comm, _state(before), noise, batch, rates)
             return *_carry(made), terms, norm
 
         return flat, [[*carry, *(e[k] for e in each), *numbers] for k in range(len(chunk.batch_rows))]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError
 from trainer.svi.fused import Fused
-from trainer.svi.programs import Chunk, ChunkResult, Program, alone
+from trainer.svi.programs import Chunk, ChunkResult, Program
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update
 
 
@@ -29,8 +29,7 @@ class LocalSteps:
     update: Update
     seed: int
     groups: Sequence[int]
-    world_size: int = 1
-    reduce: Callable[[Tensor], Tensor] = alone
+    comm: Comm = ALONE
     sync_every: int = 16
     program: Callable[..., Program] = Fused
     stages: ClassVar[tuple[int, ...]] = ()
@@ -43,8 +42,7 @@ class LocalSteps:
 
     @property
     def eager(self) -> "LocalSteps":
-        made = LocalSteps(self.inference, self.update, self.seed, self.groups, self.world_size, self.reduce,
-                          self.sync_every)  # fmt: skip
+        made = LocalSteps(self.inference, self.update, self.seed, self.groups, self.comm, self.sync_every)
         made.local = self.local.eager
         return made
 
@@ -70,14 +68,14 @@ class LocalSteps:
             terms.append(made.terms)
             norms.append(made.grad_norm)
             at = stop
-        figures = self.reduce(torch.cat([torch.cat(terms), torch.cat(norms)[:, None]], dim=1)) / self.world_size
+        figures = self.comm.sum(torch.cat([torch.cat(terms), torch.cat(norms)[:, None]], dim=1)) / self.comm.size
         return ChunkResult(state, figures[:, :-1], figures[:, -1])
 
     def _averaged(self, state: State) -> State:
         """The mean state of the ranks, which have all taken the same number of steps."""
         slots, _, _ = self.update.split(state.slots)
         vectors = (state.theta, state.average, *slots)
-        mean = self.reduce(torch.cat(vectors)) / self.world_size
+        mean = self.comm.sum(torch.cat(vectors)) / self.comm.size
         theta, average, *own = mean.split([len(each) for each in vectors])
         return State(state.step, theta, (*own, *state.slots[len(slots) :]), average, state.averaged)
 

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from trainer.distributed.comm import ALONE, Comm
 from trainer.svi.noise import chunk_noise, mixed_seed
 from trainer.svi.rows import Column, each_tensor
 from trainer.svi.step import Inference, State, StepBatch, StepNoise, Update, step
@@ -55,6 +56,9 @@ class Program(Protocol):
     def inference(self) -> Inference: ...
 
     @property
+    def comm(self) -> Comm: ...
+
+    @property
     def sync_every(self) -> int:
         """Chunks end at multiples of it, where all ranks hold the same state."""
         ...
@@ -94,13 +98,8 @@ class Reference(Program, Protocol):
         ...
 
 
-ProgramFactory = Callable[[Inference, Update, int, Sequence[int], int, Callable[[Tensor], Tensor]], Program]
-"""(inference, update, seed, groups, world_size, reduce): as for `Eager`."""
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The sum over one rank."""
-    return tensor
+ProgramFactory = Callable[[Inference, Update, int, Sequence[int], Comm], Program]
+"""(inference, update, seed, groups, comm): as for `Eager`."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ class Eager:
     seed: int
     groups: Sequence[int]
     """The numbers of this rank's lane groups among all P: they number the draws."""
-    world_size: int = 1
-    reduce: Callable[[Tensor], Tensor] = alone
+    comm: Comm = ALONE
     sync_every: ClassVar[int] = 1
     stages: ClassVar[tuple[int, ...]] = ()
 
@@ -145,10 +143,10 @@ class Eager:
             batch = chunk.slot(k)
             noise = self.noise(int(state.step), batch, state.theta.dtype)
             rates = update.rates(state.step, self.inference.num_obs)
-            state, here, norm = step(self.inference, update, self.reduce, self.world_size, state, noise, batch, rates)
+            state, here, norm = step(self.inference, update, self.comm, state, noise, batch, rates)
             terms.append(here)
             norms.append(norm)
-        return ChunkResult(state, self.reduce(torch.stack(terms)), torch.stack(norms))
+        return ChunkResult(state, self.comm.sum(torch.stack(terms)), torch.stack(norms))
 
 
 def draw_numbers(groups: Sequence[int], pairs: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ rank holds, at scale N / (rows of the global batch). Robbins and Monro (1951); H
 Shapes: P parameters, S sites, A lane groups of this rank, R = pairs draws per group, B rows of a group.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from trainer.distributed.comm import Comm
 from trainer.svi.gaussian import GaussianView
 from trainer.svi.guides import Guide, Noise
 from trainer.svi.objective import Kind, Objective, elbo_terms
@@ -194,8 +195,7 @@ class Update:
 def step(
     inference: Inference,
     update: Update,
-    reduce: Callable[[Tensor], Tensor],
-    world_size: int,
+    comm: Comm,
     state: State,
     noise: StepNoise,
     batch: StepBatch,
@@ -204,10 +204,9 @@ def step(
     """The state after one step, this rank's terms [S] in full-data nats and the norm of the gradient of loss / N (over
     all ranks).
 
-    ``rates``: `update.rates` at this step. ``reduce`` sums a tensor over the ranks; the terms are left for the caller
-    to reduce once a chunk.
+    ``rates``: `update.rates` at this step. The terms are left for the caller to sum over the ranks once a chunk.
     """
-    share = 1.0 / (world_size * len(batch.valid))
+    share = 1.0 / (comm.size * len(batch.valid))
     _, whitening, anchor = update.split(state.slots)
 
     def gradient(theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +224,7 @@ def step(
         grad = grad - view.by_log_sd(chance, state.theta) / inference.num_obs
     if anchor is not None:
         grad = anchor.minus(grad, gradient(anchor.theta)[1])
-    grad = reduce(grad)
+    grad = comm.sum(grad)
     if anchor is not None:
         grad = anchor.plus(grad)
     new = update(state, grad, rates)

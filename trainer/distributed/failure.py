@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from trainer.distributed.waiting import interruptible
 from trainer.errors import RankLost, Stopped, UserError, exit_code, first_line
-from trainer.lit.waiting import interruptible
 
 _GRACE = 3.0  # seconds for the others to say that they wait, or to read what was told
 _ANSWER = 5.0  # seconds for the store to answer

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from trainer.app.blocks import together
+from trainer.distributed.comm import ALONE, Group
 from trainer.errors import UserError
 from trainer.posterior.elbo import Block
+from trainer.posterior.full_data import together
 
 
 def here(count: int, bad: bool) -> Iterator[Block]:
@@ -24,7 +25,7 @@ def add_up(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     said = []
     for bad in (False, True):
-        blocks, total = together(here(2 + rank, bad and rank == 1))
+        blocks, total = together(here(2 + rank, bad and rank == 1), Group(rank, 2))
         summed = sum((block.row_id.sum() for block in blocks), torch.zeros(()))
         try:
             said.append(str(float(total(summed))))
@@ -40,7 +41,7 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
 
 
 def test_alone_it_is_raised_as_it_is() -> None:
-    blocks, total = together(here(1, bad=True))
+    blocks, total = together(here(1, bad=True), ALONE)
     assert len(list(blocks)) == 1
     with pytest.raises(UserError, match=r"block 7 is bad\."):
         total(torch.zeros(1))
