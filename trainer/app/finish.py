@@ -60,7 +60,7 @@ class Finish(Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
         seconds, self.answer = module.seconds, self._answer(module)
-        metrics = {**self._evaluate(module), **self._facts(module, seconds)}
+        metrics = {**self._evaluate(module), **self._figures(module, seconds)}
         self.metrics = metrics
         self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
         if trainer.is_global_zero:
@@ -98,9 +98,9 @@ class Finish(Callback):
             "held_out_elbo_per_row": held_out,
         }
 
-    def _facts(self, module: VariationalModule, seconds: float) -> dict[str, Any]:
+    def _figures(self, module: VariationalModule, seconds: float) -> dict[str, Any]:
         epochs = self.plan.epochs_at(module.step)
-        passes = self.stop.facts.get("passes", 0)
+        passes = self.stop.record.passes
         rows = round((epochs + passes) * self.rows.folder.num_rows)
         done = module.step >= module.update.horizon
         return {
@@ -113,8 +113,8 @@ class Finish(Callback):
             "seconds": seconds,
             "rows_per_second": rows / max(seconds, 1e-9),
             "world_size": module.comm.size,
-            "stop_reason": self.stop.facts.get("stopped") or ("budget" if done else "max_time"),
-            "evidence": self.stop.facts.get("evidence"),
+            "stop_reason": self.stop.record.stopped or ("budget" if done else "max_time"),
+            "evidence": self.stop.record.evidence,
             "guide": module.inference.guide.kind,
         }
 

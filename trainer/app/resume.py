@@ -5,25 +5,23 @@ checkpoint where there is one, so that another world size reads the same rows wi
 and other lanes, hold from the checkpoint's step on.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from trainer.app.budget import Begun
 from trainer.app.options.verbs import Train
 from trainer.app.ranks import World, of_all
 from trainer.data.address import is_address
-from trainer.data.plan import Plan, default_lanes
-from trainer.data.rest import Rest
+from trainer.data.plan import default_lanes
 from trainer.data.shards.files import AHEAD
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError, counted
 from trainer.lit import checkpoint
-from trainer.lit.datamodule import Ranks
+from trainer.lit.train_state import PlanChoice, Problem, TrainState, differing
 from trainer.svi.step import State
 
 _TOGETHER = 8  # shards, of each lane
-_KEPT = ("marks", "stopped", "passes", "no_newton_at", "ending", "evidence")
-Saved = tuple[State, dict[str, Any]]
+Saved = tuple[State, TrainState]
 
 
 def saved(ckpt_path: str | None, run_dir: Path) -> Saved | None:
@@ -34,13 +32,18 @@ def saved(ckpt_path: str | None, run_dir: Path) -> Saved | None:
         return None
     if ckpt_path == "last":
         path = checkpoint.newest(run_dir / "checkpoints")
-        return None if path is None else checkpoint.load(path)
+        return None if path is None else _loaded(path)
     if is_address(ckpt_path):
         raise UserError(f"ckpt_path={ckpt_path} is a URL: copy the checkpoint and its .json to this machine first.")
-    return checkpoint.load(Path(ckpt_path))
+    return _loaded(Path(ckpt_path))
 
 
-def plan_facts(cfg: Train, folder: ShardFolder, world: World, old: Saved | None) -> dict[str, Any]:
+def _loaded(path: Path) -> Saved:
+    state, content = checkpoint.load(path)
+    return state, TrainState.of(content)
+
+
+def plan_choice(cfg: Train, folder: ShardFolder, world: World, old: Saved | None) -> PlanChoice:
     """Lanes, batch size, seed, runs and draws of the plan: those of a fresh run, or the checkpoint's.
 
     Where another batch size, other lanes or draws are given, or the ranks need other lanes, they hold from the
@@ -49,65 +52,56 @@ def plan_facts(cfg: Train, folder: ShardFolder, world: World, old: Saved | None)
     batch_size = min(cfg.batch_size, folder.num_rows)
     if old is None:
         lanes = cfg.data.lanes or default_lanes(batch_size, world.size, folder.num_rows)
-        facts: dict[str, Any] = {
-            "lanes": lanes,
-            "batch_size": batch_size,
-            "seed": cfg.seed,
-            "run_rows": cfg.data.run_rows,
-            "pool_blocks": cfg.data.pool_blocks,
-            "shards_together": _shards_together(folder, lanes, world),
-            "draws": cfg.draws or world.size,
-            "index": folder.index.digest,
-        }
+        choice = PlanChoice(
+            lanes=lanes,
+            batch_size=batch_size,
+            seed=cfg.seed,
+            run_rows=cfg.data.run_rows,
+            pool_blocks=cfg.data.pool_blocks,
+            shards_together=_shards_together(folder, lanes, world),
+            draws=cfg.draws or world.size,
+            index=folder.index.digest,
+        )
     else:
-        facts = dict(old[1]["plan"])
-        _refuse_other_rows(cfg, folder, facts)
-        before, facts["draws"] = plan_of(facts, folder), cfg.draws or facts["draws"]
-        lanes = cfg.data.lanes or facts["lanes"]
+        before = old[1].problem.plan
+        _refuse_other_rows(cfg, folder, before)
+        choice = replace(before, draws=cfg.draws or before.draws)
+        lanes = cfg.data.lanes or before.lanes
         if cfg.data.lanes is None and (lanes % world.size or (batch_size % lanes and batch_size < folder.num_rows)):
-            lanes = default_lanes(batch_size, max(world.size, facts["draws"]), folder.num_rows)
-        if (lanes, batch_size) != (facts["lanes"], facts["batch_size"]):
-            facts |= {"lanes": lanes, "batch_size": batch_size, "rest": before.rest_at(int(old[0].step)).plain()}
-    _refuse_uneven(facts["lanes"], facts["draws"], world.size)
-    return facts
-
-
-def plan_of(facts: dict[str, Any], folder: ShardFolder) -> Plan:
-    """The plan that ``facts`` describe."""
-    own = {name: value for name, value in facts.items() if name not in ("index", "draws", "rest")}
-    return Plan(folder.block_rows, shard_of=folder.shard_of, rest=Rest.of(facts.get("rest")), **own)
+            lanes = default_lanes(batch_size, max(world.size, choice.draws), folder.num_rows)
+        if (lanes, batch_size) != (before.lanes, before.batch_size):
+            rest = before.plan(folder).rest_at(int(old[0].step)).plain()
+            choice = replace(choice, lanes=lanes, batch_size=batch_size, rest=rest)
+    _refuse_uneven(choice.lanes, choice.draws, world.size)
+    return choice
 
 
 def begun(old: Saved | None) -> Begun | None:
     """What the saved run had taken and planned; None without one (or one of a version that did not say)."""
-    return None if old is None or "rounds" not in old[1] else Begun(int(old[0].step), old[1]["rounds"])
+    return None if old is None or old[1].problem.rounds is None else Begun(int(old[0].step), old[1].problem.rounds)
 
 
-def keep(old: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Takes into ``facts`` what goes on; not the means of segments that now would end elsewhere."""
-    facts |= {name: old[name] for name in _KEPT if name in old}
-    if old["plan"] != facts["plan"] or old.get("rounds", facts["rounds"]) != facts["rounds"]:
-        facts.pop("marks", None)
-
-
-def changes(old: dict[str, Any], facts: dict[str, Any]) -> str:
+def changes(was: PlanChoice, now: PlanChoice) -> str:
     """What of the plan is other than it was, in words."""
-    was, now = old["plan"], facts["plan"]
     words = {"batch_size": "batch_size", "lanes": "data.lanes", "draws": "draws"}
-    found = [f"{word}={now[name]} (it was {was[name]})" for name, word in words.items() if now[name] != was[name]]
+    found = [
+        f"{word}={getattr(now, name)} (it was {getattr(was, name)})"
+        for name, word in words.items()
+        if getattr(now, name) != getattr(was, name)
+    ]
     return f" with {', '.join(found)}" if found else ""
 
 
-def _refuse_other_rows(cfg: Train, folder: ShardFolder, facts: dict[str, Any]) -> None:
-    if facts["index"] != folder.index.digest:
+def _refuse_other_rows(cfg: Train, folder: ShardFolder, before: PlanChoice) -> None:
+    if before.index != folder.index.digest:
         raise UserError(
-            f"the checkpoint was trained on other data than {cfg.data.path} (index {facts['index'][:12]} is not "
+            f"the checkpoint was trained on other data than {cfg.data.path} (index {before.index[:12]} is not "
             f"{folder.index.digest[:12]}): give the same shards (and data.on_corrupt=), or start a new run_dir."
         )
-    if facts["seed"] != cfg.seed:
+    if before.seed != cfg.seed:
         raise UserError(
-            f"the checkpoint was trained with seed={facts['seed']}, not {cfg.seed}: "
-            f"give seed={facts['seed']}, or start a new run_dir."
+            f"the checkpoint was trained with seed={before.seed}, not {cfg.seed}: "
+            f"give seed={before.seed}, or start a new run_dir."
         )
 
 
@@ -140,30 +134,21 @@ def _refuse_uneven(lanes: int, draws: int, ranks: int) -> None:
         )
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], state: State, fresh: State) -> None:
+def check_same(old: Problem, new: Problem, state: State, fresh: State) -> None:
     """Raises UserError where a checkpoint belongs to another model, guide or optimiser."""
     for what in ("sites", "shapes"):
-        if old[what] != new[what]:
-            differ = sorted(str(x) for x in set(map(str, _items(old[what]))) ^ set(map(str, _items(new[what]))))
+        differ = differing(getattr(old, what), getattr(new, what))
+        if differ or getattr(old, what) != getattr(new, what):
             raise UserError(
                 f"the checkpoint belongs to another model or guide: its {what} differ in {', '.join(differ[:6])}; "
                 "give the same model= and guide=, or start a new run_dir."
             )
-    if old["optimizer"].get("_target_") != new["optimizer"].get("_target_") or len(state.slots) != len(fresh.slots):
+    if old.optimizer.get("_target_") != new.optimizer.get("_target_") or len(state.slots) != len(fresh.slots):
         raise UserError(
-            f"the checkpoint was trained with {old['optimizer'].get('_target_')}: give the same optimizer=, "
+            f"the checkpoint was trained with {old.optimizer.get('_target_')}: give the same optimizer=, "
             "or start a new run_dir."
         )
     if state.theta.dtype != fresh.theta.dtype:
         raise UserError(
             f"the checkpoint holds {state.theta.dtype} where this run computes in {fresh.theta.dtype}: set dtype=."
         )
-
-
-def _items(facts: Any) -> list[Any]:
-    return list(facts.items()) if isinstance(facts, dict) else list(facts)
-
-
-def ranks(facts: dict[str, Any], world: World) -> Ranks:
-    """This rank's share of the plan."""
-    return Ranks(world.size, world.rank, facts["lanes"], facts["draws"])

@@ -12,6 +12,7 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from trainer.lit.module import VariationalModule
+from trainer.lit.train_state import TrainState
 from trainer.posterior.convergence import Rule, newton_step, step_to_go
 from trainer.posterior.full_data import FullLoss
 from trainer.posterior.gradient import MANY, Draws
@@ -52,25 +53,25 @@ class EndRound:
     ``sample``: the rows that give the curvature.
     """
 
-    def __init__(self, loss: FullLoss, sample: StepBatch, afford: int | None, facts: dict[str, Any]):
-        self.loss, self.sample, self.afford, self.facts = loss, sample, afford, facts
+    def __init__(self, loss: FullLoss, sample: StepBatch, afford: int | None, record: TrainState):
+        self.loss, self.sample, self.afford, self.record = loss, sample, afford, record
 
     def __call__(self, module: VariationalModule) -> tuple[bool, float]:
         """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
-        average, slots, left, facts = module.theta, module.state.slots, math.nan, self.facts
+        average, slots, left, record = module.theta, module.state.slots, math.nan, self.record
         own, whitening, _ = module.update.split(slots)
         theta = average
         view = module.inference.gaussian
         if whitening is not None and view is not None:
             theta, whitening, left = self._by_curvature(module, view, average, whitening)
             slots = (*own, *whitening)
-        elif self.afford is not None and module.step > max(self.afford, _AGAIN * facts.get("no_newton_at", 0)):
+        elif self.afford is not None and module.step > max(self.afford, _AGAIN * record.no_newton_at):
             if view is None:
                 theta, left = self._settled(module, average)
             else:
                 theta, left = self._by_products(module, view, average)
             if theta is average:
-                facts["no_newton_at"] = module.step
+                record.no_newton_at = module.step
         module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
         return theta is not average, left
 

@@ -13,10 +13,10 @@ from pytorch_lightning import Callback
 from trainer.app.steer import EndRound
 from trainer.errors import counted
 from trainer.lit.module import VariationalModule
+from trainer.lit.train_state import TrainState
 from trainer.posterior.arrow import knows_small_sites
 from trainer.posterior.convergence import (
     Evidence,
-    Mark,
     Rule,
     axis_step,
     of_average,
@@ -43,7 +43,7 @@ class Stop(Callback):
 
     An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well. If
     they leave the log scales of small sites as averaged, the segments judge these.
-    ``facts``: the checkpoint's, where marks and the reason to stop are kept. ``doubts``: what the start said of the
+    ``record`` keeps marks and the reason to stop. ``doubts``: what the start said of the
     model, which is said again where the answer did not come.
     """
 
@@ -52,17 +52,17 @@ class Stop(Callback):
         rule: Rule | None,
         end_round: EndRound,
         steps_per_epoch: int,
-        facts: dict[str, Any],
+        record: TrainState,
         say: Callable[[str], None],
         doubts: Sequence[str] = (),
     ):
-        self.rule, self.end_round, self.epoch, self.facts, self.say = rule, end_round, steps_per_epoch, facts, say
+        self.rule, self.end_round, self.epoch, self.record, self.say = rule, end_round, steps_per_epoch, record, say
         self.doubts = doubts
-        self.marks: list[Mark] = facts.setdefault("marks", [])
+        self.marks = record.marks
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, VariationalModule)
-        if self.facts.get("ending") == module.step:  # a signal came while the round ended
+        if self.record.ending == module.step:  # a signal came while the round ended
             self._end(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
@@ -72,7 +72,7 @@ class Stop(Callback):
         if module.step in ends and module.inference.gaussian is not None:
             self.marks.append((int(module.state.averaged), module.state.average.cpu().clone()))
         if module.step == here.horizon:
-            self.facts["ending"] = module.step
+            self.record.ending = module.step
             self._end(trainer, module)
 
     def _end(self, trainer: pl.Trainer, module: VariationalModule) -> None:
@@ -83,7 +83,7 @@ class Stop(Callback):
         except BaseException:
             module.state = before
             raise
-        del self.facts["ending"]
+        self.record.ending = None
         self.marks.clear()
 
     def _judged(self, trainer: pl.Trainer, module: VariationalModule) -> None:
@@ -92,7 +92,7 @@ class Stop(Callback):
         moved, left = self.end_round(module)
         exact = met_exactly(module.inference, module.theta.cpu(), self.end_round.sample)
         if exact is not None and (self.rule is not None or module.step == module.update.horizon):
-            self.facts["stopped"], trainer.should_stop = EXACT, True
+            self.record.stopped, trainer.should_stop = EXACT, True
             self.say(exact)
             return
         view = module.inference.gaussian
@@ -131,14 +131,14 @@ class Stop(Callback):
             view, gradient = module.inference.gaussian, self.end_round.loss.gradient(module.step, theta)
             assert view is not None
             evidence = evidence._replace(gradient=step_to_go(view, theta, axis_step(view, theta, gradient)))
-        self.facts["evidence"], short = evidence._asdict(), rule.short_of(evidence)
+        self.record.evidence, short = evidence._asdict(), rule.short_of(evidence)
         if not short and self.rule is not None:
-            self.facts["stopped"] = "converged"
+            self.record.stopped = "converged"
             trainer.should_stop = True
             asked = [name for name, value in evidence._asdict().items() if value is not None]
             self.say(f"converged at step {module.step:,}: {_words(rule, evidence, asked)}")
         elif short == ["gradient"] and at_noise and self.rule is not None:
-            self.facts["stopped"] = "noise"
+            self.record.stopped = "noise"
             trainer.should_stop = True
             self.say(
                 f"as near at step {module.step:,} as the draws can tell: {_words(rule, evidence, short)}; the model "

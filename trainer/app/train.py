@@ -55,6 +55,7 @@ from trainer.lit.progress import ProgressBar
 from trainer.lit.row_log import RowLog
 from trainer.lit.signals import StopOnSignal
 from trainer.lit.strategy import RankStrategy, SlurmStep
+from trainer.lit.train_state import Problem, TrainState
 from trainer.posterior.convergence import segment_ends
 from trainer.posterior.full_data import FullData, FullLoss
 from trainer.posterior.optimum import can_be_settled
@@ -155,8 +156,8 @@ def _train(
     held_out: ShardFolder | None,
 ) -> tuple[VariationalModule, Finish]:
     saved = resume.saved(cfg.ckpt_path, run_dir)
-    plan_facts = resume.plan_facts(cfg, folder, here, saved)
-    plan = resume.plan_of(plan_facts, folder)
+    choice = resume.plan_choice(cfg, folder, here, saved)
+    plan = choice.plan(folder)
     dtype, (inference, theta) = in_its_precision(
         cfg.dtype, folder.num_rows, lambda: infer(cfg, folder, given), console.print
     )
@@ -177,22 +178,22 @@ def _train(
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=replace(inference.objective, pairs=2))
     fresh = state = update.init(theta) if start is None else update.init(*start)
-    facts = {
-        "plan": plan_facts,
-        "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
-        "sites": list(inference.sites),
-        "optimizer": plain(cfg.optimizer),
-        "horizon": update.horizon,
-        "rounds": [each.horizon for each in update.rounds],
-        "version": version("svi-trainer"),
-        "world_size": here.size,
-    }
-    seconds = time.monotonic() - began
+    problem = Problem(
+        plan=choice,
+        shapes={name: list(shape) for name, shape in inference.parameters.shapes.items()},
+        sites=list(inference.sites),
+        optimizer=plain(cfg.optimizer),
+        horizon=update.horizon,
+        rounds=[each.horizon for each in update.rounds],
+        version=version("svi-trainer"),
+        world_size=here.size,
+    )
+    record = TrainState(problem, time.monotonic() - began)
     if saved is not None:
-        resume.check_same(saved[1], facts, saved[0], fresh)
-        state, seconds = saved[0], float(saved[1]["seconds"])
-        resume.keep(saved[1], facts)
-        console.print(f"continuing from step {int(state.step):,}{resume.changes(saved[1], facts)}")
+        state, old = saved
+        resume.check_same(old.problem, problem, state, fresh)
+        record.resumed(old)
+        console.print(f"continuing from step {int(state.step):,}{resume.changes(old.problem.plan, choice)}")
     most, epochs = -(-plan.num_rows // plan.steps_per_epoch), plan.epochs_at(max(update.horizon, plan.rest.step))
     console.print(
         f"{counted(folder.num_rows, 'row')} to train on, {held_out.num_rows if held_out else 0:,} held out · "
@@ -207,9 +208,9 @@ def _train(
         console.print(f"guide: {inference.guide.kind}")
     if here.rank == 0:
         _save_config(cfg, run_dir)
-    ranks = resume.ranks(plan_facts, here)
-    program = build.program(cfg.program)(inference, update, plan_facts["seed"], ranks.groups, here.comm)
-    module = VariationalModule(inference, update, program, state, seconds, console.print, checked)
+    ranks = choice.ranks(here.rank, here.size)
+    program = build.program(cfg.program)(inference, update, choice.seed, ranks.groups, here.comm)
+    module = VariationalModule(inference, update, program, state, record.seconds, console.print, checked)
     with_row_id = bool(inference.guide.noise_size[1] or cfg.data.log_rows)
     every = cfg.checkpoint.every_n_steps or 0
     for name, count in (("checkpoint.every_n_steps", every), ("slots", cfg.slots or 0)):
@@ -217,7 +218,7 @@ def _train(
             raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
     full = FullData(folder, inference.model.arguments, here.comm, signals.check, checked)
     held = None if held_out is None else replace(full, folder=held_out)
-    report = _report(cfg, held or full, update.horizon, program.sync_every, facts)
+    report = _report(cfg, held or full, update.horizon, program.sync_every, record)
     data = ChunkData(folder, plan, ranks, inference.model.arguments, torch.get_default_dtype(), with_row_id,
                      cfg.slots, _cuts(plan, every, update.anchored),
                      tuple(end for each in update.rounds for end in (each.horizon, *segment_ends(
@@ -228,14 +229,14 @@ def _train(
     bar = ProgressBar(console, update.horizon)
 
     def passed() -> None:
-        facts["passes"] = facts.get("passes", 0) + 1
-        bar.on_pass(facts["passes"])
+        record.passes += 1
+        bar.on_pass(record.passes)
 
     loss = FullLoss(full, inference, cfg.seed, passed)
     rule = build.rule(cfg.stop)
     afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
     by_products = afford if latents_alone(inference) or can_be_settled(inference) else None
-    stop = Stop(rule, EndRound(loss, sample, by_products, facts), plan.steps_per_epoch, facts, console.print, doubts)
+    stop = Stop(rule, EndRound(loss, sample, by_products, record), plan.steps_per_epoch, record, console.print, doubts)
     shown = f" · {run_dir}" if given is None or given.keep else ""
     figures = MetricsFile(run_dir / "metrics.csv", console.print)
     finish = Finish(run_dir, full, held, plan, cfg.seed, console, figures, stop, shown)
@@ -247,19 +248,19 @@ def _train(
         figures,
         stop,
         *report,
-        Checkpoints(run_dir / "checkpoints", facts, data.first, every, cfg.checkpoint.every_minutes,
+        Checkpoints(run_dir / "checkpoints", record, data.first, every, cfg.checkpoint.every_minutes,
                     cfg.checkpoint.keep_last, console.print),
         finish,
         Tracked(run_dir, folder, figures, cfg.checkpoint.track),
     ]  # fmt: skip
-    if (facts.get("stopped") and rule is not None) or data.first >= data.last:
+    if (record.stopped and rule is not None) or data.first >= data.last:
         data.last = data.first  # what was cut short at the end, if anything, is all there is to do
     if data.first < data.last or not is_finished(run_dir, data.first):
         try:
             _trainer(cfg, run_dir, here, callbacks).fit(module, data)
         finally:
             module.program.abandon()
-    elif facts.get("stopped"):
+    elif record.stopped:
         console.print(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
     else:
         console.print(f"step {data.first:,} is the end already: raise max_steps= or max_epochs= to go on.")
@@ -367,10 +368,10 @@ def _save_config(cfg: Train, run_dir: Path) -> None:
         file.write(OmegaConf.to_yaml(OmegaConf.create(secrets.redacted(plain(content)))).encode())
 
 
-def _report(cfg: Train, rows: FullData, horizon: int, unit: int, facts: dict[str, Any]) -> list[Any]:
+def _report(cfg: Train, rows: FullData, horizon: int, unit: int, record: TrainState) -> list[Any]:
     """Of a trial of a study, what reports to it."""
     if cfg.trial is None:
         return []
     from trainer.app.trial import Report  # Optuna, which only sweeps need
 
-    return [Report(cfg.trial, rows, cfg.seed, horizon, unit, facts)]
+    return [Report(cfg.trial, rows, cfg.seed, horizon, unit, record)]

@@ -15,6 +15,7 @@ from trainer.app.study import open_storage
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
 from trainer.lit.module import VariationalModule
+from trainer.lit.train_state import TrainState
 from trainer.posterior.elbo import rough_elbo_per_row
 from trainer.posterior.full_data import FullData
 
@@ -25,8 +26,8 @@ _ROWS = 16_384  # at least, that a report looks at: the same ones in all trials,
 class Report(Callback):
     """Reports the ELBO per row of ``rows`` (the held-out ones, where there are any) at each step of `ends`.
 
-    ``node``: the option `trial`; ``unit``: what the steps of `ends` are multiples of; ``facts``: the checkpoint's,
-    where the reason to stop is kept.
+    ``node``: the option `trial`; ``unit``: what the steps of `ends` are multiples of; ``record``
+    keeps the reason to stop.
     """
 
     def __init__(
@@ -36,9 +37,9 @@ class Report(Callback):
         seed: int,
         horizon: int,
         unit: int,
-        facts: dict[str, Any],
+        record: TrainState,
     ):
-        self.node, self.rows, self.seed, self.facts = node, rows, seed, facts
+        self.node, self.rows, self.seed, self.record = node, rows, seed, record
         self.ends = [part * horizon // PARTS // unit * unit for part in range(1, PARTS)]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
@@ -49,7 +50,7 @@ class Report(Callback):
         value = rough_elbo_per_row(module.inference, module.theta, here, self.seed, total)
         end = trainer.is_global_zero and self._is_pruned(self.ends.index(module.step) + 1, value)
         if module.comm.largest(int(end), module.device):
-            self.facts["stopped"] = "pruned"
+            self.record.stopped = "pruned"
             trainer.should_stop = True
 
     def _is_pruned(self, part: int, value: float) -> bool:

@@ -22,16 +22,17 @@ from pytorch_lightning import Callback
 from trainer.data.store import atomic_write
 from trainer.errors import RankLost, Stopped, UserError
 from trainer.lit.module import VariationalModule, flat_state, state_from_flat
+from trainer.lit.train_state import TrainState
 from trainer.svi.step import State
 
 FORMAT = 1
 
 
-def save(path: Path, state: State, facts: dict[str, Any]) -> None:
-    """Writes ``state`` and ``facts`` (plain values) to ``path`` and its manifest beside it."""
+def save(path: Path, state: State, record: dict[str, Any]) -> None:
+    """Writes ``state`` and ``record`` (plain values) to ``path`` and its manifest beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors, memory = [tensor.detach().cpu().clone() for tensor in flat_state(state)], io.BytesIO()
-    torch.save({"format": FORMAT, "state": tensors, "facts": facts}, memory)
+    torch.save({"format": FORMAT, "state": tensors, "facts": record}, memory)
     content = memory.getbuffer()
     manifest_of(path).unlink(missing_ok=True)
     with atomic_write(path) as file:
@@ -43,7 +44,7 @@ def save(path: Path, state: State, facts: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> tuple[State, dict[str, Any]]:
-    """The state and the facts of the checkpoint at ``path``, its hash verified. Raises UserError naming the file."""
+    """The state and the record of the checkpoint at ``path``, its hash verified. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: give ckpt_path=last or an existing file.")
     problem = damage(path)
@@ -118,7 +119,7 @@ class Checkpoints(Callback):
     def __init__(
         self,
         folder: Path,
-        facts: dict[str, Any],
+        record: TrainState,
         saved: int,
         every_n_steps: int | None = None,
         every_minutes: float | None = None,
@@ -127,8 +128,8 @@ class Checkpoints(Callback):
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep_last={keep} must be at least 1.")
-        self.folder, self.facts, self.keep, self.say = folder, facts, keep, say
-        self.saved = (saved, facts.get("ending"))  # a step may be saved before and after its round ends
+        self.folder, self.record, self.keep, self.say = folder, record, keep, say
+        self.saved = (saved, record.ending)  # a step may be saved before and after its round ends
         self.every = every_n_steps
         self.seconds = 60 * every_minutes if every_minutes else math.inf
         self.when = time.monotonic()
@@ -174,12 +175,12 @@ class Checkpoints(Callback):
     def _write(self, trainer: pl.Trainer, module: VariationalModule, last: bool = False) -> None:
         """Rank 0 writes; a full disk is told, and does not end the training."""
         self.when = time.monotonic()
-        here = (module.step, self.facts.get("ending"))
+        here = (module.step, self.record.ending)
         if here == self.saved or not trainer.is_global_zero:
             return
         path = self.folder / f"step_{module.step:09d}.ckpt"
         try:
-            save(path, module.state, {**self.facts, "seconds": module.seconds})
+            save(path, module.state, {**self.record.state_dict(), "seconds": module.seconds})
         except OSError as error:
             text = f"checkpoint {path} could not be written ({error.strerror}): free some space"
             if last:
