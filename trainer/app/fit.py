@@ -15,8 +15,9 @@ from trainer.app.columns_line import columns_line
 from trainer.app.options.entrance import of_call, option
 from trainer.app.options.kinds import Count, Names, Seed, Share
 from trainer.app.options.verbs import Missing, Precision, Train
+from trainer.app.prepare import Context, Given
 from trainer.app.ranks import share_threads, world
-from trainer.app.train import Given, quiet_lightning, train
+from trainer.app.train import quiet_lightning, train
 from trainer.app.weights import packed_for
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.pack import pack
@@ -155,7 +156,7 @@ def _fitted(cfg: Train, run_dir: Path, console: Console, given: Given) -> Poster
         quiet_lightning()
         try:
             with StopOnSignal() as signals:
-                module, finish = train(cfg, run_dir, here, threads, console, signals, given)
+                module, finish = train(cfg, Context(run_dir, here, threads, console, signals), given)
                 signals.check()
         except Stopped:
             raise KeyboardInterrupt from None
