@@ -110,7 +110,7 @@ def mlflow_python(pytestconfig: pytest.Config) -> Path:
     python = place / "bin" / "python"
     if not (place / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
-        install = [python, "-m", "pip", "install", "-q", f"mlflow=={version('mlflow-skinny')}"]
+        install = [python, "-m", "pip", "install", "-q", "--no-compile", f"mlflow=={version('mlflow-skinny')}"]
         subprocess.run(install, check=True, timeout=600)
         (place / "ready").touch()
     return python

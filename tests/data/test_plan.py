@@ -17,7 +17,7 @@ from trainer.data.rest import Part, Rest
 from trainer.errors import UserError
 from trainer.lit.datamodule import Ranks
 
-many = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=500, deadline=None, derandomize=True, database=None)
 Row = tuple[int, int]  # block, row in it
 
 
@@ -129,7 +129,7 @@ def test_any_step_is_its_definition_whatever_was_read_before(shape: dict, epoch:
         assert lanes_of_step(Plan(**shape), step) == expected[t]
 
 
-@settings(many, max_examples=500)
+@settings(many, max_examples=300)
 @given(st.integers(1, 6), st.integers(0, 3), st.integers(1, 8))
 def test_ranks_part_the_lanes_in_order_and_keep_the_groups(multiple: int, power: int, draws: int) -> None:
     """For every world size of 1 to 8 and number of draws that divide: draw p always owns the same lanes."""
@@ -158,7 +158,7 @@ def takeovers(draw: st.DrawFn, total: int) -> tuple[int, int, int]:
     return draw(st.integers(0, 12)), lanes, batch_size
 
 
-@settings(many, max_examples=500)
+@settings(many, max_examples=300)
 @given(shapes(), st.data())
 def test_every_row_once_an_epoch_over_any_changes_of_lanes_and_batch_size(shape: dict, data: st.DataObject) -> None:
     """Of each launch the steps until the next, which may have no step between; the last goes on for two epochs."""
@@ -192,7 +192,7 @@ def test_every_row_once_an_epoch_over_any_changes_of_lanes_and_batch_size(shape:
     assert len(set(taken.values())) == 1
 
 
-@settings(many, max_examples=500)
+@settings(many, max_examples=300)
 @given(shapes(), st.integers(0, 30), st.integers(1, 8), st.data())
 def test_what_is_left_is_cut_as_an_epoch_is(shape: dict, step: int, share: int, data: st.DataObject) -> None:
     """With the next one, in balanced steps, none of them small; in the order that the epoch had."""
