@@ -121,7 +121,8 @@ def main() -> None:
         for number in range(given.rounds):
             for case in chosen:
                 run(case, folder, warm)
-            print(f"round {number + 1} of {given.rounds}", file=sys.stderr)
+                round_of = f"round {number + 1} of {given.rounds}"
+                print(f"{round_of}: {case.name} {case.seconds[-1]:.1f} s", file=sys.stderr, flush=True)
     table = Table(title=f"{processor()}, {os.cpu_count()} cores, one thread, load {os.getloadavg()[0]:.1f}")
     for heading in ("", "median s", "least", "most", "said"):
         table.add_column(heading, justify="left" if heading in ("", "said") else "right")
