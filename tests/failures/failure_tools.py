@@ -161,8 +161,8 @@ def enter_network(name: str) -> None:
 
 def inject(fault: Fault) -> None:
     """Has ``fault`` happen in this process."""
-    from trainer.app import blocks
     from trainer.lit.module import VariationalModule
+    from trainer.posterior.full_data import FullData
 
     calls = 0
 
@@ -177,7 +177,7 @@ def inject(fault: Fault) -> None:
         return replaced
 
     if fault.place == "block":
-        blocks._made = before(blocks._made)
+        FullData._made = before(FullData._made)
     else:
         name = {"step": "training_step", "prepare": "_prepare"}[fault.place]
         setattr(VariationalModule, name, before(getattr(VariationalModule, name)))
