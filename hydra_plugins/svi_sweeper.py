@@ -37,7 +37,7 @@ class OptunaSweeper(Sweeper):
 
         def search() -> float:
             try:
-                from trainer.app.sweep import sweep
+                from trainer.sweeps.sweep import sweep
             except ModuleNotFoundError as error:
                 from trainer.errors import UserError
 

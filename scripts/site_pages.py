@@ -13,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from trainer.app.config import node_of
+from trainer.options.config import node_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from trainer import cli
-from trainer.app import space
+from trainer.sweeps import search_space as space
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainer import cache
-from trainer.app import build
 from trainer.errors import UserError, first_line
+from trainer.options import build
 
 TRAINER = Path(__file__).parent.parent / "trainer"
 

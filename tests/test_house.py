@@ -6,24 +6,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LEAVES = ("errors", "cache")
+FLOORS = [  # from the ground up; rooms of one floor do not import each other
+    ("distributed",),
+    ("svi", "data", "models"),
+    ("posterior",),
+    ("lit",),
+    ("options",),
+    ("runs",),
+    ("sweeps",),
+    ("training",),
+    ("verbs",),
+]
 MAY_IMPORT = {
-    "distributed": {"distributed", "errors"},
-    "svi": {"svi", "distributed", "cache", "errors"},
-    "data": {"data", "cache", "errors"},
-    "models": {"errors"},
-    "posterior": {"posterior", "svi", "data", "distributed", "errors"},
-    "lit": {"lit", "posterior", "svi", "data", "distributed", "errors"},
-    "app": {"app", "lit", "posterior", "models", "svi", "data", "distributed", "cache", "errors"},
+    room: {room, *LEAVES, *(below for lower in FLOORS[:number] for below in lower)}
+    for number, floor in enumerate(FLOORS)
+    for room in floor
 }
+MAY_IMPORT["data"] -= {"distributed"}
+ROOF = {"options", "runs", "sweeps", "training", "verbs"}
 ROOMS_OF = {
-    "pyro": {"svi", "models", "posterior", "app"},
-    "hydra": {"app", "cli"},
-    "omegaconf": {"app", "cli"},
-    "pytorch_lightning": {"lit", "app"},
-    "wandb": {"lit", "app"},
-    "optuna": {"app"},
+    "pyro": {"svi", "models", "posterior", "training"},
+    "hydra": {"options", "runs", "sweeps", "cli"},
+    "omegaconf": {*ROOF, "cli"},
+    "pytorch_lightning": {"lit", "runs", "sweeps", "training", "verbs"},
+    "wandb": {"lit", "runs", "verbs"},
+    "optuna": {"sweeps"},
     "pyarrow": {"data"},
-    "torch": {"distributed", "svi", "models", "posterior", "lit", "app"},
+    "torch": {"distributed", "svi", "models", "posterior", "lit", *ROOF},
 }
 MODULES = sorted((ROOT / "trainer").rglob("*.py"))
 
@@ -62,7 +72,13 @@ def test_the_rules_can_be_broken():
     assert broken_rules("svi", "from trainer.data.plan import Plan")
     assert broken_rules("data", "def f():\n    import pyro")
     assert broken_rules("lit", "import hydra")
+    assert broken_rules("runs", "from trainer.verbs import train")
     assert not broken_rules("lit", "from trainer.svi.step import State\nimport pytorch_lightning")
+
+
+def test_verbs_do_not_import_each_other():
+    for path in (ROOT / "trainer" / "verbs").glob("*.py"):
+        assert not {name for name in imports(path.read_text()) if name.startswith("trainer.verbs")}, path
 
 
 def test_no_module_imports_in_a_circle():

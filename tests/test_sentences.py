@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.app.finish import shown_error
 from trainer.errors import counted, shortened
+from trainer.training.finish import shown_error
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.app.fit import fit
     from trainer.data.shards.folder import ShardFolder
     from trainer.errors import UserError
     from trainer.posterior.posterior import Posterior
+    from trainer.verbs.fit import fit
 
 __all__ = ["Posterior", "ShardFolder", "UserError", "fit"]
 _HOMES = {
-    "fit": "trainer.app.fit",
+    "fit": "trainer.verbs.fit",
     "Posterior": "trainer.posterior.posterior",
     "ShardFolder": "trainer.data.shards.folder",
     "UserError": "trainer.errors",

@@ -18,12 +18,12 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.app.allowed import typed
-from trainer.app.config import config_folder, register_open_nodes
-from trainer.app.options.entrance import check, options
-from trainer.app.run_folder import end_noted
-from trainer.app.secrets import handed_on, redact_files, redacted
 from trainer.errors import RankLost, UserError, exit_code, meant
+from trainer.options.allowed import typed
+from trainer.options.config import config_folder, register_open_nodes
+from trainer.options.entrance import check, options
+from trainer.runs.folder import end_noted
+from trainer.runs.secrets import handed_on, redact_files, redacted
 
 VERBS = {
     "shard": "pack a table into shards",
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         guarded("train", lambda: _child(Path(arguments[1])), debug=False)
         return
     if arguments == ["completion"]:
-        print(import_module("trainer.app.completion").script(config_folder(), VERBS), end="")
+        print(import_module("trainer.options.completion").script(config_folder(), VERBS), end="")
         return
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: svi VERB key=value ...\n")
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     verb, *overrides = arguments
     if {"-h", "--help"} & set(overrides):
-        print(import_module("trainer.app.help").text(config_folder(), verb, VERBS[verb], overrides), end="")
+        print(import_module("trainer.options.help").text(config_folder(), verb, VERBS[verb], overrides), end="")
         return
     overrides = [_FLAGS.get(word, word) for word in overrides]
     if verb in _BARE and overrides and not re.search("^-|=", overrides[0]):
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _task(verb: str) -> Callable[[DictConfig], float]:
     def task(cfg: DictConfig) -> float:
-        run = import_module(f"trainer.app.{verb}").run
+        run = import_module(f"trainer.verbs.{verb}").run
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         redact_files(Path(HydraConfig.get().sweep.dir))
         sys.argv = redacted(sys.argv)  # trackers note it
@@ -108,15 +108,15 @@ def _with_typed(chosen: Any, words: Sequence[str]) -> Any:
 
 def _rank() -> int:
     """That of this process among those that a launcher made."""
-    return import_module("trainer.app.launch").launched_rank()
+    return import_module("trainer.training.launch").launched_rank()
 
 
 def _child(run_dir: Path) -> float:
     """A rank that Lightning launched: it starts from the run's saved config."""
-    import_module("trainer.app.launch").die_with_parent()
+    import_module("trainer.training.launch").die_with_parent()
     cfg = OmegaConf.load(run_dir / ".hydra" / "resolved.yaml")
     assert isinstance(cfg, DictConfig)
-    return import_module("trainer.app.train").run(options("train", handed_on(cfg)), run_dir)
+    return import_module("trainer.verbs.train").run(options("train", handed_on(cfg)), run_dir)
 
 
 def guarded(verb: str, work: Callable[[], float], debug: bool) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.app.options.entrance import composed, options
 from trainer.lit import checkpoint
+from trainer.options.entrance import composed, options
 
 HERE = Path(__file__).parent
 WEIGHTS = np.array([1.0, -2.0, 0.5])

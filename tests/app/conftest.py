@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # app_models, app_tools
 
 from app_tools import WEIGHTS, config
 
-from trainer.app import train
 from trainer.data.packing.pack import pack
 from trainer.posterior import elbo, summary
+from trainer.verbs import train
 
 
 @pytest.fixture(scope="session")

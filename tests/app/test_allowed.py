@@ -10,9 +10,10 @@ import pytest
 from app_tools import config, svi
 from omegaconf import OmegaConf
 
-from trainer.app import predict, train
-from trainer.app.allowed import LIST, imported, refuse_others, typed
 from trainer.errors import UserError
+from trainer.options.allowed import LIST, imported, refuse_others, typed
+from trainer.training.finished import posterior_of
+from trainer.verbs import train
 
 ESCAPES = (
     "os.system",
@@ -108,7 +109,7 @@ def test_a_run_folder_cannot_name_a_function_of_its_choice(tmp_path):
     evil = {"model": {"_target_": "os.mkdir", "path": str(tmp_path / "made")}, "guide": {}, "allow": ["os"]}
     OmegaConf.save(OmegaConf.create(evil), tmp_path / ".hydra" / "resolved.yaml")
     with pytest.raises(UserError, match=r"names os\.mkdir"):
-        predict.posterior_of(tmp_path)
+        posterior_of(tmp_path)
     assert not (tmp_path / "made").exists()
 
 

@@ -3,8 +3,8 @@
 import pytest
 from app_tools import config
 
-from trainer.app import build
 from trainer.errors import UserError
+from trainer.options import build
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from trainer import cli
-from trainer.app.completion import script
+from trainer.options.completion import script
 
 
 def offered(line: str, breaks: str = " =") -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from app_tools import config, svi
 
-from trainer.app import verify
 from trainer.data.shards.files import read_index
 from trainer.errors import UserError
+from trainer.verbs import verify
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import socket
 import pytest
 from app_tools import config, svi
 
-from trainer.app import doctor
-from trainer.app.doctor import Finding, Node
-from trainer.app.ranks import World
+from trainer.training.ranks import World
+from trainer.verbs import doctor
+from trainer.verbs.doctor import Finding, Node
 
 NODE = Node("a", "3.11", "2.13", "0.1", 8, (), "/usr/bin/g++", 10**12)
 

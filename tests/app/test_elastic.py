@@ -10,12 +10,12 @@ import torch
 from app_tools import config, final_state
 
 from scripts.kill_test import Run, distance, same_rows
-from trainer.app.budget import Begun, update_of
 from trainer.data.plan import Plan
 from trainer.errors import UserError
 from trainer.lit import checkpoint
 from trainer.lit.module import flat_state
 from trainer.lit.row_log import logged_rows
+from trainer.training.budget import Begun, update_of
 
 OPTIONS = ("model=linear", "data.lanes=8", "draws=2", "recipe=plain", "max_steps=60", "slots=4",
            "program=eager")  # fmt: skip

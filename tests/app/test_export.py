@@ -12,9 +12,9 @@ from app_tools import config
 from pyro.infer.autoguide import AutoNormal
 
 from trainer import fit as fit_here
-from trainer.app import export
 from trainer.errors import UserError
 from trainer.posterior.export import save_guide, to_inference_data
+from trainer.verbs import export
 
 arviz = pytest.importorskip("arviz")
 safetensors = pytest.importorskip("safetensors.torch")

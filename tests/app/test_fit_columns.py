@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from trainer import Posterior, UserError, fit
-from trainer.app.columns import precision_lines, refuse_spared
-from trainer.app.columns_line import columns_line
-from trainer.app.shard import shards_of
 from trainer.data.fields import CsrRows
 from trainer.data.packing.pack import pack
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.sources.memory import MemorySource
+from trainer.training.columns import precision_lines, refuse_spared
+from trainer.training.columns_line import columns_line
+from trainer.training.tables import shards_of
 
 N = 120
 OPTIONS: dict[str, Any] = {"options": {"program": "eager"}, "max_steps": 20, "progress": False}

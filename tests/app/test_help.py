@@ -2,9 +2,9 @@
 
 import pytest
 
-from trainer.app.config import config_folder
-from trainer.app.help import text
 from trainer.cli import VERBS, main
+from trainer.options.config import config_folder
+from trainer.options.help import text
 
 
 @pytest.mark.parametrize("verb", VERBS)

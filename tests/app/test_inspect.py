@@ -5,10 +5,10 @@ import pytest
 import scipy.sparse
 from app_tools import config
 
-from trainer.app import inspect
 from trainer.data.packing.pack import pack
 from trainer.data.sources.memory import MemorySource
 from trainer.errors import UserError
+from trainer.verbs import inspect
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from trainer.app.launch import in_slurm_step, launched_rank
-from trainer.app.ranks import World, _set_meeting, world
 from trainer.errors import UserError
+from trainer.training.launch import in_slurm_step, launched_rank
+from trainer.training.ranks import World, _set_meeting, world
 
 TASK = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_ID": "0"}
 ALONE = OmegaConf.create({"devices": 1, "num_nodes": 1, "accelerator": "cpu"})

@@ -15,8 +15,9 @@ import wandb
 from app_tools import config, svi
 from omegaconf import OmegaConf
 
-from trainer.app import build, loggers, server
 from trainer.errors import UserError
+from trainer.options import build
+from trainer.runs import loggers, server
 
 KEY = "a" * 40
 

@@ -18,12 +18,12 @@ from app_tools import svi
 from omegaconf import DictConfig, OmegaConf
 
 from trainer import cli
-from trainer.app.config import config_folder, node_of
-from trainer.app.options import parts, verbs
-from trainer.app.options.entrance import check, composed, of_call, options, resolved
-from trainer.app.options.kinds import Part, part_of, words
-from trainer.app.options.records import bound, kinds_of, plain
 from trainer.errors import UserError
+from trainer.options import parts, verbs
+from trainer.options.config import config_folder, node_of
+from trainer.options.entrance import check, composed, of_call, options, resolved
+from trainer.options.kinds import Part, part_of, words
+from trainer.options.records import bound, kinds_of, plain
 
 GIVEN = {
     "train": {"data.path": "x"},

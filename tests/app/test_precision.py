@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from trainer import UserError, fit
-from trainer.app.first_rows import MOST
-from trainer.app.precision import in_its_precision
+from trainer.training.first_rows import MOST
+from trainer.training.precision import in_its_precision
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(300, 2))

@@ -9,10 +9,11 @@ from app_models import linear
 from app_tools import config, svi
 
 from trainer import Posterior
-from trainer.app import predict
 from trainer.data.table import table_writer
 from trainer.errors import UserError
 from trainer.posterior.predictive import Prediction
+from trainer.training.finished import posterior_of
+from trainer.verbs import predict
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_table_and_shards_give_the_same_rows(run_dir, table, shards, tmp_path)
 
 def test_the_modules_of_a_class_are_made_in_the_type_of_the_run(fit):
     run_dir = fit("model._target_=app_models.VAE", "max_steps=4")
-    assert predict.posterior_of(run_dir).theta.dtype == torch.float64
+    assert posterior_of(run_dir).theta.dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
 
 

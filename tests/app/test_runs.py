@@ -14,10 +14,11 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from trainer import cli
-from trainer.app import run_folder, train
-from trainer.app.run_table import age
 from trainer.errors import UserError
 from trainer.lit.signals import Stopped
+from trainer.runs import folder as run_folder
+from trainer.runs.table import age
+from trainer.verbs import train
 
 DONE = {"elbo": -500.0, "elbo_per_row": -0.5, "held_out_elbo_per_row": -0.6, "rows": 1000, "held_out_rows": 100,
         "steps": 40, "rows_per_second": 1234.5, "stop_reason": "converged"}  # fmt: skip

@@ -7,9 +7,9 @@ from app_tools import config, svi
 from omegaconf import OmegaConf
 
 from trainer import cli
-from trainer.app import secrets
-from trainer.app.options.entrance import resolved
-from trainer.app.secrets import HIDDEN, redacted
+from trainer.options.entrance import resolved
+from trainer.runs import secrets
+from trainer.runs.secrets import HIDDEN, redacted
 
 
 @pytest.mark.parametrize(

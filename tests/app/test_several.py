@@ -18,15 +18,15 @@ from shard_tools import flip, write_folder
 
 from trainer import Posterior
 from trainer import fit as fit_table
-from trainer.app import inspect, verify
-from trainer.app.quarantine import without_damage
-from trainer.app.ranks import World
 from trainer.data.packing.pack import pack
 from trainer.data.shards import remote
 from trainer.data.shards.files import read_index
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import ROW_ID
 from trainer.errors import UserError
+from trainer.training.quarantine import without_damage
+from trainer.training.ranks import World
+from trainer.verbs import inspect, verify
 
 TRAIN = ("train", "model._target_=app_models.linear", "batch_size=256", "max_steps=40", "threads=1", "program=eager",
          "stop=budget", "recipe=plain", "slots=20")  # fmt: skip

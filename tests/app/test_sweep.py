@@ -15,9 +15,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from trainer import cli
-from trainer.app import run_folder, space, train
-from trainer.app.study import open_storage
 from trainer.errors import UserError
+from trainer.runs import folder as run_folder
+from trainer.sweeps import search_space as space
+from trainer.sweeps.study import open_storage
+from trainer.verbs import train
 
 LR = "optimizer.lr=tag(log,interval(0.001,1))"
 
@@ -204,7 +206,7 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 from trainer import cli
-from trainer.app import train
+from trainer.verbs import train
 
 def run(cfg, run_dir):
     time.sleep(0.2)

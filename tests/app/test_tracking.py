@@ -15,11 +15,11 @@ import pytest
 from app_tools import config, svi
 from wandb_server import Server, wandb_server
 
-from trainer.app import sync
-from trainer.app.loggers import _group
-from trainer.app.tracking import keep_id, kept_id
 from trainer.data.shards.files import read_index
 from trainer.errors import UserError
+from trainer.runs.loggers import _group
+from trainer.runs.tracking import keep_id, kept_id
+from trainer.verbs import sync
 
 RUN = ("train", "model._target_=app_models.linear", "trainer=cpu", "program=eager", "batch_size=256", "threads=1",
        "stop=budget", "recipe=plain", "schedule=constant", "ckpt_path=last", "slots=10")  # fmt: skip

@@ -18,11 +18,11 @@ import torch
 from app_tools import WEIGHTS, config, final_state
 from rich.console import Console
 
-from trainer.app.budget import optimizer_of, update_of
-from trainer.app.shard import shards_of
 from trainer.data.shards.cache import ShardCache
 from trainer.errors import UserError
 from trainer.lit.module import flat_state
+from trainer.training.budget import optimizer_of, update_of
+from trainer.training.tables import shards_of
 
 KEYS = {
     "elbo", "elbo_se", "elbo_per_row", "held_out_elbo_per_row", "rows", "steps", "epochs", "seconds", "rows_per_second",
@@ -286,7 +286,7 @@ def test_what_a_stop_is_decided_by_is_in_the_checkpoint(fit, tmp_path):
 
 
 def test_a_resumed_run_knows_where_newton_steps_have_failed(fit, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.app.steer.polished", lambda *given: None)
+    monkeypatch.setattr("trainer.training.steer.polished", lambda *given: None)
     options = ("max_steps=1050", "start=zero", "newton_after=0", "stop=budget", "checkpoint.every_n_steps=200")
     options = (*options, "checkpoint.keep_last=9")
     run_dir = fit(*options)
@@ -354,6 +354,6 @@ def test_where_nothing_can_be_written_beside_a_table_is_said(table, tmp_path, mo
     def refused(*given, **more):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("trainer.app.shard.FileLock.acquire", refused)
+    monkeypatch.setattr("trainer.training.tables.FileLock.acquire", refused)
     with pytest.raises(UserError, match=r"shards cannot be written \(Permission denied\): pack it elsewhere"):
         shards_of([str(table)], Console(), ShardCache(tmp_path / "cache"))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from app_tools import final_state
 
-from trainer.app import budget
 from trainer.errors import Stopped
 from trainer.lit import checkpoint
 from trainer.lit import module as lit_module
 from trainer.svi import auto
 from trainer.svi.programs import Eager
 from trainer.svi.tracing import Untraceable
+from trainer.training import budget
 
 RUN = ("program=auto", "recipe=plain", "rounds=2", "max_steps=90", "stop=budget")
 SWITCH = 30  # the end of the first of two rounds

@@ -8,9 +8,9 @@ import torch
 from app_tools import config
 from servers import faulty
 
-from trainer.app import predict, verify
 from trainer.errors import UserError
 from trainer.lit import checkpoint
+from trainer.verbs import predict, verify
 
 
 @pytest.fixture

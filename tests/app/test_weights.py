@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from trainer import UserError, fit
-from trainer.app.shard import shards_of
-from trainer.app.weights import packed_for, shown_to_model, told
 from trainer.data.packing.pack import pack
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.files import read_index
 from trainer.data.shards.index import Column, Index
 from trainer.data.sources.memory import MemorySource
+from trainer.training.tables import shards_of
+from trainer.training.weights import packed_for, shown_to_model, told
 
 KG = np.random.default_rng(0).normal(75, 12, 400)
 AGE = np.random.default_rng(1).uniform(20, 80, 400)

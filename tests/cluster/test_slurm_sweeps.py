@@ -9,8 +9,8 @@ import optuna
 import pytest
 from slurm_tools import ROOT, Cluster, until
 
-from trainer.app import run_folder
-from trainer.app.study import open_storage
+from trainer.runs import folder as run_folder
+from trainer.sweeps.study import open_storage
 
 SEARCH = ("model._target_=cluster_models.Held", "data.path=shards", "batch_size=512", "max_steps=300", "program=eager",
           "slots=10", "recipe=plain", "stop=budget", "optimizer.lr=tag(log,interval(0.01,0.3))",

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from trainer.app.columns_line import columns_line
 from trainer.data.packing.apply import rows_like
 from trainer.data.packing.pack import pack
 from trainer.data.sources import text
@@ -15,6 +14,7 @@ from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.mixed import refuse_mixed
 from trainer.data.sources.source import open_source
 from trainer.errors import UserError
+from trainer.training.columns_line import columns_line
 
 BEYOND = "12345678901234567890"
 

@@ -1,0 +1,187 @@
+"""The options of what a config has made: those of our own classes, and of others' that files of conf/ name.
+
+A record here has the options that a class takes, by its full name in `RECORDS`; a class of anybody else's has its own,
+which are compared with its signature when it is made. ``IS_OPEN``: a class of others', with more options than these.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from trainer.options.kinds import Count, NotNegative, Part, Positive, Range, Seed, Share, Within
+
+
+@dataclass(frozen=True)
+class Adam:
+    lr: Positive | None
+    beta1: Share
+    beta2: Share | None
+    eps: Positive
+    weight_decay: NotNegative
+    decoupled: bool
+
+
+@dataclass(frozen=True)
+class ClippedAdam(Adam):
+    clip: Positive
+
+
+@dataclass(frozen=True)
+class SGD:
+    lr: Positive | None
+    momentum: Share
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A class that takes no options."""
+
+
+@dataclass(frozen=True)
+class RobbinsMonro:
+    delay: NotNegative
+    forgetting: Annotated[float, Range(0.5, 1, "(]")]
+
+
+@dataclass(frozen=True)
+class Cosine:
+    final: Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    warmup: Within
+    start: Annotated[float, Range(0, 1)]
+    final: Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    sync_every: Count
+
+
+@dataclass(frozen=True)
+class Objective:
+    kl: Literal["analytic", "monte_carlo", "sticking_the_landing"]
+    antithetic: bool
+    pairs: Annotated[int, Range(1, 10_000)] | None
+
+
+@dataclass(frozen=True)
+class MeanField:
+    init_scale: Positive
+
+
+@dataclass(frozen=True)
+class Rule:
+    mc_error: Positive
+    scale_error: Positive
+    rhat: Annotated[float, Range(1)]
+    gradient: Positive
+    gain: Positive
+
+
+@dataclass(frozen=True)
+class TensorBoard:
+    IS_OPEN: ClassVar[bool] = True
+    save_dir: str
+    name: str | None
+    version: Literal[""] | int | str | None
+
+
+@dataclass(frozen=True)
+class MLFlow:
+    IS_OPEN: ClassVar[bool] = True
+    experiment_name: str
+    tracking_uri: str | None
+    artifact_location: str | None
+
+
+@dataclass(frozen=True)
+class Wandb:
+    IS_OPEN: ClassVar[bool] = True
+    project: str | None
+    name: str | None
+    group: str | None
+    job_type: str | None
+    save_dir: str
+
+
+@dataclass(frozen=True)
+class OptunaSweeper:
+    n_trials: Count
+    n_jobs: Annotated[int, Range(1, 100_000)]
+    storage: str
+    study_name: str
+    params: dict[str, Any]
+    sampler: Part
+    pruner: Part
+
+
+@dataclass(frozen=True)
+class Sampler:
+    IS_OPEN: ClassVar[bool] = True
+    seed: Annotated[int, Range(0, 2**32 - 1)] | None
+
+
+@dataclass(frozen=True)
+class Tpe(Sampler):
+    n_startup_trials: Annotated[int, Range(0)]
+    multivariate: bool
+    constant_liar: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    seed: Seed | None
+
+
+@dataclass(frozen=True)
+class MedianPruner:
+    IS_OPEN: ClassVar[bool] = True
+    n_startup_trials: Annotated[int, Range(0)]
+    n_warmup_steps: Annotated[int, Range(0)]
+
+
+@dataclass(frozen=True)
+class HalvingPruner:
+    IS_OPEN: ClassVar[bool] = True
+    min_resource: Count | Literal["auto"]
+    reduction_factor: Annotated[int, Range(2)]
+
+
+@dataclass(frozen=True)
+class SlurmLauncher:
+    IS_OPEN: ClassVar[bool] = True
+    timeout_min: Count
+    cpus_per_task: Count | None
+    array_parallelism: Count
+    additional_parameters: dict[str, Any]
+
+
+RECORDS: dict[str, type] = {
+    "trainer.svi.optim.Adam": Adam,
+    "trainer.svi.optim.ClippedAdam": ClippedAdam,
+    "trainer.svi.optim.SGD": SGD,
+    "trainer.svi.schedules.Constant": Nothing,
+    "trainer.svi.schedules.RobbinsMonro": RobbinsMonro,
+    "trainer.svi.schedules.Cosine": Cosine,
+    "trainer.svi.schedules.OneCycle": OneCycle,
+    "trainer.svi.auto.Auto": Nothing,
+    "trainer.svi.programs.Eager": Nothing,
+    "trainer.svi.fused.Fused": Nothing,
+    "trainer.svi.local_steps.LocalSteps": LocalSteps,
+    "trainer.svi.objective.Objective": Objective,
+    "trainer.svi.guides.MeanField": MeanField,
+    "trainer.posterior.convergence.Rule": Rule,
+    "pytorch_lightning.loggers.TensorBoardLogger": TensorBoard,
+    "pytorch_lightning.loggers.MLFlowLogger": MLFlow,
+    "pytorch_lightning.loggers.WandbLogger": Wandb,
+    "hydra_plugins.svi_sweeper.OptunaSweeper": OptunaSweeper,
+    "optuna.samplers.RandomSampler": Sampler,
+    "optuna.samplers.TPESampler": Tpe,
+    "trainer.sweeps.study.Grid": Grid,
+    "optuna.pruners.MedianPruner": MedianPruner,
+    "optuna.pruners.SuccessiveHalvingPruner": HalvingPruner,
+    "optuna.pruners.NopPruner": Nothing,
+    "hydra_plugins.svi_launcher.SlurmLauncher": SlurmLauncher,
+}

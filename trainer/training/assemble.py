@@ -1,0 +1,168 @@
+"""A prepared run, trained by Lightning: its module, its chunks, its callbacks."""
+
+import os
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from trainer.data.plan import Plan
+from trainer.errors import UserError
+from trainer.lit.checkpoint import Checkpoints
+from trainer.lit.datamodule import ChunkData
+from trainer.lit.metrics import MetricsFile
+from trainer.lit.module import VariationalModule
+from trainer.lit.progress import ProgressBar
+from trainer.lit.row_log import RowLog
+from trainer.lit.strategy import RankStrategy, SlurmStep
+from trainer.lit.train_state import TrainState
+from trainer.options import build
+from trainer.options.records import plain
+from trainer.options.verbs import Train
+from trainer.posterior.convergence import segment_ends
+from trainer.posterior.full_data import FullData, FullLoss
+from trainer.posterior.optimum import can_be_settled
+from trainer.runs.loggers import make_loggers
+from trainer.runs.tracking import Tracked
+from trainer.svi.programs import Program
+from trainer.svi.start import latents_alone
+from trainer.svi.step import Update
+from trainer.training.finish import Finish, is_finished
+from trainer.training.launch import memory_share
+from trainer.training.prepare import Context, Prepared
+from trainer.training.ranks import World
+from trainer.training.steer import EndRound, MoveAnchor
+from trainer.training.stop import Stop
+
+
+def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[VariationalModule, Finish]:
+    """Trains to the end of the budget, or of what the stop rule asks for; ``keep``: whether the run folder stays."""
+    cfg, splits, plan, inference, update, state, record, sample, checked, doubts = prepared
+    run_dir, here, _, console, signals = context
+    choice, say = record.problem.plan, console.print
+    ranks = choice.ranks(here.rank, here.size)
+    program = build.program(cfg.program)(inference, update, choice.seed, ranks.groups, here.comm)
+    module = VariationalModule(inference, update, program, state, record.seconds, say, checked)
+    every = _every(cfg, program)
+    full = FullData(splits.train, inference.model.arguments, here.comm, signals.check, checked)
+    held = None if splits.held_out is None else replace(full, folder=splits.held_out)
+    report = _report(cfg, held or full, update.horizon, program.sync_every, record)
+    ends = [end for each in update.rounds for end in _round_ends(each, plan, program)]
+    data = ChunkData(
+        splits.train,
+        plan,
+        ranks,
+        inference.model.arguments,
+        torch.get_default_dtype(),
+        with_row_id=bool(inference.guide.noise_size[1] or cfg.data.log_rows),
+        slots=cfg.slots,
+        every=_cuts(plan, every, update.anchored),
+        ends=(*ends, *(end for each in report for end in each.ends), *program.stages),
+        memory=cfg.data.memory or memory_share(here.local_size),
+    )
+    data.first, data.last = int(state.step), update.horizon
+    bar = ProgressBar(console, update.horizon)
+
+    def passed() -> None:
+        record.passes += 1
+        bar.on_pass(record.passes)
+
+    loss = FullLoss(full, inference, cfg.seed, passed)
+    afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
+    by_passes = afford if latents_alone(inference) or can_be_settled(inference) else None
+    rule = build.rule(cfg.stop)
+    stop = Stop(rule, EndRound(loss, sample, by_passes, record), plan.steps_per_epoch, record, say, doubts)
+    figures = MetricsFile(run_dir / "metrics.csv", say)
+    finish = Finish(run_dir, full, held, plan, cfg.seed, console, figures, stop, f" · {run_dir}" if keep else "")
+    callbacks = [
+        signals,
+        *([MoveAnchor(loss, plan.begins)] if update.anchored else []),
+        *([RowLog(Path(cfg.data.log_rows))] if cfg.data.log_rows else []),
+        bar,
+        figures,
+        stop,
+        *report,
+        Checkpoints(run_dir / "checkpoints", record, data.first, every, cfg.checkpoint.every_minutes,
+                    cfg.checkpoint.keep_last, say),
+        finish,
+        Tracked(run_dir, splits.train, figures, cfg.checkpoint.track),
+    ]  # fmt: skip
+    if (record.stopped and rule is not None) or data.first >= data.last:
+        data.last = data.first  # what was cut short at the end, if anything, is all there is to do
+    if data.first < data.last or not is_finished(run_dir, data.first):
+        try:
+            _trainer(cfg, run_dir, here, callbacks).fit(module, data)
+        finally:
+            module.program.abandon()
+    elif record.stopped:
+        say(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
+    else:
+        say(f"step {data.first:,} is the end already: raise max_steps= or max_epochs= to go on.")
+    return module, finish
+
+
+def _every(cfg: Train, program: Program) -> int:
+    """After how many steps each a checkpoint is saved; 0 for never."""
+    every = cfg.checkpoint.every_n_steps or 0
+    for name, count in (("checkpoint.every_n_steps", every), ("slots", cfg.slots or 0)):
+        if count % program.sync_every:
+            raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
+    return every
+
+
+def _round_ends(update: Update, plan: Plan, program: Program) -> tuple[int, ...]:
+    """The steps at which a round and its segments end."""
+    return (update.horizon, *segment_ends(update, plan.steps_per_epoch, program.sync_every))
+
+
+def _cuts(plan: Plan, every: int, anchored: int) -> tuple[tuple[int, int], ...]:
+    """Where chunks end: at multiples of ``every`` (checkpoints), and where an epoch begins if there is an anchor."""
+    epochs = (plan.steps_per_epoch, plan.first_whole)
+    return (*([(every, 0)] if every else []), *([epochs] if anchored else []))
+
+
+def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """A Lightning trainer that runs our chunks once through; checkpoints, progress and stopping are our callbacks."""
+    options: dict[str, Any] = plain(cfg.trainer)
+    timeout = timedelta(seconds=options.pop("timeout"))
+    options.update(devices=here.local_size, num_nodes=here.size // here.local_size)
+    plugins: list[Any] = []
+    if not here.external:  # also within an allocation, whose variables Lightning takes for those of ranks
+        plugins.append(LightningEnvironment())
+    elif "TORCHELASTIC_RUN_ID" not in os.environ:
+        plugins.append(SlurmStep(here.size))
+    if here.size > 1:
+        child = [sys.executable, "-m", "trainer", "child", str(run_dir)]
+        options["strategy"] = RankStrategy(child, timeout=timeout)
+    ours: dict[str, Any] = {
+        "plugins": plugins or None,
+        "callbacks": callbacks,
+        "default_root_dir": run_dir,
+        "min_epochs": 0,
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    known = signature(pl.Trainer).parameters.keys() - {*ours, "logger", "max_steps"}
+    for name in options.keys() - known:
+        told = f": give {name}=" if name in ("max_steps", "max_epochs") else ": leave it out"
+        raise UserError(f"trainer.{name} is no option of the trainer here{told}.")
+    return pl.Trainer(**options, **ours, logger=make_loggers(cfg, run_dir) if here.rank == 0 else False)
+
+
+def _report(cfg: Train, rows: FullData, horizon: int, unit: int, record: TrainState) -> list[Any]:
+    """Of a trial of a study, what reports to it."""
+    if cfg.trial is None:
+        return []
+    from trainer.sweeps.pruning import Report  # Optuna, which only sweeps need
+
+    return [Report(cfg.trial, rows, cfg.seed, horizon, unit, record)]

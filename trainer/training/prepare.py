@@ -1,0 +1,193 @@
+"""What a run trains, ready for its first step: the model checked on rows, its start, and what a checkpoint holds."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from trainer.data.plan import Plan
+from trainer.data.shards.folder import ShardFolder
+from trainer.errors import UserError, counted
+from trainer.lit.signals import StopOnSignal
+from trainer.lit.train_state import Problem, TrainState
+from trainer.options import build
+from trainer.options.records import plain
+from trainer.options.verbs import Train
+from trainer.posterior.first_pass import FirstPass
+from trainer.posterior.tensors import to_tensor
+from trainer.svi.guides import MEAN_FIELD
+from trainer.svi.materialise import guide_factory, materialise
+from trainer.svi.plates import Batch
+from trainer.svi.pyro_guides import NO_LATENT
+from trainer.svi.start import laplace_start
+from trainer.svi.step import Inference, State, StepBatch, Update
+from trainer.training import resume, weights
+from trainer.training.budget import optimizer_of, update_of
+from trainer.training.columns import precision_lines, refuse_mixed_numbers, refuse_spared
+from trainer.training.first_rows import first_pass, first_rows, one_group
+from trainer.training.precision import in_its_precision
+from trainer.training.ranks import World
+
+_CHECK_ROWS = 1024
+
+
+class Context(NamedTuple):
+    """Where a run trains, and who hears of it."""
+
+    run_dir: Path
+    world: World
+    threads: int
+    console: Console
+    signals: StopOnSignal
+
+
+class Given(NamedTuple):
+    """What a caller from Python has made already."""
+
+    model: Callable[..., Any]
+    guide: Any
+    """As for `guide_factory`."""
+    keep: bool
+    """Whether the run folder stays."""
+
+
+class Splits(NamedTuple):
+    """The rows of a run."""
+
+    train: ShardFolder
+    held_out: ShardFolder | None
+
+
+class Prepared(NamedTuple):
+    """All that the first step takes."""
+
+    cfg: Train
+    """With the type and the optimizer that were chosen."""
+    splits: Splits
+    plan: Plan
+    inference: Inference
+    update: Update
+    state: State
+    record: TrainState
+    sample: StepBatch
+    """A few rows, which give the curvature."""
+    first_pass: FirstPass
+    doubts: list[str]
+    """What the start said of the model."""
+
+
+def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None) -> Prepared:
+    """Checks the model on rows, finds a start, and takes over what a checkpoint holds. Raises UserError."""
+    folder, say = splits.train, context.console.print
+    saved = resume.saved(cfg.ckpt_path, context.run_dir)
+    choice = resume.plan_choice(cfg, folder, context.world, saved)
+    plan = choice.plan(folder)
+    dtype, (inference, theta) = in_its_precision(cfg.dtype, folder.num_rows, lambda: infer(cfg, folder, given), say)
+    for line in (
+        *weights.told(folder.index, inference.model.own, inference.model.weighted),
+        *precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()),
+    ):
+        say(line)
+    began, first = time.monotonic(), first_rows(folder, inference.model.arguments)
+    checked = first_pass(folder, first, splits.held_out, inference, theta, plan.step_after(1.0))
+    sample = one_group(first)
+    doubts: list[str] = []
+    start = laplace_start(inference, theta, sample, doubts.append) if cfg.start == "laplace" else None
+    for sentence in doubts:
+        say(sentence)
+    cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, start is not None))
+    update = update_of(cfg, plan, start is not None, _anchored(cfg, inference), resume.begun(saved))
+    if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
+        inference = replace(inference, objective=replace(inference.objective, pairs=2))
+    fresh = state = update.init(theta) if start is None else update.init(*start)
+    problem = Problem(
+        plan=choice,
+        shapes={name: list(shape) for name, shape in inference.parameters.shapes.items()},
+        sites=list(inference.sites),
+        optimizer=plain(cfg.optimizer),
+        horizon=update.horizon,
+        rounds=[each.horizon for each in update.rounds],
+        version=version("svi-trainer"),
+        world_size=context.world.size,
+    )
+    record = TrainState(problem, time.monotonic() - began)
+    if saved is not None:
+        state, old = saved
+        resume.check_same(old.problem, problem, state, fresh)
+        record.resumed(old)
+        say(f"continuing from step {int(state.step):,}{resume.changes(old.problem.plan, choice)}")
+    prepared = Prepared(cfg, splits, plan, inference, update, state, record, sample, checked, doubts)
+    for line in _described(prepared, context):
+        say(line)
+    return prepared
+
+
+def _described(prepared: Prepared, context: Context) -> list[str]:
+    """What is to be trained, in words."""
+    (folder, held_out), plan, inference = prepared.splits, prepared.plan, prepared.inference
+    horizon = prepared.update.horizon
+    most, epochs = -(-plan.num_rows // plan.steps_per_epoch), plan.epochs_at(max(horizon, plan.rest.step))
+    lines = [
+        f"{counted(folder.num_rows, 'row')} to train on, {held_out.num_rows if held_out else 0:,} held out · "
+        f"{counted(inference.parameters.size, 'parameter')} · {counted(horizon, 'step')} of "
+        f"{counted(most, 'row')} "
+        f"({epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs) · {counted(context.world.size, 'rank')} x "
+        f"{counted(context.threads, 'thread')}"
+    ]
+    if inference.guide.kind == NO_LATENT:
+        lines.append(f"no latent site: maximum likelihood of {inference.parameters.size:,} parameters")
+    elif inference.guide.kind != MEAN_FIELD:
+        lines.append(f"guide: {inference.guide.kind}")
+    return lines
+
+
+def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[Inference, torch.Tensor]:
+    """The inference problem of a config, checked on the first rows, and theta [P] at its start."""
+    user_model = build.model(cfg.model) if given is None else given.model
+    present = [column.name for column in folder.index.columns if column.name != "row_id"]
+    columns = tuple(weights.shown_to_model(cfg.weight, folder.index, user_model, present))
+    factory = build.guide(cfg.guide, user_model, columns, cfg.plate)
+    if given is not None and given.guide != "mean_field":
+        factory = guide_factory(given.guide, columns, cfg.plate)
+    pairs = cfg.objective.pairs or 1
+    objective = build.objective(cfg.objective, pairs)
+    dtype = torch.get_default_dtype()
+    rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS], dtype) for n in (*columns, "row_id")}
+    count = len(rows["row_id"])
+    batch = Batch(
+        {name: rows[name] for name in columns},
+        torch.tensor(count),
+        torch.tensor(folder.num_rows / count, dtype=torch.float64),
+        rows["row_id"],
+    )
+    refuse_spared(folder.index, user_model)
+    inference, theta = materialise(
+        user_model,
+        factory,
+        batch,
+        folder.num_rows,
+        objective,
+        plate=cfg.plate,
+        global_sites=cfg.global_sites,
+        seed=cfg.seed,
+    )
+    refuse_mixed_numbers(folder.index, inference, theta, batch)
+    return inference, theta
+
+
+def _anchored(cfg: Train, inference: Inference) -> int:
+    """How many locations are anchored."""
+    if cfg.estimator == "plain":
+        return 0
+    view, each_step = inference.gaussian, int(cfg.program.get("sync_every", 1)) == 1
+    if view is None or inference.guide.noise_size[1] or not each_step:
+        raise UserError(
+            "estimator=anchor needs guide=mean_field, a model without latents or noise of its own per row, and a sum "
+            "over the ranks at every step: leave estimator=plain."
+        )
+    return view.size
