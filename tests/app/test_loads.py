@@ -40,7 +40,7 @@ def loaded(work: str) -> set[str]:
 
 @pytest.mark.parametrize("verb", MAY_LOAD)
 def test_a_verb_loads_what_it_may(verb):
-    assert loaded(f"import trainer.app.{verb}") <= MAY_LOAD[verb]
+    assert loaded(f"import trainer.verbs.{verb}") <= MAY_LOAD[verb]
 
 
 def test_every_verb_is_listed():
