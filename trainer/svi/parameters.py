@@ -46,6 +46,9 @@ class Parameters:
     ):
         self.initial, self.modules, self.constrained, self._lazy = initial, modules, constrained, lazy
         self.shapes = {name: tuple(value.shape) for name, value in initial.items()}
+        ends = itertools.accumulate(map(math.prod, self.shapes.values()), initial=0)
+        self.places = {name: slice(*span) for name, span in zip(self.shapes, itertools.pairwise(ends))}
+        """Where each parameter lies in theta."""
         names = {id(value): name for name, value in modules.named_parameters()}
         self._written = {  # of a PyroParam: a module holds it by another name
             names[id(value)]: (names[id(value)].removesuffix("_unconstrained"), constraint)
@@ -93,12 +96,6 @@ class Parameters:
     @property
     def size(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
-
-    @property
-    def places(self) -> dict[str, slice]:
-        """Where each parameter lies in theta."""
-        ends = list(itertools.accumulate(math.prod(shape) for shape in self.shapes.values()))
-        return {name: slice(*span) for name, span in zip(self.shapes, itertools.pairwise((0, *ends)))}
 
     def flatten(self, values: dict[str, Tensor]) -> Tensor:
         """theta [P] from {name: unconstrained tensor}."""

@@ -137,10 +137,11 @@ def _refuse_uneven(lanes: int, draws: int, ranks: int) -> None:
 def check_same(old: Problem, new: Problem, state: State, fresh: State) -> None:
     """Raises UserError where a checkpoint belongs to another model, guide or optimiser."""
     for what in ("sites", "shapes"):
-        differ = differing(getattr(old, what), getattr(new, what))
-        if differ or getattr(old, what) != getattr(new, what):
+        before, now = getattr(old, what), getattr(new, what)
+        if before != now:
             raise UserError(
-                f"the checkpoint belongs to another model or guide: its {what} differ in {', '.join(differ[:6])}; "
+                f"the checkpoint belongs to another model or guide: its {what} differ in "
+                f"{', '.join(differing(before, now)[:6])}; "
                 "give the same model= and guide=, or start a new run_dir."
             )
     if old.optimizer.get("_target_") != new.optimizer.get("_target_") or len(state.slots) != len(fresh.slots):
