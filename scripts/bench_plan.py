@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.data.plan import Plan
-from trainer.data.rest import Rest
+from trainer.data.remainder import Rest
 from trainer.data.shards.files import read_index
 from trainer.data.shards.index import Column, Index, Shard, write_index
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.data.packing.pack import pack
-from trainer.lit import checkpoint
-from trainer.lit.module import flat_state
-from trainer.lit.row_log import logged_rows
+from trainer.engine import checkpoint
+from trainer.engine.module import flat_state
+from trainer.engine.row_log import logged_rows
 
 ROWS, BATCH, EPOCHS = 20_000, 256, 9
 WORLDS, BATCHES = (4, 2, 1), (128, 256, 512)

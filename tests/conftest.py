@@ -12,6 +12,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest_plugins = ["run_fixtures"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,12 +19,12 @@ from scripts.benchmark.ours import Repeated
 from scripts.benchmark.worker import CONTENDERS
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
-from trainer.lit.datamodule import ChunkData, Ranks
+from trainer.engine.datamodule import ChunkData, Ranks
+from trainer.inference.estimates.full_elbo import Block
+from trainer.inference.estimates.full_gradient import Draws, Pass, full_gradient
+from trainer.inference.estimates.many_draws import terms_together
+from trainer.inference.objectives.elbo import Objective
 from trainer.models.hierarchical import VaryingSlopes
-from trainer.posterior.elbo import Block
-from trainer.posterior.gradient import Draws, Pass, full_gradient
-from trainer.posterior.together import terms_together
-from trainer.svi.objective import Objective
 
 ROOT = Path(__file__).parent.parent
 NAMES = [name for name in CONTENDERS if name not in ("fused-pair", "recipe")]  # the code of fused, and of fit

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 LEAVES = ("errors", "cache")
 FLOORS = [  # from the ground up; rooms of one floor do not import each other
     ("distributed",),
-    ("svi", "data", "models"),
+    ("inference", "data", "models"),
     ("posterior",),
-    ("lit",),
+    ("engine",),
     ("options",),
     ("runs",),
     ("sweeps",),
@@ -26,15 +26,19 @@ MAY_IMPORT = {
 MAY_IMPORT["data"] -= {"distributed"}
 ROOF = {"options", "runs", "sweeps", "training", "verbs"}
 ROOMS_OF = {
-    "pyro": {"svi", "models", "posterior", "training"},
+    "pyro": {"inference", "models", "posterior", "training"},
     "hydra": {"options", "runs", "sweeps", "cli"},
     "omegaconf": {*ROOF, "cli"},
-    "pytorch_lightning": {"lit", "runs", "sweeps", "training", "verbs"},
-    "wandb": {"lit", "runs", "verbs"},
+    "pytorch_lightning": {"engine", "runs", "sweeps", "training", "verbs"},
+    "wandb": {"engine", "runs", "verbs"},
     "optuna": {"sweeps"},
     "pyarrow": {"data"},
-    "torch": {"distributed", "svi", "models", "posterior", "lit", *ROOF},
+    "torch": {"distributed", "inference", "models", "posterior", "engine", *ROOF},
 }
+INFERENCE = (  # its own floors, from the ground up
+    *("model", "guides", "objectives", "optim", "step", "checks", "setup"),
+    *("programs", "estimates", "recipe", "isolation"),
+)
 MODULES = sorted((ROOT / "trainer").rglob("*.py"))
 
 
@@ -69,11 +73,20 @@ def test_a_module_keeps_to_its_floor(path):
 
 
 def test_the_rules_can_be_broken():
-    assert broken_rules("svi", "from trainer.data.plan import Plan")
+    assert broken_rules("inference", "from trainer.data.plan import Plan")
     assert broken_rules("data", "def f():\n    import pyro")
-    assert broken_rules("lit", "import hydra")
+    assert broken_rules("engine", "import hydra")
     assert broken_rules("runs", "from trainer.verbs import train")
-    assert not broken_rules("lit", "from trainer.svi.step import State\nimport pytorch_lightning")
+    assert not broken_rules("engine", "from trainer.inference.step import State\nimport pytorch_lightning")
+
+
+def test_inference_has_floors_of_its_own():
+    folder = ROOT / "trainer" / "inference"
+    for path in folder.rglob("*.py"):
+        own = path.relative_to(folder).with_suffix("").parts[0]
+        below = {name.split(".")[2] for name in imports(path.read_text()) if name.startswith("trainer.inference.")}
+        if own != "__init__":
+            assert not {name for name in below if INFERENCE.index(name) > INFERENCE.index(own)}, path
 
 
 def test_verbs_do_not_import_each_other():

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.errors import counted, shortened
-from trainer.training.finish import shown_error
+from trainer.training.final_evaluation import shown_error
 
 
 @pytest.mark.parametrize(

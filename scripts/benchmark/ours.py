@@ -17,15 +17,15 @@ from trainer import fit
 from trainer.data.plan import Plan, default_lanes
 from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import Column
-from trainer.lit.datamodule import ChunkData, Ranks
-from trainer.svi.guides import MeanField
-from trainer.svi.materialise import materialise
-from trainer.svi.objective import Objective
-from trainer.svi.optim import Adam
-from trainer.svi.plates import Batch
-from trainer.svi.programs import Chunk, Eager, Program
-from trainer.svi.schedules import Constant
-from trainer.svi.step import Inference, State, Update
+from trainer.engine.datamodule import ChunkData, Ranks
+from trainer.inference.guides.mean_field import MeanField
+from trainer.inference.model.plates import Batch
+from trainer.inference.objectives.elbo import Objective
+from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.schedules import Constant
+from trainer.inference.programs.program import Chunk, Eager, Program
+from trainer.inference.setup import materialise
+from trainer.inference.step import Inference, State, Update
 
 _FOREVER = 10**9
 _EAGER_SLOTS = 16  # nothing is gained by more
@@ -144,7 +144,7 @@ def program(fused: bool, inference: Inference, update: Update, seed: int) -> Pro
     """The reference program, or the compiled one."""
     if not fused:
         return Eager(inference, update, seed, [0])
-    from trainer.svi.fused import Fused
+    from trainer.inference.programs.fused import Fused
 
     return Fused(inference, update, seed, [0])
 

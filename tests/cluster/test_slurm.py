@@ -8,7 +8,7 @@ import pytest
 import torch
 from slurm_tools import ROOT, Cluster, until
 
-from trainer.lit import checkpoint
+from trainer.engine import checkpoint
 
 TRAIN = ("--nodes=2", "--ntasks-per-node=2", str(ROOT / "slurm" / "train.sbatch"), "model=logistic", "data.path=shards",
          "batch_size=512", "max_steps=300", "checkpoint.every_n_steps=50", "program=eager", "slots=10",

@@ -13,9 +13,9 @@ from scipy import stats
 
 from trainer.data import plan as planning
 from trainer.data.plan import Pieces, Plan, _permutation, default_lanes
-from trainer.data.rest import Part, Rest
+from trainer.data.remainder import Part, Rest
+from trainer.engine.datamodule import Ranks
 from trainer.errors import UserError
-from trainer.lit.datamodule import Ranks
 
 many = settings(max_examples=500, deadline=None, derandomize=True, database=None)
 Row = tuple[int, int]  # block, row in it

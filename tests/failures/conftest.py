@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "app"))  # app_models, app_tools
 sys.path.insert(0, str(Path(__file__).parent))  # failure_tools
 
 from trainer.data.packing.pack import pack

@@ -108,7 +108,9 @@ def start(
 
 def fork_server() -> Any:
     """The context of processes that are forked from one in which all is imported."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent / "app"), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE), str(HERE.parent / "tools"), os.environ.get("PYTHONPATH", "")]
+    )
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command sets it, before torch is imported
     _context.set_forkserver_preload(["preloaded"])
     return _context
@@ -161,7 +163,7 @@ def enter_network(name: str) -> None:
 
 def inject(fault: Fault) -> None:
     """Has ``fault`` happen in this process."""
-    from trainer.lit.module import VariationalModule
+    from trainer.engine.module import VariationalModule
     from trainer.posterior.full_data import FullData
 
     calls = 0

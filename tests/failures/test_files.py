@@ -14,11 +14,11 @@ import torch
 from app_tools import final_state
 from failure_tools import Fault, fork_server, start
 
+from trainer.engine import checkpoint
+from trainer.engine.metrics import MetricsFile
+from trainer.engine.module import flat_state
 from trainer.errors import UserError
-from trainer.lit import checkpoint
-from trainer.lit.metrics import MetricsFile
-from trainer.lit.module import flat_state
-from trainer.svi.step import State
+from trainer.inference.step import State
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 SAVED = ("checkpoint.py", "store.py")  # the files whose lines write a checkpoint

@@ -9,7 +9,7 @@ import torch
 from app_tools import final_state
 from failure_tools import Fault, start
 
-from trainer.lit.module import flat_state
+from trainer.engine.module import flat_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 CUT = "sh ip link set host down"

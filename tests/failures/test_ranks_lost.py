@@ -5,8 +5,8 @@ import torch
 from app_tools import final_state
 from failure_tools import Fault, Run, start
 
-from trainer.lit import checkpoint
-from trainer.lit.module import flat_state
+from trainer.engine import checkpoint
+from trainer.engine.module import flat_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 GONE = "it was killed (out of memory?) or stopped, or its machine or the network failed; continue with ckpt_path=last."

@@ -12,8 +12,8 @@ import torch
 from app_tools import _environment, final_state
 from failure_tools import ARGUMENTS, Fault, free_port, start
 
-from trainer.lit import checkpoint
-from trainer.lit.module import flat_state
+from trainer.engine import checkpoint
+from trainer.engine.module import flat_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 AUTO = ("recipe=auto", "dtype=float64", "checkpoint.every_n_steps=null", "max_steps=200", "slots=50")

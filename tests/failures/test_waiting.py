@@ -14,9 +14,9 @@ from app_tools import _environment
 from failure_tools import _LIMIT, ARGUMENTS, Fault, free_port, start
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
+from trainer.engine.signals import StopOnSignal
+from trainer.engine.strategy import _Launcher
 from trainer.errors import Stopped
-from trainer.lit.signals import StopOnSignal
-from trainer.lit.strategy import _Launcher
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 _AT_ONCE = 5.0

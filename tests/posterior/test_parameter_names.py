@@ -10,8 +10,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from torch.distributions import constraints
 
+from trainer.inference.setup import guide_factory, mean_field
 from trainer.posterior.draws import parameters_of
-from trainer.svi.materialise import guide_factory, mean_field
 
 COLUMNS = {
     "x": torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(0)),

@@ -11,14 +11,14 @@ from pyro.infer.autoguide import AutoHierarchicalNormalMessenger, AutoNormalMess
 
 from trainer.data.shards.index import Column, Index
 from trainer.errors import UserError
+from trainer.inference.guides.mean_field import MeanField
+from trainer.inference.model.plates import Batch
+from trainer.inference.objectives.elbo import Objective
+from trainer.inference.setup import guide_factory, materialise
 from trainer.posterior import predictive
 from trainer.posterior.draws import counted_draws
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.predictive import levels_of
-from trainer.svi.guides import MeanField
-from trainer.svi.materialise import guide_factory, materialise
-from trainer.svi.objective import Objective
-from trainer.svi.plates import Batch
 
 F64 = torch.float64
 N = 12

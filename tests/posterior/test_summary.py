@@ -14,9 +14,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from scipy import integrate, stats
 from torch.distributions import constraints, transforms
 
+from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.posterior import summary as summary_module
 from trainer.posterior.summary import _moments, summarise, write_summary
-from trainer.svi.pyro_guides import PyroGuide
 
 X = {"x": torch.linspace(-1, 1, 6, dtype=F64), "y": torch.linspace(0, 2, 6, dtype=F64)}
 LEVELS = (0.05, 0.5, 0.95)

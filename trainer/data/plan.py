@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from trainer.data.rest import Part, Rest, dealt, left_of
+from trainer.data.remainder import Part, Rest, dealt, left_of
 from trainer.errors import UserError
 
 _BLOCKS, _RUNS, _SHARDS = 0, 1, 2  # the streams of the generator

@@ -18,11 +18,8 @@ from trainer.errors import UserError, first_line, meant
 
 LIST = (
     "trainer.models",
-    *(
-        f"trainer.svi.{name}"
-        for name in ("auto", "fused", "guides", "local_steps", "objective", "optim", "programs", "schedules")
-    ),
-    "trainer.posterior.convergence",
+    *(f"trainer.inference.{name}" for name in ("guides", "objectives", "optim", "recipe.convergence")),
+    *(f"trainer.inference.programs.{name}" for name in ("auto", "fused", "local_steps", "program")),
     "pyro.distributions",
     "pyro.infer.autoguide",
     "pyro.nn",

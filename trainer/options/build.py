@@ -10,15 +10,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.errors import UserError, first_line, meant
+from trainer.inference.guides.mean_field import MeanField
+from trainer.inference.guides.pyro_guides import is_autoguide
+from trainer.inference.objectives.elbo import Objective
+from trainer.inference.optim.optimizers import Optimizer
+from trainer.inference.optim.schedules import Schedule
+from trainer.inference.programs.program import ProgramFactory
+from trainer.inference.recipe.convergence import Rule
+from trainer.inference.setup import GuideFactory, guide_factory, mean_field
 from trainer.options.allowed import imported
-from trainer.posterior.convergence import Rule
-from trainer.svi.guides import MeanField
-from trainer.svi.materialise import GuideFactory, guide_factory, mean_field
-from trainer.svi.objective import Objective
-from trainer.svi.optim import Optimizer
-from trainer.svi.programs import ProgramFactory
-from trainer.svi.pyro_guides import is_autoguide
-from trainer.svi.schedules import Schedule
 
 
 def make(node: DictConfig, *, partial: bool = False) -> Any:

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainer.errors import UserError
-from trainer.posterior.together import Normals, Together, normals_of
-from trainer.svi.guides import Draw, Noise
-from trainer.svi.latents import Site, is_latent, log_prob
-from trainer.svi.noise import mixed_seed
-from trainer.svi.noise_mode import seed_generators
-from trainer.svi.plates import Batch, PlatedModel, inside
-from trainer.svi.step import Inference, in_dtype
+from trainer.inference.estimates.many_draws import Normals, Together, normals_of
+from trainer.inference.guides.mean_field import Draw, Noise
+from trainer.inference.model.latents import Site, is_latent, log_prob
+from trainer.inference.model.noise import mixed_seed
+from trainer.inference.model.noise_mode import seed_generators
+from trainer.inference.model.plates import Batch, PlatedModel, inside
+from trainer.inference.step import Inference, in_dtype
 
 _FEWEST = 64  # draws, for fewer of which a trace of the model would not pay
 

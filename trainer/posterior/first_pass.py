@@ -7,11 +7,11 @@ import torch
 
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
-from trainer.posterior.elbo import Block
-from trainer.svi.observed import RowCheck
-from trainer.svi.plates import Batch
-from trainer.svi.programs import Chunk
-from trainer.svi.rows import Column, Varying, cat
+from trainer.inference.checks.observed import RowCheck
+from trainer.inference.estimates.full_elbo import Block
+from trainer.inference.model.plates import Batch
+from trainer.inference.model.ragged import Column, Varying, cat
+from trainer.inference.programs.program import Chunk
 
 
 class FirstPass:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from trainer.data.shards.index import Index
 from trainer.errors import UserError, first_line
-from trainer.svi.plates import Batch
+from trainer.inference.model.plates import Batch
 
 
 @contextmanager

@@ -13,16 +13,24 @@ from trainer.data.shards.index import ROW_ID
 from trainer.data.shards.read_thread import ReadThread
 from trainer.distributed.comm import Comm
 from trainer.errors import UserError
-from trainer.posterior.elbo import Block, Reduce
+from trainer.inference.estimates.full_elbo import Block, Reduce
+from trainer.inference.estimates.full_gradient import (
+    FEW,
+    Draws,
+    Pass,
+    full_gradient,
+    full_hessian,
+    full_loss,
+    full_product,
+)
+from trainer.inference.estimates.many_draws import Together, terms_together
+from trainer.inference.model.noise import mixed_seed
+from trainer.inference.model.ragged import cat
+from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.recipe.optimum import problem_of
+from trainer.inference.step import Inference
 from trainer.posterior.first_pass import FirstPass
-from trainer.posterior.gradient import FEW, Draws, Pass, full_gradient, full_hessian, full_loss, full_product
-from trainer.posterior.optimum import problem_of
 from trainer.posterior.tensors import to_tensor
-from trainer.posterior.together import Together, terms_together
-from trainer.svi.noise import mixed_seed
-from trainer.svi.rows import cat
-from trainer.svi.step import Inference
-from trainer.svi.variance import Whitening
 
 _TOGETHER = 65_536  # rows that are evaluated at once, where blocks are smaller
 Groups = Sequence[Sequence[int]]

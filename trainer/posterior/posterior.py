@@ -23,20 +23,20 @@ from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError, first_line
+from trainer.inference.checks.observed import column_of
+from trainer.inference.guides.mean_field import MEAN_FIELD
+from trainer.inference.isolation import each_in_own_state, own_state
+from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.model.ragged import of_plain, plain
+from trainer.inference.objectives.elbo import Objective
+from trainer.inference.setup import GuideFactory, guide_factory, materialise
+from trainer.inference.step import Inference
 from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
 from trainer.posterior.predictive import Prediction, joined, levels_of, predicted, rows_together
 from trainer.posterior.summary import SiteSummary, summarise
 from trainer.posterior.table import closing_table
 from trainer.posterior.tensors import to_tensor
-from trainer.svi.guides import MEAN_FIELD
-from trainer.svi.materialise import GuideFactory, guide_factory, materialise
-from trainer.svi.objective import Objective
-from trainer.svi.observed import column_of
-from trainer.svi.plates import Batch, arguments
-from trainer.svi.process import each_in_own_state, own_state
-from trainer.svi.rows import of_plain, plain
-from trainer.svi.step import Inference
 
 FORMAT = 1
 _ROWS = 2048  # predicted at a time

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.distributions import Categorical, Multinomial, OneHotCategorical
 
 from trainer.errors import UserError, first_line
+from trainer.inference.checks.observed import with_lookups_checked
+from trainer.inference.model.latents import Site
+from trainer.inference.model.plates import Batch
+from trainer.inference.model.supports import innermost
+from trainer.inference.step import Inference
 from trainer.posterior.draws import observations
-from trainer.svi.latents import Site
-from trainer.svi.observed import with_lookups_checked
-from trainer.svi.plates import Batch
-from trainer.svi.step import Inference
-from trainer.svi.supports import innermost
 
 MOST_NUMBERS = 2**24
 """Rows times what is held of each: draws times numbers, and classes. Fixed, so that a sample does not depend on memory:

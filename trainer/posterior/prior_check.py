@@ -4,10 +4,10 @@ import pyro
 import torch
 from pyro import poutine
 
-from trainer.svi.guides import Noise, normal_prior
-from trainer.svi.latents import is_latent
-from trainer.svi.plates import Batch
-from trainer.svi.step import Inference
+from trainer.inference.guides.mean_field import Noise, normal_prior
+from trainer.inference.model.latents import is_latent
+from trainer.inference.model.plates import Batch
+from trainer.inference.step import Inference
 
 _FAR = 5.0  # prior sds
 

@@ -22,11 +22,11 @@ from torch.distributions import biject_to, transforms
 from torch.special import ndtri
 
 from trainer.data.store import atomic_write
+from trainer.inference.model.latents import LatentSite, Site
+from trainer.inference.model.noise import element_noise, mixed_seed
+from trainer.inference.model.plates import Batch
+from trainer.inference.step import Inference
 from trainer.posterior.draws import draw, latent_draws, latents_of
-from trainer.svi.latents import LatentSite, Site
-from trainer.svi.noise import element_noise, mixed_seed
-from trainer.svi.plates import Batch
-from trainer.svi.step import Inference
 
 _QUANTILES = (0.05, 0.5, 0.95)
 _NODES = torch.linspace(-9, 9, 181, dtype=torch.float64, device="cpu")  # whatever the default is at import

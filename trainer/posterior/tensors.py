@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trainer.data.fields import CsrRows, RaggedRows, Rows
-from trainer.svi.rows import Csr, Ragged, each_tensor
+from trainer.inference.model.ragged import Csr, Ragged, each_tensor
 
 
 def shared(rows: Rows) -> Any:

@@ -15,8 +15,8 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, WandbLogger
 from trainer.data.address import is_address
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.store import atomic_write
-from trainer.lit import checkpoint
-from trainer.lit.metrics import MetricsFile
+from trainer.engine import checkpoint
+from trainer.engine.metrics import MetricsFile
 from trainer.runs.secrets import redacted
 
 ANSWER = ("summary.csv", "metrics.json", "posterior.pt")

@@ -9,13 +9,13 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback
 
 from trainer.data.shards.folder import ShardFolder
+from trainer.engine.module import VariationalModule
+from trainer.engine.train_state import TrainState
 from trainer.errors import UserError
-from trainer.lit.module import VariationalModule
-from trainer.lit.train_state import TrainState
+from trainer.inference.estimates.full_elbo import rough_elbo_per_row
 from trainer.options import build
 from trainer.options.allowed import refuse_others
 from trainer.options.verbs import Trial
-from trainer.posterior.elbo import rough_elbo_per_row
 from trainer.posterior.full_data import FullData
 from trainer.sweeps.study import open_storage
 

@@ -13,27 +13,27 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from trainer.data.plan import Plan
+from trainer.engine.checkpoint import Checkpoints
+from trainer.engine.datamodule import ChunkData
+from trainer.engine.metrics import MetricsFile
+from trainer.engine.module import VariationalModule
+from trainer.engine.progress import ProgressBar
+from trainer.engine.row_log import RowLog
+from trainer.engine.strategy import RankStrategy, SlurmStep
+from trainer.engine.train_state import TrainState
 from trainer.errors import UserError
-from trainer.lit.checkpoint import Checkpoints
-from trainer.lit.datamodule import ChunkData
-from trainer.lit.metrics import MetricsFile
-from trainer.lit.module import VariationalModule
-from trainer.lit.progress import ProgressBar
-from trainer.lit.row_log import RowLog
-from trainer.lit.strategy import RankStrategy, SlurmStep
-from trainer.lit.train_state import TrainState
+from trainer.inference.programs.program import Program
+from trainer.inference.recipe.convergence import segment_ends
+from trainer.inference.recipe.laplace import latents_alone
+from trainer.inference.recipe.optimum import can_be_settled
+from trainer.inference.step import Update
 from trainer.options import build
 from trainer.options.records import plain
 from trainer.options.verbs import Train
-from trainer.posterior.convergence import segment_ends
 from trainer.posterior.full_data import FullData, FullLoss
-from trainer.posterior.optimum import can_be_settled
 from trainer.runs.loggers import make_loggers
 from trainer.runs.tracking import Tracked
-from trainer.svi.programs import Program
-from trainer.svi.start import latents_alone
-from trainer.svi.step import Update
-from trainer.training.finish import Finish, is_finished
+from trainer.training.final_evaluation import Finish, is_finished
 from trainer.training.launch import memory_share
 from trainer.training.prepare import Context, Prepared
 from trainer.training.ranks import World

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.data.plan import Plan
+from trainer.inference.step import Update
 from trainer.options import build
 from trainer.options.verbs import Train
-from trainer.svi.step import Update
 
 _ROUND_STEPS = 150  # of the shortest round
 

@@ -9,10 +9,10 @@ import torch
 
 from trainer.data.shards.index import Index
 from trainer.errors import UserError
-from trainer.svi.plates import Batch, arguments
-from trainer.svi.pyro_guides import is_autoguide
-from trainer.svi.step import Inference
-from trainer.svi.uses import calculates_with
+from trainer.inference.checks.uses import calculates_with
+from trainer.inference.guides.pyro_guides import is_autoguide
+from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.step import Inference
 
 _MOST_WHOLE = 2**24  # float32 holds all integers up to it
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.errors import UserError
+from trainer.inference.step import in_dtype
 from trainer.options import build
 from trainer.options.allowed import refuse_others
 from trainer.posterior.posterior import Posterior
-from trainer.svi.step import in_dtype
 from trainer.training.precision import TYPES
 
 POSTERIOR = "posterior.pt"
@@ -28,6 +28,8 @@ def posterior_of(folder: Path, allow: Sequence[str] = ()) -> Posterior:
         raise UserError(f"{folder} has no answer yet: finish it with svi train run_dir={folder} ckpt_path=last.")
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
+    if cfg.guide.get("_target_") == "trainer.svi.guides.MeanField":  # as of 0.1
+        cfg.guide._target_ = "trainer.inference.guides.mean_field.MeanField"
     refuse_others(OmegaConf.create({name: cfg[name] for name in ("model", "guide")}), allow, folder)
     with in_dtype(TYPES[cfg.dtype]):  # a class makes its modules in the run's type
         model = build.model(cfg.model)

@@ -9,11 +9,11 @@ from trainer.data.fields import concatenate
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import ROW_ID
 from trainer.errors import UserError
+from trainer.inference.checks.observed import RowCheck, with_parameters
+from trainer.inference.model.plates import WEIGHT, Batch
+from trainer.inference.step import Inference, StepBatch
 from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
-from trainer.svi.observed import RowCheck, with_parameters
-from trainer.svi.plates import WEIGHT, Batch
-from trainer.svi.step import Inference, StepBatch
 
 MOST = 65_536
 

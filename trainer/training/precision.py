@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError, first_line
-from trainer.svi.step import Inference
+from trainer.inference.step import Inference
 from trainer.training.first_rows import MOST
 
 Name = Literal["float32", "float64"]

@@ -12,20 +12,20 @@ from rich.console import Console
 
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
+from trainer.engine.signals import StopOnSignal
+from trainer.engine.train_state import Problem, TrainState
 from trainer.errors import UserError, counted
-from trainer.lit.signals import StopOnSignal
-from trainer.lit.train_state import Problem, TrainState
+from trainer.inference.guides.mean_field import MEAN_FIELD
+from trainer.inference.guides.pyro_guides import NO_LATENT
+from trainer.inference.model.plates import Batch
+from trainer.inference.recipe.laplace import laplace_start
+from trainer.inference.setup import guide_factory, materialise
+from trainer.inference.step import Inference, State, StepBatch, Update
 from trainer.options import build
 from trainer.options.records import plain
 from trainer.options.verbs import Train
 from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
-from trainer.svi.guides import MEAN_FIELD
-from trainer.svi.materialise import guide_factory, materialise
-from trainer.svi.plates import Batch
-from trainer.svi.pyro_guides import NO_LATENT
-from trainer.svi.start import laplace_start
-from trainer.svi.step import Inference, State, StepBatch, Update
 from trainer.training import resume, weights
 from trainer.training.budget import optimizer_of, update_of
 from trainer.training.columns import precision_lines, refuse_mixed_numbers, refuse_spared

@@ -9,8 +9,8 @@ from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import INDEX_NAME, Index, write_index
 from trainer.data.shards.verify import LEFT_OUT, bad_blocks, intact
 from trainer.errors import UserError, counted
+from trainer.training.progress_bar import Watch
 from trainer.training.ranks import World, of_all
-from trainer.training.watch import Watch
 
 _NAMED = 5
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from trainer.distributed.comm import ALONE, Comm, Group
 from trainer.distributed.waiting import interruptible
 from trainer.errors import UserError, counted
-from trainer.svi.process import is_fork
+from trainer.inference.isolation import is_fork
 from trainer.training.launch import in_slurm_step, slurm_tasks, usable_cores
 
 Answer = TypeVar("Answer")
@@ -96,7 +96,7 @@ def _set_meeting(world: World) -> None:
     """Where the ranks meet: as the environment says, else as Slurm's variables do."""
     env = os.environ
     if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        from trainer.lit.strategy import SlurmStep  # Lightning, which svi doctor does without
+        from trainer.engine.strategy import SlurmStep  # Lightning, which svi doctor does without
 
         slurm = SlurmStep(world.size)
         env["MASTER_ADDR"], env["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)

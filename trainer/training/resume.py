@@ -12,11 +12,11 @@ from trainer.data.address import is_address
 from trainer.data.plan import default_lanes
 from trainer.data.shards.files import AHEAD
 from trainer.data.shards.folder import ShardFolder
+from trainer.engine import checkpoint
+from trainer.engine.train_state import PlanChoice, Problem, TrainState, differing
 from trainer.errors import UserError, counted
-from trainer.lit import checkpoint
-from trainer.lit.train_state import PlanChoice, Problem, TrainState, differing
+from trainer.inference.step import State
 from trainer.options.verbs import Train
-from trainer.svi.step import State
 from trainer.training.budget import Begun
 from trainer.training.ranks import World, of_all
 
@@ -144,10 +144,10 @@ def check_same(old: Problem, new: Problem, state: State, fresh: State) -> None:
                 f"{', '.join(differing(before, now)[:6])}; "
                 "give the same model= and guide=, or start a new run_dir."
             )
-    if old.optimizer.get("_target_") != new.optimizer.get("_target_") or len(state.slots) != len(fresh.slots):
+    before, now = (str(each.optimizer.get("_target_")).rpartition(".")[2] for each in (old, new))
+    if before != now or len(state.slots) != len(fresh.slots):
         raise UserError(
-            f"the checkpoint was trained with {old.optimizer.get('_target_')}: give the same optimizer=, "
-            "or start a new run_dir."
+            f"the checkpoint was trained with {before}, not {now}: give the same optimizer=, or start a new run_dir."
         )
     if state.theta.dtype != fresh.theta.dtype:
         raise UserError(

@@ -9,7 +9,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trainer.data.store import atomic_write
-from trainer.lit.module import VariationalModule
+from trainer.engine.module import VariationalModule
+from trainer.inference.model.plates import WEIGHT
 from trainer.options.allowed import refuse_others
 from trainer.options.entrance import resolved
 from trainer.options.records import plain
@@ -17,10 +18,9 @@ from trainer.options.verbs import Train
 from trainer.runs import secrets
 from trainer.runs.folder import save_words
 from trainer.runs.lock import locked
-from trainer.svi.plates import WEIGHT
 from trainer.training.assemble import trained
 from trainer.training.data import cache_of, held_out_split, places, training_split
-from trainer.training.finish import Finish
+from trainer.training.final_evaluation import Finish
 from trainer.training.prepare import Context, Given, Splits, prepare
 from trainer.training.quarantine import without_damage
 from trainer.training.tables import shards_of

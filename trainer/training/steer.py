@@ -11,18 +11,18 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from trainer.lit.module import VariationalModule
-from trainer.lit.train_state import TrainState
-from trainer.posterior.convergence import Rule, newton_step, step_to_go
+from trainer.engine.module import VariationalModule
+from trainer.engine.train_state import TrainState
+from trainer.inference.estimates.full_gradient import MANY, Draws
+from trainer.inference.guides.gaussian import GaussianView
+from trainer.inference.model.plates import Batch
+from trainer.inference.optim.variance_reduction import Anchor, Whitening
+from trainer.inference.recipe.convergence import Rule, newton_step, step_to_go
+from trainer.inference.recipe.laplace import whitening_at
+from trainer.inference.recipe.newton import NEAR, polished, step_by_products
+from trainer.inference.recipe.optimum import settled
+from trainer.inference.step import StepBatch
 from trainer.posterior.full_data import FullLoss
-from trainer.posterior.gradient import MANY, Draws
-from trainer.posterior.newton import NEAR, polished, step_by_products
-from trainer.posterior.optimum import settled
-from trainer.svi.gaussian import GaussianView
-from trainer.svi.plates import Batch
-from trainer.svi.start import whitening_at
-from trainer.svi.step import StepBatch
-from trainer.svi.variance import Anchor, Whitening
 
 _FEW_ROWS = 64  # of the sample, for guides that look at columns
 _AGAIN = 4  # times as many steps, before what failed is tried again

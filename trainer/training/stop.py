@@ -10,11 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
+from trainer.engine.module import VariationalModule
+from trainer.engine.train_state import TrainState
 from trainer.errors import counted
-from trainer.lit.module import VariationalModule
-from trainer.lit.train_state import TrainState
-from trainer.posterior.arrow import knows_small_sites
-from trainer.posterior.convergence import (
+from trainer.inference.recipe.arrowhead import knows_small_sites
+from trainer.inference.recipe.convergence import (
     Evidence,
     Rule,
     axis_step,
@@ -24,7 +24,7 @@ from trainer.posterior.convergence import (
     segment_means,
     step_to_go,
 )
-from trainer.svi.exact_fit import met_exactly
+from trainer.inference.recipe.exact_fit import met_exactly
 from trainer.training.steer import EndRound
 
 EXACT = "no_maximum"

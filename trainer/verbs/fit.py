@@ -14,15 +14,15 @@ from trainer.data.packing.pack import pack
 from trainer.data.shards.folder import ShardFolder, is_packed
 from trainer.data.sources.memory import MemorySource, MemoryTable
 from trainer.data.sources.source import open_source
+from trainer.engine.signals import StopOnSignal
 from trainer.errors import Stopped, UserError
-from trainer.lit.signals import StopOnSignal
+from trainer.inference.isolation import own_state
+from trainer.inference.model.plates import WEIGHT, arguments
 from trainer.options.allowed import typed
 from trainer.options.entrance import of_call, option
 from trainer.options.kinds import Count, Names, Seed, Share
 from trainer.options.verbs import Missing, Precision, Train
 from trainer.posterior.posterior import Posterior, between_seeds
-from trainer.svi.plates import WEIGHT, arguments
-from trainer.svi.process import own_state
 from trainer.training.columns import columns_taken
 from trainer.training.columns_line import columns_line
 from trainer.training.prepare import Context, Given

@@ -13,7 +13,7 @@ from trainer.options.verbs import Predict
 from trainer.posterior.predictive import Prediction
 from trainer.training.data import cache_of, places, training_split
 from trainer.training.finished import posterior_of
-from trainer.training.watch import Watch
+from trainer.training.progress_bar import Watch
 
 _MOST_CLASSES = 1000  # of which each has a column
 

@@ -25,7 +25,7 @@ from trainer.options.allowed import refuse_others
 from trainer.options.verbs import Shard
 from trainer.training.columns_line import columns_line
 from trainer.training.data import places
-from trainer.training.watch import Watch
+from trainer.training.progress_bar import Watch
 
 
 def run(cfg: Shard, run_dir: Path) -> float:

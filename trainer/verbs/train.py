@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from trainer.distributed.failure import explained, leave_group
+from trainer.engine import checkpoint
+from trainer.engine.signals import StopOnSignal
 from trainer.errors import RankLost, Stopped
-from trainer.lit import checkpoint
-from trainer.lit.signals import StopOnSignal
 from trainer.options.verbs import Train
 from trainer.training.launch import is_restarted
 from trainer.training.prepare import Context

@@ -10,7 +10,7 @@ from trainer.data.shards.verify import verify
 from trainer.errors import counted
 from trainer.options.verbs import Verify
 from trainer.training.data import cache_of, places
-from trainer.training.watch import Watch
+from trainer.training.progress_bar import Watch
 
 
 def run(cfg: Verify, run_dir: Path) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 from trainer.data.fields import Rows, concatenate
 from trainer.data.packing.columns import Recipe
 from trainer.data.packing.ingest import Table, Tally
-from trainer.data.packing.moments import Moments
+from trainer.data.packing.running_moments import Moments
 from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import CELLS, PLACE, in_order
 from trainer.data.shards.index import ROW_ID, Column, Shard

@@ -16,7 +16,7 @@ import xxhash
 from trainer.data.fields import VARYING, Rows, VaryingRows, choose, concatenate
 from trainer.data.packing.apply import recipes_like, words_like
 from trainer.data.packing.columns import ColumnMap, Recipe, check_categories, recipes, source_columns
-from trainer.data.packing.moments import Moments
+from trainer.data.packing.running_moments import Moments
 from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import PLACE, scramble
 from trainer.data.packing.split import Split

@@ -18,8 +18,8 @@ from trainer.data.packing.apply import options_like
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.emit import SIDES, Cut, first_of_groups
 from trainer.data.packing.ingest import WEIGHT, Scatter, Table, Tally, check_rounding, check_rows, describe, total
-from trainer.data.packing.moments import Moments
 from trainer.data.packing.partial import partial_folder
+from trainer.data.packing.running_moments import Moments
 from trainer.data.packing.runs import Runs, RunsFile
 from trainer.data.packing.shuffle import CELLS, PLACE
 from trainer.data.packing.workers import Progress, default_workers

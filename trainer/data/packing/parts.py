@@ -19,7 +19,6 @@ from typing import Any
 
 from trainer.data.packing.emit import SIDES, Cut
 from trainer.data.packing.ingest import Table, Tally, check_rounding, check_rows, total
-from trainer.data.packing.moments import Moments
 from trainer.data.packing.pack import (
     Made,
     Report,
@@ -31,6 +30,7 @@ from trainer.data.packing.pack import (
     write_indexes,
 )
 from trainer.data.packing.partial import check_out, disk_of, is_whole
+from trainer.data.packing.running_moments import Moments
 from trainer.data.packing.runs import ReadRuns, RunsFile, RunsTail, read_tail
 from trainer.data.packing.workers import Progress, default_workers
 from trainer.data.shards.files import read_index

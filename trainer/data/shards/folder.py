@@ -21,13 +21,13 @@ import xxhash
 from trainer.data.address import Place, is_address
 from trainer.data.plan import Plan
 from trainer.data.shards.cache import RemoteFiles, ShardCache
+from trainer.data.shards.concatenated import JoinedFiles, first_ids_of
 from trainer.data.shards.files import AHEAD, Files, LocalFiles, OpenFile, files_of, read_index, reading
 from trainer.data.shards.index import INDEX_NAME, ROW_ID, Column, Index, Shard
-from trainer.data.shards.joined import JoinedFiles, first_ids_of
+from trainer.data.shards.ragged import most_entries, rows_of
 from trainer.data.shards.read_thread import Reading
 from trainer.data.shards.remote import Store
 from trainer.data.shards.tar import RECORD, member_name, npy_header, padding, payload_bytes, tar_header
-from trainer.data.shards.varying import most_entries, rows_of
 from trainer.errors import Damaged, UserError
 
 TIMEOUT = 300.0

@@ -19,9 +19,9 @@ from trainer.data.plan import Pieces, Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.gather import gather
 from trainer.data.shards.index import ROW_ID, Column
+from trainer.data.shards.ragged import Slots, entries_of, rows_of
 from trainer.data.shards.read_thread import ReadThread
 from trainer.data.shards.tar import payload_bytes
-from trainer.data.shards.varying import Slots, entries_of, rows_of
 from trainer.errors import UserError, counted
 
 _RING = 3  # one in use, one that Lightning's loop holds ahead of it, one that is read

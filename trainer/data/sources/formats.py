@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from trainer.data.address import Place, filesystem, is_address
 from trainer.data.fields import Field, Piece, Raw, choose, numpy_field, pieces_of, schema_fields
+from trainer.data.sources.bag_of_words import inspect_docword, inspect_ldac, read_docword, read_ldac
 from trainer.data.sources.h5ad import inspect_h5ad, read_h5ad
 from trainer.data.sources.place import opened
 from trainer.data.sources.text import inspect_csv, inspect_json, inspect_svmlight, read_csv, read_json, read_svmlight
-from trainer.data.sources.words import inspect_docword, inspect_ldac, read_docword, read_ldac
 from trainer.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,0 +1,178 @@
+"""The gradient of the loss over all rows, and the Hessian times a vector, from one streamed pass: what an anchor needs,
+and what says how far it is to the optimum.
+
+Where a block has several draws they are points of a scrambled Sobol sequence, which fill each axis evenly (Buchholz,
+Wenzel and Mandt, "Quasi-Monte Carlo variational inference", ICML 2018): for the errors of 64 of them it took 700 that
+were independent. Noise is a function of the block, so the figure does not depend on the number of ranks, but for
+rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from trainer.inference.estimates.derivatives import second_derivative
+from trainer.inference.estimates.full_elbo import Block
+from trainer.inference.estimates.many_draws import Normals, Together, normals_of
+from trainer.inference.model.noise import mixed_seed
+from trainer.inference.model.plates import Batch
+from trainer.inference.optim.variance_reduction import Whitening
+
+
+class Draws(NamedTuple):
+    """How many antithetic pairs there are at least, over all rows, and on how many rows each, as far as there are."""
+
+    pairs: int
+    part_rows: int
+
+
+ONE = Draws(1, 1)
+FEW = Draws(16, 1)
+MANY = Draws(64, 16_384)  # in smaller parts rows are not alike, as a control variate takes them to be
+
+
+class Pass(NamedTuple):
+    """Once over all rows."""
+
+    blocks: Iterable[Block]
+    """This rank's."""
+    num_blocks: int
+    """Of all ranks."""
+    seed: int
+    """Names the draws."""
+    reduce: Callable[[Tensor], Tensor]
+    """The sum over the ranks."""
+
+
+Derivative = Callable[[Tensor, Tensor], Tensor]
+"""Of a loss [] (nats) by theta [P], which it was made from; linear in the loss."""
+
+
+def full_gradient(
+    together: Together,
+    theta: Tensor,
+    rows: Pass,
+    whitening: Whitening | None = None,
+    draws: Draws = FEW,
+) -> Tensor:
+    """The gradient [P] of minus the ELBO in nats at ``theta`` over all rows.
+
+    Each part of a block has its own antithetic pairs: S draws, each on 1/S of the rows, say as much as S draws on all
+    of them; where there are fewer rows than ``draws`` asks for, they are gone through once for each draw.
+    ``whitening`` gives a control variate, without which the log scales' part is too noisy to judge them by.
+    """
+
+    def by_chance(elements: Tensor, count: int) -> Tensor:
+        view, share = together.inference.gaussian, count / together.inference.num_obs
+        assert whitening is not None
+        assert view is not None
+        return view.by_log_sd(whitening.control_variate(view.sd(theta), elements[None], share), theta).double()
+
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, at)[0].double()
+
+    return _over_parts(together, theta, rows, draws, derivative, len(theta), whitening and by_chance)
+
+
+def full_product(together: Together, theta: Tensor, along: Tensor, rows: Pass) -> Tensor:
+    """H v [D]: the Hessian of minus the ELBO (nats) by the locations, from few draws, times v = ``along`` [D]."""
+
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(loss, at, create_graph=True)
+        slope = grad[: len(along)] @ along.to(grad.dtype)
+        return torch.autograd.grad(slope, at)[0][: len(along)].double()
+
+    return _over_parts(together, theta, rows, FEW, derivative, len(along))
+
+
+def full_loss(together: Together, theta: Tensor, rows: Pass, draws: Draws) -> tuple[float, Tensor]:
+    """Minus the ELBO (nats) and its gradient [P], float64, at ``theta`` over all rows."""
+
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
+        return torch.cat([loss.detach()[None], torch.autograd.grad(loss, at)[0].double()])
+
+    found = _over_parts(together, theta, rows, draws, derivative, 1 + len(theta))
+    return float(found[0]), found[1:]
+
+
+def full_hessian(together: Together, theta: Tensor, size: int, rows: Pass) -> Tensor:
+    """float64 [D, D]: the second derivative of minus the ELBO (nats) by the first D = ``size`` parameters."""
+
+    def derivative(loss: Tensor, at: Tensor) -> Tensor:
+        (grad,) = torch.autograd.grad(loss, at, create_graph=True)
+        return second_derivative(grad[:size], at)[:, :size].double().flatten()
+
+    return _over_parts(together, theta, rows, ONE, derivative, size * size).view(size, size)
+
+
+def _over_parts(
+    together: Together,
+    theta: Tensor,
+    rows: Pass,
+    draws: Draws,
+    derivative: Derivative,
+    size: int,
+    by_chance: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """The sum [size] of the derivatives of all parts, less what a part's draws [pairs, E] add on so many rows
+    ``by_chance``."""
+    of_block, total = math.ceil(draws.pairs / rows.num_blocks), theta.new_zeros(size, dtype=torch.float64)
+    for block in rows.blocks:
+        parts = min(of_block, max(1, len(block.row_id) // draws.part_rows))
+        pairs = math.ceil(of_block / parts)
+        for number in range(parts):
+            part = _part(block, number, parts)
+            elements, of_rows, seeds = _noise(together, theta, part, rows.seed, number * pairs, pairs)
+            signs = together.inference.objective.signs
+            normals = Normals.of(elements, of_rows, [seed for seed in seeds for _ in signs], signs)
+            total += _of_part(together, theta, part, normals, 1.0 / (rows.num_blocks * parts), derivative)
+            if by_chance is not None:
+                total -= by_chance(elements, len(part.row_id))
+    return rows.reduce(total)
+
+
+def _part(block: Block, part: int, parts: int) -> Block:
+    """Part ``part`` of ``parts`` of the rows."""
+    rows = slice(part * len(block.row_id) // parts, (part + 1) * len(block.row_id) // parts)
+    return Block(block.number, {name: column[rows] for name, column in block.columns.items()}, block.row_id[rows])
+
+
+def _noise(
+    together: Together, theta: Tensor, block: Block, seed: int, first: int, count: int
+) -> tuple[Tensor, Tensor | None, list[int]]:
+    """Of ``count`` draws from the ``first``: elements [count, E], rows [count, B, n], seeds."""
+    numbers = range(first, first + count)
+    elements, rows = normals_of(together.inference, theta, block.row_id, seed, block.number, numbers)
+    if count > 1 and 0 < elements.shape[-1] <= SobolEngine.MAXDIM:
+        elements[:] = even_normals(elements.shape[-1], mixed_seed(seed, block.number, 0), first, count)
+    return elements, rows, [mixed_seed(seed, block.number, n) for n in numbers]
+
+
+def _of_part(
+    together: Together, theta: Tensor, block: Block, normals: Normals, share: float, derivative: Derivative
+) -> Tensor:
+    """Of the mean loss over the draws, in slices that fit memory."""
+    valid = torch.tensor(len(block.row_id), device=theta.device)
+    one = torch.ones((), dtype=torch.float64, device=theta.device)  # the data plate's scale
+    batch, count, at = Batch(block.columns, valid, one, block.row_id), len(normals.seeds), theta.detach()
+    size, found = together.fitting(at, batch, normals), []
+    for first in range(0, count, size):
+        at = theta.detach().requires_grad_()
+
+        def of(terms: Tensor, at: Tensor = at) -> Tensor:
+            return derivative(-(terms[:, 0].sum() + share * terms[:, 1].sum()) / count, at)
+
+        with torch.enable_grad():
+            found.append(together(at, batch, normals.part(first, first + size), of))
+    return torch.stack(found).sum(0)
+
+
+def even_normals(size: int, seed: int, first: int, count: int) -> Tensor:
+    """float64 [count, size]: points ``first`` to ``first + count`` of the sequence that ``seed`` scrambles, each axis
+    a standard normal."""
+    points = SobolEngine(size, scramble=True, seed=seed).fast_forward(first).draw(count, dtype=torch.float64)
+    return torch.special.ndtri(points + 2.0**-31)  # the middle of a point's cell, which is 2^-30 wide

@@ -1,0 +1,237 @@
+"""The data plate: a model written for data in memory, evaluated on a minibatch as the full data would have it.
+
+The handler runs inside the model's own call (`PlatedModel`), because a guide's prototype blocks handlers outside it.
+Inside the data plate every site's scale is multiplied by N / (rows of the global batch), and padded rows are masked.
+Source of the scaling: Hoffman, Blei, Wang and Paisley, "Stochastic variational inference", JMLR 14 (2013), eq. 31.
+
+Shapes: B rows of a batch (padding included), the first `valid` of which count.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine.messenger import Messenger, _bound_partial, _context_wrap
+from pyro.poutine.runtime import Message
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from trainer.errors import UserError, meant, shortened
+from trainer.inference.model.promotion import Promoting
+from trainer.inference.model.ragged import Column
+from trainer.inference.model.supports import harmless
+
+WEIGHT = "weight"
+
+
+class Batch(NamedTuple):
+    """One draw's rows at one step. Padded rows repeat a real row, so nothing they compute is infinite."""
+
+    columns: dict[str, Column]
+    """Each [B, ...]."""
+    valid: Tensor
+    """int64 []: how many rows, from the first, count."""
+    scale: Tensor
+    """float64 []: N / (valid rows of the global batch)."""
+    row_id: Tensor | None = None
+    """int64 [B]: the rows' numbers in the source, where the guide has local latents."""
+
+    @property
+    def size(self) -> int:
+        """Rows, padding included."""
+        return len(next(iter(self.columns.values())))
+
+    def at(self, index: Tensor) -> "Batch":
+        """The rows ``index``, all of which count, at scale 1."""
+        columns = {name: column[index] for name, column in self.columns.items()}
+        row_id = None if self.row_id is None else self.row_id[index]
+        return Batch(columns, self.valid.new_tensor(len(index)), torch.ones_like(self.scale), row_id)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 where a column is, else torch's default."""
+        wide = any(column.dtype == torch.float64 for column in self.columns.values())
+        return torch.float64 if wide else torch.get_default_dtype()
+
+
+class WrongSize(UserError):
+    """The data plate is declared with a ``size`` that is not the batch's."""
+
+    def __init__(self, plate: str, size: int, rows: int):
+        super().__init__(
+            f'plate("{plate}") takes {size} rows where the batch has {rows}: '
+            f'write pyro.plate("{plate}", len(x)) with a column x.'
+        )
+        self.plate, self.size, self.rows = plate, size, rows
+
+
+class DataPlate(Messenger):
+    """Gives the plate ``name`` its indices, its scale and its mask for one batch, and each row its ``weight`` [B]."""
+
+    def __init__(self, name: str, batch: Batch, weight: Tensor | None = None):
+        super().__init__()
+        self.name, self.batch, self.weight = name, batch, weight
+
+    def _process_message(self, msg: Message) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            if msg["name"] == self.name:
+                self._subsample(msg)
+            return
+        if msg["type"] != "sample":
+            return
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == self.name:
+                self._scale_and_mask(msg, frame)
+
+    def _pyro_post_param(self, msg: Message) -> None:
+        event_dim = msg["kwargs"].get("event_dim")
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == self.name and event_dim is not None and frame.dim is not None:
+                value: Any = msg["value"]
+                shape, dim = value.shape, frame.dim - event_dim
+                if len(shape) >= -dim and shape[dim] != 1:
+                    raise UserError(
+                        f'pyro.param "{msg["name"]}" has one value per row of plate "{self.name}", which would be '
+                        "another row's at the next step: give the rows a network (an amortised guide), or index a "
+                        "table that is declared outside the plate by a column."
+                    )
+
+    def _subsample(self, msg: Message) -> None:
+        fn: Any = msg["fn"]
+        rows = self.batch.size
+        if msg["value"] is not None:
+            raise UserError(
+                f'plate("{self.name}", ..., subsample=...) chooses its own rows: drop subsample=, '
+                "the trainer gives the model its rows."
+            )
+        declared = fn.size if fn.subsample_size is None else fn.subsample_size
+        if declared != rows and fn.subsample_size not in (None, fn.size):
+            raise UserError(
+                f'plate("{self.name}", ..., subsample_size={declared}) draws its own rows: write '
+                f'pyro.plate("{self.name}", len(x)) with a column x, the trainer gives the model its rows.'
+            )
+        if declared != rows:
+            raise WrongSize(self.name, int(declared), rows)
+        indices = torch.arange(rows, device=self.batch.valid.device)
+        msg["value"] = indices if fn.size == rows else indices.as_subclass(_ForeignIndices)
+        msg["done"] = True
+
+    def _scale_and_mask(self, msg: Message, frame: Any) -> None:
+        if frame.dim is None:
+            raise UserError(
+                f'plate("{self.name}") is used as a loop around site "{msg["name"]}": '
+                f'write `with pyro.plate("{self.name}", len(x)):` and use whole columns.'
+            )
+        if frame.size != self.batch.size:
+            raise UserError(
+                f'plate("{self.name}") has no size at site "{msg["name"]}": '
+                f'write pyro.plate("{self.name}", len(x)) with a column x.'
+            )
+        declared = (frame.full_size or frame.size) / frame.size  # what Pyro has put into the scale already
+        msg["scale"] = msg["scale"] * (self.batch.scale / declared)
+        along = (-1,) + (1,) * (-frame.dim - 1)
+        mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(along)
+        if self.weight is not None:
+            msg["scale"] = msg["scale"] * self.weight.view(along)
+            mask = mask & (self.weight > 0).view(along)  # 0 times an infinite density is no number
+        partly = self.weight is not None or msg["mask"] is not None
+        msg["mask"] = counts = mask if msg["mask"] is None else mask & msg["mask"]
+        if partly and msg["is_observed"] and isinstance(msg["value"], Tensor):
+            msg["value"] = harmless(msg["fn"], msg["value"], counts)
+
+
+class _ForeignIndices(Tensor):
+    """Indices of a plate declared with N rows: they number the batch, so indexing anything with them is a mistake."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__len__", "size", "__get__", "dim"):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise UserError(
+            "the model indexes with the data plate's own indices, but its columns are the batch already: "
+            'use the columns as they are, in pyro.plate("data", len(x)).'
+        )
+
+
+class PlatedModel:
+    """A model (or guide) as a callable of one :class:`Batch`, under the data plate's handler.
+
+    A column `weight` that the callable does not take for itself says how many observations a row stands for: what is
+    inside the data plate counts that many times. ``like``: the callable whose arguments it takes, where its own do not
+    tell them. ``what``: what it is called, a model or a guide.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        columns: Iterable[str],
+        plate: str = "data",
+        like: Callable[..., Any] | None = None,
+        what: str = "model",
+    ):
+        columns = tuple(columns)
+        self.fn, self.plate = fn, plate
+        self.own = arguments(like or fn, columns, what)
+        self.weighted = WEIGHT in columns and WEIGHT not in self.own
+        self.arguments = (*self.own, WEIGHT) if self.weighted else self.own
+        """The columns that a batch has to hold."""
+
+    def __call__(self, batch: Batch) -> Any:
+        own = {name: batch.columns[name] for name in self.own if name in batch.columns}  # predictions may lack some
+        whole = any(isinstance(column, Tensor) and not column.is_floating_point() for column in own.values())
+        weight = batch.columns.get(WEIGHT) if self.weighted else None
+        # A mode is a detour for every operation, so only a model with such columns gets one.
+        with DataPlate(self.plate, batch, weight), Promoting() if whole else nullcontext():
+            return self.fn(**own)
+
+
+def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model") -> tuple[str, ...]:
+    """The columns that ``fn``, a model or ``what`` else, takes by name; an argument with a default that is no column
+    keeps its default.
+
+    Raises UserError for a required argument that is no column.
+    """
+    columns = tuple(columns)
+    fn = _unwrapped(fn)
+    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    taken: list[str] = []
+    for name, parameter in inspect.signature(call).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return tuple(dict.fromkeys([*taken, *columns]))
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        if name in columns:
+            taken.append(name)
+        elif parameter.default is parameter.empty:
+            one_of_models = ", or have it return a guide (lambda model: AutoNormal(model))" if what == "guide" else ""
+            hint = meant(name, columns)
+            raise UserError(
+                f'the {what} needs an argument "{name}" that is no column of the data ({shortened(columns)}'
+                f"{hint and f'; {hint}'}): "
+                f"name its column with columns.{name}=..., or give it with {what}.{name}=... (in Python "
+                f'columns={{"{name}": ...}}, or functools.partial){one_of_models}.'
+            )
+    return tuple(taken)
+
+
+def left_at_default(fn: Callable[..., Any], columns: Iterable[str]) -> list[str]:
+    """The arguments of ``fn`` with None for a default that are no columns."""
+    fn = _unwrapped(fn)
+    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    found = inspect.signature(call).parameters.values()
+    return [each.name for each in found if each.default is None and each.name not in set(columns)]
+
+
+def _unwrapped(fn: Any) -> Any:
+    """What handlers of `pyro.poutine` were put around."""
+    while isinstance(fn, _bound_partial) or (isinstance(fn, partial) and fn.func is _context_wrap):
+        fn = fn.func if isinstance(fn, _bound_partial) else fn.args[1]
+    return fn
+
+
+def inside(site: Message | dict[str, Any], plate: str) -> bool:
+    """Whether ``site`` of a trace stands in the data plate."""
+    return any(frame.name == plate for frame in site["cond_indep_stack"])

@@ -1,0 +1,68 @@
+"""The ELBO as named terms in full-data nats: one number per site, whose sum is the ELBO.
+
+    ELBO = sum over observed sites  E_q log p(y | z)  +  sum over latent sites  (E_q log p(z) + entropy of q(z))
+
+Hoffman et al. (2013), eq. 31 for the minibatch estimate; antithetic pairs evaluate each draw at eps and -eps
+(Hammersley and Morton 1956), which removes the odd part of the noise from every gradient.
+
+Division by N happens once, in `trainer.inference.step`. Shapes: S sites, R draws, B rows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from trainer.inference.guides.mean_field import KL, Guide, Noise
+from trainer.inference.model.latents import is_deterministic, total_log_prob
+from trainer.inference.model.plates import Batch, PlatedModel, inside
+
+Kind = Literal["likelihood", "kl_global", "kl_local"]
+"""What is observed outside the data plate is a term of the prior, and so of "kl_global"."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the ELBO is estimated: ``pairs`` draws of z per lane group, each at eps and -eps if ``antithetic``."""
+
+    kl: KL = "analytic"
+    antithetic: bool = True
+    pairs: int = 1
+
+    @property
+    def signs(self) -> tuple[float, ...]:
+        return (1.0, -1.0) if self.antithetic else (1.0,)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One site's share of the ELBO."""
+
+    kind: Kind
+    scaled: bool
+    """True: it stands in the data plate and is an estimate from the batch's rows; False: it counts once."""
+    value: Tensor
+    """float64 [], nats."""
+
+
+def elbo_terms(
+    model: PlatedModel, guide: Guide, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL
+) -> dict[str, Term]:
+    """Every site's term at one draw of z, in the order of the model's trace; guide-only sites (auxiliary) follow."""
+    draw = guide.draw(model, params, noise, batch, kl)
+    terms: dict[str, Term] = {}
+    for name, site in draw.trace.nodes.items():
+        if site["type"] != "sample" or isinstance(site["fn"], _Subsample) or is_deterministic(site):
+            continue
+        in_plate = inside(site, model.plate)
+        if site["is_observed"]:
+            terms[name] = Term("likelihood" if in_plate else "kl_global", in_plate, total_log_prob(site))
+        elif name in draw.entropy:
+            value = draw.log_prior[name] + draw.entropy[name]
+            terms[name] = Term("kl_local" if in_plate else "kl_global", in_plate, value)
+    for name in [name for name in draw.entropy if name not in terms]:  # in order: every rank lists them alike
+        local = name in draw.local
+        terms[name] = Term("kl_local" if local else "kl_global", local, torch.as_tensor(draw.entropy[name]).double())
+    return terms

@@ -1,0 +1,88 @@
+"""The default program: eager at first, compiled once there is enough left to do, by a rule on counts alone.
+
+A compiled step is ready after about as much time as a thousand or several thousand eager ones. Most problems of some
+thousand rows are done before. So the rounds run eagerly up to the first one of a thousand steps, another process
+compiles during the one before it, and the run goes on compiled. A first round of two thousand steps or more (large
+tables) is compiled from its thousandth step on. Where no round is so long, nothing is compiled.
+
+What was compiled before, how fast the machine is, and when the compiler is done change nothing: two runs take the same
+steps by the same program, so a run that is cut and resumed is bit for bit the same. A GPU runs compiled from the start.
+
+Shapes: as in `trainer.inference.programs.program`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+from trainer.distributed.comm import ALONE, Comm
+from trainer.errors import UserError
+from trainer.inference.programs.fused import Fused
+from trainer.inference.programs.program import Chunk, ChunkResult, Eager
+from trainer.inference.programs.tracing import Untraceable
+from trainer.inference.step import Inference, State, Update
+
+WORTH = 1000  # steps, for which it is worth waiting for a compiler
+
+
+@dataclass
+class Auto:
+    """`Eager` before ``stages[1]``, `Fused` from there on, which another process compiles from ``stages[0]`` on."""
+
+    inference: Inference
+    update: Update
+    seed: int
+    groups: Sequence[int]
+    comm: Comm = ALONE
+    sync_every: ClassVar[int] = 1
+    stages: tuple[int, ...] = field(init=False)
+    eager: Eager = field(init=False)
+    fused: Fused = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = self.inference, self.update, self.seed, self.groups, self.comm
+        self.eager, self.fused = Eager(*given), Fused(*given)
+        self.stages = stages([each.horizon for each in self.update.rounds])
+
+    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        with _not_for_good():
+            self.fused.begin(state, chunk, say)
+
+    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+        """Does what is due at the step of ``state``. Raises Untraceable for what has to go on eagerly."""
+        if state.theta.device.type == "cuda":
+            self.stages = ()
+        if self._is_compiled(state):
+            with _not_for_good():
+                self.fused.prepare(state, chunk, say)
+        elif self.stages and int(state.step) >= self.stages[0]:
+            self.begin(state, chunk, say)
+
+    def abandon(self) -> None:
+        self.fused.abandon()
+
+    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+        return (self.fused if self._is_compiled(state) else self.eager).run(state, chunk, steps)
+
+    def _is_compiled(self, state: State) -> bool:
+        return state.theta.device.type == "cuda" or bool(self.stages and int(state.step) >= self.stages[1])
+
+
+def stages(ends: Sequence[int]) -> tuple[int, ...]:
+    """When to begin to compile and when to run compiled, for rounds with these ``ends``; () for never."""
+    places = [0, *([WORTH] if ends[0] >= 2 * WORTH else []), *ends]
+    for (before, here), (_, after) in pairwise(pairwise(places)):
+        if after - here >= WORTH:
+            return before, here
+    return ()
+
+
+@contextmanager
+def _not_for_good() -> Iterator[None]:
+    """What `Fused` refuses is no error here, since the eager program takes it."""
+    try:
+        yield
+    except UserError as error:
+        raise Untraceable(str(error)) from error

@@ -1,0 +1,283 @@
+"""Where training starts and in which coordinates it steps: at the mode of a sample of rows, whitened.
+
+Laplace's approximation in unconstrained space (Kass and Raftery 1995, section 4.1): the location starts at the mode of
+the posterior given the sample (at scale N / n), the scale at 1 / sqrt(curvature), as a mean-field Gaussian has it. The
+optimiser steps in v, loc = L v, where L L' is the inverse of the Hessian there: a rate means the same for a
+coefficient of 80 and for one of 0.001, and along a ridge as across it.
+
+Shapes: P parameters, D latents.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.inference.estimates.derivatives import hessian
+from trainer.inference.guides.gaussian import GaussianView
+from trainer.inference.guides.mean_field import KL
+from trainer.inference.model.noise import element_noise
+from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.recipe.exact_fit import refuse_exact
+from trainer.inference.step import Inference, StepBatch, StepNoise, in_dtype
+
+MOST_LATENTS = 256
+_ROUNDS, _ITERATIONS = 5, 100
+PLAIN = 0.25  # of a coordinate, so that the rates of whitened steps are those of plain ones
+_PAIRS, _PAIR_ROWS = 8, 2**15  # of a mean curvature; none for many rows, whose posterior is narrow
+_RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
+_RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hessian
+_APART, _COLUMNS_APART = 1e4, 1e6  # units of latents, scales of columns
+_NO_MAXIMUM = (
+    'the log joint has no maximum along "{}", or hardly falls around it: that is usual for the scale of a centered '
+    "hierarchy; with separable data or an improper prior the answer lies at infinity, so give it a proper prior."
+)
+
+_NOT_FINITE = (
+    "the search for a start met values that are not finite, so training starts where the guide does: look for extreme "
+    "values in the data, or priors that are too wide."
+)
+
+
+def laplace_start(
+    inference: Inference, theta: Tensor, rows: StepBatch, say: Callable[[str], None] = print
+) -> tuple[Tensor, Whitening] | None:
+    """theta [P] at the mode given ``rows`` (one lane group), and the coordinates to step in from there.
+
+    ``say`` is told where the problem is not one that a mean-field answer describes: no maximum, a ridge. Where there is
+    no mode to start at (centred hierarchies, separable data), theta stays and the coordinates are plain ones, until a
+    round's end knows a curvature. None where there is none to take: another guide, other parameters beside it, more
+    than 256 latents.
+    """
+    view = latents_alone(inference)
+    if view is None or view.size > MOST_LATENTS:
+        _tell_of_scales(rows, say)
+        return None
+    with _exact(inference):
+        loss = _joint(inference, rows)
+        found = _mode(loss, view.size, theta.device)
+        doubts: list[str] = []
+        mode = _settled(loss, found, view, doubts.append)
+        units = _units(loss, theta) if mode is None else None
+        if units is not None:
+            scaled = _mode(lambda at: loss(units * at), view.size, theta.device)
+            found = Mode(units * scaled.loc, scaled.settled, units * scaled.lowest)
+            mode = _settled(loss, found, view, doubts.append)
+        for sentence in doubts[-1:] if mode is None else ():
+            say(sentence)
+        refuse_exact(inference, rows, found.lowest, _joint, _lowest if mode is None else None)
+        if mode is None:
+            _tell_of_scales(rows, say)
+            plain = torch.eye(view.size, dtype=theta.dtype, device=theta.device)
+            return theta, Whitening(PLAIN * plain, 0.0 * plain)
+        loc, hessian = mode
+        scale = hessian.diagonal().rsqrt()
+        _tell_of_ridge(view, scale[:, None] * hessian * scale, say)
+        made = view.theta(loc, scale.log())
+        whitening = Whitening(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
+    return made.to(theta.dtype), Whitening(*(each.to(theta.dtype) for each in whitening))
+
+
+def latents_alone(inference: Inference) -> GaussianView | None:
+    """The guide as a Gaussian, where that is all that is learned and nothing else is drawn; else None."""
+    view = inference.gaussian
+    if view is None or inference.guide.noise_size != (view.size, 0) or inference.parameters.size != view.parameters:
+        return None
+    return view
+
+
+def _settled(
+    loss: Callable[[Tensor], Tensor], found: "Mode", view: GaussianView, say: Callable[[str], None]
+) -> tuple[Tensor, Tensor] | None:
+    """The mode [D] and the Hessian [D, D] there, if that looks like a Gaussian's."""
+    loc = found.loc
+    if not torch.isfinite(loc).all() or not torch.isfinite(loss(loc)):
+        say(_NOT_FINITE)
+        return None
+    if not found.settled:
+        say(_NO_MAXIMUM.format(view.latent_name(int(loc.abs().argmax()))))
+        return None
+    curvatures = hessian(loss, loc)
+    curvature = curvatures.diagonal()
+    flat = ~(curvature > 0)
+    if not torch.isfinite(curvatures).all():
+        return None
+    rises = _rises(loss, loc, torch.where(flat, 1.0, curvature).rsqrt())
+    if flat.any() or not ((rises > _RISE[0]) & (rises < _RISE[1])).all():
+        where = int(torch.where(flat, -math.inf, rises.min(1).values).argmin())
+        if flat.any() or rises[where].min() <= _RISE[0]:
+            say(_NO_MAXIMUM.format(view.latent_name(where)))
+        return None
+    return loc, curvatures
+
+
+def whitening_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Whitening:
+    """The mean curvature under the guide at ``theta`` [P]; steps are in the guide's scales where it is not positive
+    definite.
+
+    The mean is over a few antithetic pairs: what the ELBO curves by, which for a hierarchy is not the curvature at the
+    guide's centre.
+    """
+    view = inference.gaussian
+    assert view is not None
+    loc, scale = view.location(theta.double()), view.sd(theta.double())
+    joint, count = _joint(inference, rows), rows.batch_rows.clamp(min=1)
+    pairs = torch.arange(min(_PAIRS, _PAIR_ROWS // int(count)))
+    eps = element_noise(0, torch.zeros((), dtype=torch.int64), pairs, len(loc), torch.float64)
+    where = torch.cat([eps, -eps]) if len(eps) else torch.zeros(1, len(loc), dtype=torch.float64)
+
+    def mean(at: Tensor) -> Tensor:
+        return torch.stack([joint(at + scale * each) for each in where]).mean()
+
+    with _exact(inference):
+        made = Whitening(_factor(hessian(mean, loc), scale), _of_draws(inference, rows, loc, scale))
+    return Whitening(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
+
+
+def _joint(inference: Inference, rows: StepBatch) -> Callable[[Tensor], Tensor]:
+    """Minus the log joint [] (nats) as a function of the unconstrained latents [D]."""
+
+    def loss(loc: Tensor) -> Tensor:
+        zero = torch.zeros_like(loc)
+        return _minus_terms(inference, "monte_carlo", rows, loc, zero, zero)
+
+    return loss
+
+
+def _of_draws(inference: Inference, rows: StepBatch, loc: Tensor, scale: Tensor) -> Tensor:
+    """The Hessian [D, D] of what the draws estimate."""
+    by_noise = hessian(
+        lambda eps: _minus_terms(inference, "analytic", rows, loc, scale.log(), eps), torch.zeros_like(loc)
+    )
+    return by_noise / scale[:, None] / scale
+
+
+def _minus_terms(inference: Inference, kl: KL, rows: StepBatch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
+    """Minus the ELBO's terms (nats) at one draw, summed in float64."""
+    dtype = _dtype(inference)
+    problem = replace(inference, objective=replace(inference.objective, kl=kl, antithetic=False, pairs=1))
+    columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in rows.columns.items()}
+    view = inference.gaussian
+    assert view is not None
+    theta = view.theta(loc.to(dtype), log_scale.to(dtype))
+    noise = StepNoise(eps[None, None].to(dtype), None, ((0,),))
+    return -problem.terms(theta, noise, rows._replace(columns=columns), share=1.0).sum()
+
+
+def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
+    """L [D, D], L L' = the inverse of the Hessian; the diagonal of ``scale`` where that is not positive definite."""
+    root, failed = torch.linalg.cholesky_ex(torch.nan_to_num(scale[:, None] * hessian * scale))
+    if failed:
+        return scale.diag()
+    return scale[:, None] * torch.linalg.inv(root).T
+
+
+class Mode(NamedTuple):
+    """What a search for the lowest loss comes to."""
+
+    loc: Tensor
+    """[D] where it ends."""
+    settled: bool
+    lowest: Tensor
+    """[D] the lowest place that it has seen."""
+
+
+def _units(loss: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor | None:
+    """Of each latent [D], by the curvature at 0, where they differ by so much that a search in other units fails."""
+    curvature = hessian(loss, torch.zeros(theta.numel() // 2, dtype=torch.float64, device=theta.device)).diagonal()
+    if not curvature.isfinite().all():
+        return None
+    units = torch.where(curvature > 0, curvature, 1.0).rsqrt()
+    return units if units.max() > _APART * units.min() else None
+
+
+def _lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    return _mode(loss, len(like), like.device).lowest
+
+
+def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> Mode:
+    """Where ``loss`` is lowest, by L-BFGS (Liu and Nocedal 1989) from 0."""
+    loc = torch.zeros(size, dtype=torch.float64, device=device, requires_grad=True)
+    before, least, lowest = math.inf, math.inf, loc.detach().clone()
+    for _ in range(_ROUNDS):
+        optimizer = torch.optim.LBFGS([loc], max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_change=0.0)
+
+        def closure() -> Tensor:
+            nonlocal least, lowest
+            optimizer.zero_grad()  # noqa: B023
+            value = loss(loc)
+            value.backward()
+            if float(value.detach()) < least:
+                least, lowest = float(value.detach()), loc.detach().clone()
+            return value
+
+        try:
+            optimizer.step(closure)
+        except IndexError:  # its line search has no step left to take where all that it tried are not finite
+            return Mode(torch.full_like(loc, math.nan).detach(), False, lowest)
+        now = float(loss(loc.detach()).detach())  # a net beside the latents wants its gradient
+        if not (math.isfinite(now) and bool(torch.isfinite(loc).all())):
+            break
+        if before - now < 1e-3:
+            return Mode(loc.detach(), True, lowest)
+        before = now
+    return Mode(loc.detach(), False, lowest)
+
+
+def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tensor:
+    """How far ``loss`` rises one ``scale`` to either side of the mode [D, 2], in nats; by a half for a Gaussian.
+
+    Where the data separate it falls for ever, and its curvature at any place says nothing.
+    """
+    with torch.no_grad():
+        lowest, sides = loss(loc), torch.diag(scale)
+        return torch.stack([torch.stack([loss(loc + side), loss(loc - side)]) - lowest for side in sides])
+
+
+def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str], None]) -> None:
+    """Says which latents can stand in for each other, by the Hessian scaled to a diagonal of ones."""
+    values, vectors = torch.linalg.eigh(correlation)
+    if values[0] > _RIDGE:
+        return
+    first, second = (view.latent_name(int(i)) for i in vectors[:, 0].abs().topk(2).indices)
+    if values[0] < _UNIDENTIFIED:
+        say(
+            f'neither the data nor the priors tell "{first}" from "{second}": only a combination of them has a '
+            "posterior; give one a proper prior, or leave one out."
+        )
+    else:
+        say(
+            f'"{first}" and "{second}" can nearly stand in for each other: their posterior sds are up to '
+            f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; center the columns, or take a "
+            "full-rank guide."
+        )
+
+
+def _tell_of_scales(rows: StepBatch, say: Callable[[str], None]) -> None:
+    """Says which columns are so far apart in scale that steps of one size for all do not reach an optimum."""
+    sizes: dict[str, float] = {}
+    for name, column in rows.columns.items():
+        if isinstance(column, Tensor) and column.is_floating_point():
+            flat = column[0].double().reshape(column.shape[1], -1).std(0, correction=0).tolist()
+            sizes |= {f"{name}[{i}]" if len(flat) > 1 else name: sd for i, sd in enumerate(flat) if sd > 0}
+    small, large = min(sizes, key=sizes.__getitem__, default=""), max(sizes, key=sizes.__getitem__, default="")
+    if sizes and sizes[large] > _COLUMNS_APART * sizes[small]:
+        say(
+            f'the scales of columns "{small}" (sd {sizes[small]:.1g}) and "{large}" (sd {sizes[large]:.1g}) are too '
+            "far apart for steps of one size: give standardise=[...] when packing, or use other units."
+        )
+
+
+@contextmanager
+def _exact(inference: Inference) -> Iterator[None]:
+    """The arithmetic of the start: float64 wherever the model can."""
+    with in_dtype(_dtype(inference)), torch.enable_grad():
+        yield
+
+
+def _dtype(inference: Inference) -> torch.dtype:
+    return torch.float64 if inference.wide else torch.float32

@@ -1,0 +1,161 @@
+"""From the user's callables and one batch to an `Inference` with its first parameters; nothing is trained before."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoLaplaceApproximation
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.inference.checks.model_checks import (
+    check_exchangeable,
+    check_finite,
+    check_model,
+    is_finite,
+    on_the_first_batch,
+    refuse_batch_norm,
+)
+from trainer.inference.checks.observed import RowCheck, with_parameters
+from trainer.inference.guides.auto_laplace import Laplace
+from trainer.inference.guides.mean_field import Guide, MeanField, Noise
+from trainer.inference.guides.pyro_guides import PyroGuide, is_autoguide, no_guide
+from trainer.inference.model.latents import has_latents
+from trainer.inference.model.parameters import Parameters
+from trainer.inference.model.plates import Batch, PlatedModel
+from trainer.inference.objectives.elbo import Objective, elbo_terms
+from trainer.inference.step import Inference, in_dtype
+
+GuideFactory = Callable[[PlatedModel, Batch], Guide]
+
+_NOTHING = (
+    "the model has neither a latent site nor a parameter: add a pyro.sample without obs=, or a pyro.param.",
+    "neither guide nor model has a parameter to train: give the guide a pyro.param.",
+)
+
+
+def mean_field(plated: PlatedModel, batch: Batch, **options: Any) -> Guide:
+    """The default guide: mean-field, or the empty one where the model has no latent: maximum likelihood."""
+    if has_latents(plated, batch):
+        return MeanField(plated, batch, **options)
+    return PyroGuide(PlatedModel(no_guide, (), plated.plate), plated.plate)
+
+
+def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> GuideFactory:
+    """What makes the guide: "mean_field", a guide of Pyro's (a class or an instance), or the user's, any callable; also
+    one that makes a guide of the model, as ``lambda model: AutoNormal(model)``.
+
+    Raises UserError for another name.
+    """
+    if guide in ("mean_field", MeanField):
+        return mean_field
+    if isinstance(guide, str) or not callable(guide):
+        raise UserError(f"guide={guide} is unknown: give mean_field, one of pyro.infer.autoguide, or your own guide.")
+    made = guide.func if isinstance(guide, functools.partial) else guide
+    guide = made if isinstance(guide, functools.partial) and not (guide.args or guide.keywords) else guide
+    if inspect.isclass(made) and is_autoguide(made):
+        return lambda plated, batch: _of_autoguide(guide(plated.fn), plated.fn, columns, plate)
+    if is_autoguide(guide):
+        return lambda plated, batch: _of_autoguide(guide, guide.model, columns, plate)
+    return lambda plated, batch: _of_callable(guide, plated.fn, tuple(columns), plate)
+
+
+def _of_callable(guide: Any, model: Any, columns: tuple[str, ...], plate: str) -> Guide:
+    """The guide of the user's ``guide``, or of what it makes of ``model``."""
+    made: Any = None
+    if _takes_a_model(guide, columns):
+        with suppress(Exception), poutine.block():
+            made = guide(model)
+    if is_autoguide(made):
+        return _of_autoguide(made, made.model, columns, plate)
+    return PyroGuide(PlatedModel(made if callable(made) else guide, columns, plate, what="guide"), plate)
+
+
+def _takes_a_model(guide: Any, columns: tuple[str, ...]) -> bool:
+    """Whether a callable has one argument to give it, and that is no column."""
+    if isinstance(guide, torch.nn.Module):
+        return False
+    taken = inspect.signature(guide).parameters.values()
+    needed = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    return len(needed) == 1 and not any(each.name in columns for each in taken)
+
+
+def _of_autoguide(made: Any, model: Any, columns: Iterable[str], plate: str) -> Guide:
+    """The guide of an object of `pyro.infer.autoguide`, which takes the columns that ``model`` takes."""
+    if isinstance(made, AutoLaplaceApproximation):
+        return Laplace(made)
+    return PyroGuide(PlatedModel(made, columns, plate, like=model), plate)
+
+
+def materialise(
+    model: Callable[..., Any],
+    guide: GuideFactory,
+    batch: Batch,
+    num_obs: float,
+    objective: Objective,
+    *,
+    plate: str = "data",
+    global_sites: Iterable[str] = (),
+    seed: int = 0,
+) -> tuple[Inference, Tensor]:
+    """The inference problem and theta [P] at its start, checked on ``batch`` with Pyro's validation on.
+
+    ``global_sites``: observed sites that may stand outside the data plate. Raises UserError for what cannot be right.
+    """
+    plated = PlatedModel(model, batch.columns, plate)
+    torch.manual_seed(seed)
+    made: list[Guide] = []
+    derived: list[str] = []
+
+    def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+        derived.extend(check_model(plated, batch, tuple(global_sites)))
+        made.append(guide(plated, batch))
+        return made[0].setup(plated, batch), (model, *made[0].callables)
+
+    with pyro.validation_enabled(True), on_the_first_batch():
+        parameters = Parameters.capture(run)
+        refuse_batch_norm(parameters.modules)
+        if not parameters.shapes:
+            raise UserError(_NOTHING[has_latents(plated, batch)])
+        theta = parameters.flatten(parameters.initial).to(batch.dtype)
+        fitted = made[0]
+
+        def evaluate(at: Batch, dtype: torch.dtype = theta.dtype) -> Any:
+            def terms(values: dict[str, Tensor]) -> Any:
+                return elbo_terms(plated, fitted, values, _quiet_noise(fitted, at, theta.to(dtype)), at, objective.kl)
+
+            return parameters.call(parameters.unflatten(theta.to(dtype)), terms)
+
+        with torch.no_grad():
+            first = evaluate(batch)
+            if not is_finite(first):
+                RowCheck(plated, with_parameters(parameters, theta)).refuse(batch, density=True)
+            check_finite(first)
+            check_exchangeable(evaluate, batch)
+        wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)
+    kinds = tuple(term.kind for term in first.values())
+    found = Inference(plated, fitted, parameters, objective, float(num_obs), tuple(first), kinds, wide, tuple(derived))
+    return found, theta
+
+
+def _computes_wide(evaluate: Callable[..., Any], batch: Batch) -> bool:
+    """Whether the model can be evaluated in float64: not where a matrix of its own is float32."""
+    columns = {name: c.double() if c.is_floating_point() else c for name, c in batch.columns.items()}
+    try:
+        with in_dtype(torch.float64), torch.no_grad(), torch.random.fork_rng(devices=()):
+            evaluate(batch._replace(columns=columns), torch.float64)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _quiet_noise(guide: Guide, batch: Batch, theta: Tensor) -> Noise:
+    """Noise of half a standard deviation everywhere: one fixed z for the checks."""
+    elements, per_row = guide.noise_size
+    rows = theta.new_full((batch.size, per_row), 0.5) if per_row else None
+    return Noise(theta.new_full((elements,), 0.5), rows, 0)

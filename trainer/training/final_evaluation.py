@@ -1,0 +1,173 @@
+"""The end of a run: the exact figures of the final parameters, and the files that hold them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import Callback
+from rich.console import Console
+
+from trainer.data.plan import Plan
+from trainer.data.shards.verify import LEFT_OUT
+from trainer.data.store import atomic_write
+from trainer.engine.metrics import MetricsFile
+from trainer.engine.module import VariationalModule
+from trainer.errors import counted
+from trainer.inference.estimates.full_elbo import full_elbo, held_out_elbo_per_row
+from trainer.inference.model.plates import Batch
+from trainer.posterior.draws import parameters_of
+from trainer.posterior.full_data import FullData
+from trainer.posterior.posterior import Posterior
+from trainer.posterior.prior_check import far_from_prior
+from trainer.posterior.summary import summarise, write_summary
+from trainer.posterior.table import closing_table
+from trainer.training.stop import Stop
+
+_METRICS = "metrics.json"
+_SUMMARY_ROWS = 64  # of the data, for models whose latents take their shapes from it
+
+
+class Finish(Callback):
+    """Evaluates the answer on all ranks and writes posterior.pt, summary.csv and, when all is there, metrics.json.
+
+    ``shown`` ends the closing line.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        rows: FullData,
+        held_out: FullData | None,
+        plan: Plan,
+        seed: int,
+        console: Console,
+        figures: MetricsFile,
+        stop: Stop,
+        shown: str,
+    ):
+        self.figures, self.stop = figures, stop
+        self.run_dir, self.rows, self.held_out, self.plan = run_dir, rows, held_out, plan
+        self.seed, self.console = seed, console
+        self.shown = shown
+        self.headline = float("nan")
+        self.metrics: dict[str, Any] = {}
+        self.answer: torch.Tensor | None = None
+        """theta [P] of the posterior, once it is known."""
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, VariationalModule)
+        seconds, self.answer = module.seconds, self._answer(module)
+        metrics = {**self._evaluate(module), **self._figures(module, seconds)}
+        self.metrics = metrics
+        self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
+        if trainer.is_global_zero:
+            self._write(module, metrics)
+            numbers = {f"final/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
+            self.figures.to_loggers(trainer, numbers, module.step)
+
+    def _answer(self, module: VariationalModule) -> torch.Tensor:
+        """Where training has come to, with what the guide makes of the curvature there."""
+        theta, guide, parameters = module.theta, module.inference.guide, module.inference.parameters
+        if not guide.curved:
+            return theta
+        hessian = self.stop.end_round.loss.hessian(module.step, theta, guide.curved)
+        values = {**parameters.unflatten(theta), **guide.ended(hessian)}
+        return module.comm.from_first(parameters.flatten(values).to(theta.dtype))
+
+    def _evaluate(self, module: VariationalModule) -> dict[str, Any]:
+        theta, inference = self.answer, module.inference
+        assert theta is not None
+        _, whitening, _ = module.update.split(module.state.slots)
+        count = len(self.rows.folder.block_rows)
+        here, total = self.rows.blocks(theta, module.step)
+        fitted = full_elbo(inference, theta, here, count, self.seed, total, whitening)
+        held_out = None
+        if self.held_out is not None:
+            count = len(self.held_out.folder.block_rows)
+            here, total = self.held_out.blocks(theta, module.step)
+            held_out = held_out_elbo_per_row(inference, theta, here, count, self.seed, total, fitted)
+        return {
+            "elbo": fitted.elbo,
+            "elbo_se": fitted.elbo_se,
+            "elbo_per_row": fitted.elbo_per_row,
+            "expected_log_likelihood": fitted.expected_log_likelihood,
+            "kl": fitted.kl,
+            "held_out_elbo_per_row": held_out,
+        }
+
+    def _figures(self, module: VariationalModule, seconds: float) -> dict[str, Any]:
+        epochs = self.plan.epochs_at(module.step)
+        passes = self.stop.record.passes
+        rows = round((epochs + passes) * self.rows.folder.num_rows)
+        done = module.step >= module.update.horizon
+        return {
+            "rows": self.rows.folder.num_rows,
+            "held_out_rows": self.held_out.folder.num_rows if self.held_out else 0,
+            **self._left_out(),
+            "steps": module.step,
+            "epochs": epochs,
+            "passes": passes,
+            "seconds": seconds,
+            "rows_per_second": rows / max(seconds, 1e-9),
+            "world_size": module.comm.size,
+            "stop_reason": self.stop.record.stopped or ("budget" if done else "max_time"),
+            "evidence": self.stop.record.evidence,
+            "guide": module.inference.guide.kind,
+        }
+
+    def _left_out(self) -> dict[str, Any]:
+        """What `data.on_corrupt=quarantine` left out: rows, and the blocks of each shard of each split."""
+        train, held_out = (
+            each.folder.index.meta.get(LEFT_OUT, {}) if each else {} for each in (self.rows, self.held_out)
+        )
+        return {
+            "rows_left_out": train.get("rows", 0),
+            "held_out_rows_left_out": held_out.get("rows", 0),
+            "blocks_left_out": {"train": train.get("shards", {}), "held_out": held_out.get("shards", {})},
+        }
+
+    def posterior(self, module: VariationalModule) -> Posterior:
+        """The answer, with a few rows of the training data."""
+        first = self.rows.block(0, module.theta, rows=_SUMMARY_ROWS)
+        count = torch.tensor(len(first.row_id), device=module.device)
+        rows = Batch(first.columns, count, self.rows.folder.num_rows / count.double(), first.row_id)
+        index = dataclasses.replace(self.rows.folder.index, shards=())
+        theta = module.theta if self.answer is None else self.answer
+        if self.answer is None and module.inference.guide.curved:  # of a run that has ended before
+            theta = torch.load(self.run_dir / "posterior.pt", weights_only=True)["theta"].to(module.device)
+        return Posterior(module.inference, theta.detach().clone(), rows, index, self.metrics)
+
+    def _write(self, module: VariationalModule, metrics: dict[str, Any]) -> None:
+        posterior = self.posterior(module)
+        posterior.save(self.run_dir / "posterior.pt")
+        sites = summarise(module.inference, posterior.theta, posterior.rows, seed=self.seed)
+        write_summary(self.run_dir / "summary.csv", sites)
+        with atomic_write(self.run_dir / _METRICS) as file:
+            file.write(f"{json.dumps(metrics, indent=1)}\n".encode())
+        for sentence in far_from_prior(module.inference, posterior.theta, posterior.rows):
+            self.console.print(sentence)
+        self.console.print(closing_table(sites, parameters_of(module.inference, posterior.theta, posterior.rows)))
+        held_out = metrics["held_out_elbo_per_row"]
+        self.console.print(
+            f"ELBO {metrics['elbo']:,.3f} ± {shown_error(metrics['elbo_se'])} nats "
+            f"({metrics['elbo_per_row']:.6g} per row"
+            + (f", held out {held_out:.6g}" if held_out is not None else "")
+            + f") · {counted(metrics['steps'], 'step')} in {metrics['seconds']:.1f} s"
+            f" ({metrics['rows_per_second']:,.0f} rows/s){self.shown}"
+        )
+
+
+def shown_error(se: float) -> str:
+    """A standard error beside a figure of three decimals: one of rounding alone is none."""
+    return "0.000" if se < 5e-4 else f"{se:.2g}"
+
+
+def is_finished(run_dir: Path, step: int) -> bool:
+    """Whether the answer of ``step`` steps was evaluated, and written."""
+    try:
+        return json.loads((run_dir / _METRICS).read_bytes())["steps"] == step
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
