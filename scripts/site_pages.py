@@ -1,4 +1,4 @@
-"""What the site has besides docs/: the pages of the checkout's root, files that are linked to, a reference of conf/.
+"""What the site has besides docs/: pages from elsewhere in the checkout, linked files, a reference of conf/.
 
 A hook of mkdocs (mkdocs.yml names it). None of these pages is kept: they are made from their sources at every build.
 """
@@ -17,7 +17,14 @@ from trainer.options.config import node_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-OF_THE_ROOT = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+OF_THE_ROOT = {
+    "index.md": "README.md",
+    "flights.md": "examples/flights200k/README.md",
+    "babynames.md": "examples/babynames/README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+}
 REFERENCE = "configuration.md"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NOT_SHOWN = ("defaults", "hydra", "_target_", "_recursive_")
@@ -67,8 +74,8 @@ def reference() -> str:
     """A page of Markdown: each verb, then each group, with the keys of its files."""
     parts = [
         "# Configuration",
-        "Every option of every verb, with its default and what its file in `conf/` says of it. An option is given as "
-        "`KEY=VALUE`, a part is chosen as `GROUP=NAME`, and a key that is not there is refused. `???` must be given; "
+        "Every option of every verb, with its default and its description from `conf/`. Give an option as `KEY=VALUE` "
+        "and choose a part as `GROUP=NAME`. Unknown keys are refused. An option whose default is `???` is required; "
         "`null` leaves the choice to the program.",
         *(verb(path) for path in sorted(CONF.glob("*.yaml"))),
     ]

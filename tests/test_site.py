@@ -90,11 +90,17 @@ def test_pages_ask_nothing_of_other_servers(site):
     assert len(pages) >= 16
     for page in pages:
         assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>", page.read_text())
+    pictures = sorted(ROOT.glob("docs/*.svg"))
+    assert pictures
+    for picture in pictures:
+        assert not re.findall(r"""(?:url\(|href=)["']?\w+:""", picture.read_text())
 
 
 def test_the_site_begins_with_the_readme_and_has_the_files_that_pages_link_to(site):
     start = (site / "index.html").read_text()
-    assert "A Pyro model written for data that fits in memory" in start
+    assert "Train it on a table of any size, on one process or many." in text(start)
+    assert re.search(r'<img[^>]* src="?terminal\.svg', start)
+    assert (site / "terminal.svg").read_bytes() == (ROOT / "docs/terminal.svg").read_bytes()
     assert re.search(r'href="?from-csv\.html', start)
     assert re.search(r'href="?contributing\.html', start)
     assert re.search(r'href="?files/slurm/train\.sbatch', (site / "cluster.html").read_text())
