@@ -33,6 +33,7 @@ ROOMS_OF = {
     "wandb": {"engine", "runs", "verbs"},
     "optuna": {"sweeps"},
     "pyarrow": {"data"},
+    "webdataset": {"data"},
     "torch": {"distributed", "inference", "models", "posterior", "engine", *ROOF},
 }
 INFERENCE = (  # its own floors, from the ground up

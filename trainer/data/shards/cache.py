@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
 
 import xxhash
@@ -135,6 +135,10 @@ class RemoteFiles:
         self._coming: dict[str, Future[OpenFile]] = {}
         self._here: WeakValueDictionary[str, OpenFile] = WeakValueDictionary()
         self._threads: ThreadPoolExecutor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a copy and to another process, which fetch for themselves."""
+        return RemoteFiles, (self.store, self.cache)
 
     @property
     def place(self) -> str:

@@ -10,15 +10,17 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from trainer.data.address import Place, is_address
+from trainer.data.fields import Rows
 from trainer.data.plan import Plan
 from trainer.data.shards.cache import RemoteFiles, ShardCache
 from trainer.data.shards.concatenated import JoinedFiles, first_ids_of
@@ -29,6 +31,9 @@ from trainer.data.shards.read_thread import Reading
 from trainer.data.shards.remote import Store
 from trainer.data.shards.tar import RECORD, member_name, npy_header, padding, payload_bytes, tar_header
 from trainer.errors import Damaged, UserError
+
+if TYPE_CHECKING:
+    from webdataset import FluidWrapper
 
 TIMEOUT = 300.0
 OPEN_FILES = 64  # a process may open 1,024, and a folder may have more shards
@@ -104,6 +109,40 @@ class ShardFolder:
                 raise self._damaged(*self._shard_of[block], name, "has entries that are not what the index says")
             self._checked.add((block, name))
         return rows_of(column, offsets, entries)
+
+    def read_blocks(self, shards: Iterable[Sequence[int]], names: Sequence[str]) -> Iterator[dict[str, Rows]]:
+        """Read columns of blocks, given by shard, as `read_block` does.
+
+        What is opened belongs to this call, so that a process that was forked from this one may read too.
+        """
+        own, ahead = ShardFolder(deepcopy(self.files), False, self.timeout, self.index), list(shards)
+        for number, blocks in enumerate(ahead):
+            own.want(np.concatenate(ahead[number : number + AHEAD]))
+            for block in blocks:
+                yield {name: own.read_block(block, name) for name in names}
+
+    def webdataset(
+        self, shuffle: bool | int = False, batch_size: int | None = None, columns: Sequence[str] | None = None
+    ) -> "FluidWrapper":
+        """Give the rows as a stock WebDataset pipeline (a `webdataset.DataPipeline`), for a loader of your own.
+
+        A row is a dict: column -> its value as it is stored, and `row_id`, the row's number in the source (int64). A
+        csr column is a dict of ``indices`` (int64) and ``values`` [entries] of the row, a ragged one the array of its
+        entries. Every row comes once an epoch over all ranks and workers, which WebDataset tells apart and gives whole
+        shards, or blocks where there are fewer shards than ranks or workers. Each block is compared with its hash.
+
+        ``shuffle``: rows that wait in memory to be drawn from (True: those of two blocks), shards in random order;
+        Python's `random` seeds both. ``batch_size``: rows of a batch, a dict of arrays [rows, ...]; of a csr or ragged
+        column ``offsets`` (int64 [rows + 1]) and the entries of all rows. None: single rows. ``columns``: which (None:
+        all). Raises UserError for an option that makes no sense, and while reading as `read_block` does.
+        """
+        from trainer.data.shards.pipeline import row_pipeline
+
+        return row_pipeline(self.index, self.read_blocks, columns, shuffle, batch_size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process: it opens the shards for itself."""
+        return ShardFolder, (self.files, False, self.timeout, self.index)
 
     def _read(self, block: int, part: Column) -> np.ndarray:
         """The values of a member of a block, from another copy of the shard where there is one and this is damaged."""
