@@ -4,6 +4,7 @@ A hook of mkdocs (mkdocs.yml names it). None of these pages is kept: they are ma
 """
 
 import html
+import posixpath
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -45,8 +46,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, REFERENCE, content=reference()))
     for page in files.documentation_pages():
         for target in LINK.findall(page.content_string):
-            uri = place_of(target, page.src_uri)
-            if uri.startswith("files/") and uri not in files.src_uris:
+            uri = uri_of(target, page.src_uri)
+            if uri and uri.startswith("files/") and uri not in files.src_uris:
                 files.append(File.generated(config, uri, abs_src_path=str(ROOT / uri.removeprefix("files/"))))
     return files
 
@@ -54,20 +55,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The text with its links as they are on the site."""
     here = page.file.src_uri
-    return LINK.sub(lambda found: f"]({place_of(found[1], here)})", markdown)
+    return LINK.sub(lambda found: f"]({site_link(found[1], here)})", markdown)
 
 
-def place_of(target: str, page: str) -> str:
-    """Where the site has what ``page`` links to as ``target``; files of the checkout outside docs/ are in files/."""
-    path, mark, anchor = target.partition("#")
+def site_link(target: str, page: str) -> str:
+    """What ``page`` of the site links to, where it links to ``target`` in the checkout."""
+    uri = uri_of(target, page)
+    _, mark, anchor = target.partition("#")
+    return target if uri is None else posixpath.relpath(uri, posixpath.dirname(page) or ".") + mark + anchor
+
+
+def uri_of(target: str, page: str) -> str | None:
+    """Where the site has the file that ``page`` links to as ``target``, in files/ where that is outside docs/; None
+    for what is no file of the checkout."""
+    path, _, _ = target.partition("#")
     if "://" in target or not path or page == REFERENCE:
-        return target
+        return None
     file = ((ROOT / OF_THE_ROOT.get(page, f"docs/{page}")).parent / path).resolve()
     if not file.is_file() or not file.is_relative_to(ROOT):
-        return target  # --strict says that it leads nowhere
+        return None  # --strict says that it leads nowhere
     name = file.relative_to(ROOT).as_posix()
     uris = {of_the_root: uri for uri, of_the_root in OF_THE_ROOT.items()}
-    return uris.get(name, name.removeprefix("docs/") if name.startswith("docs/") else f"files/{name}") + mark + anchor
+    return uris.get(name, name.removeprefix("docs/") if name.startswith("docs/") else f"files/{name}")
 
 
 def reference() -> str:
