@@ -202,6 +202,7 @@ def test_a_script_of_a_block_can_be_run(block):
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of Lightning, to its users
 @pytest.mark.parametrize("shown", of_a_page(PYTHON))
 def test_the_python_of_a_page_runs(shown, tmp_path, monkeypatch):
     """In order, in one folder; a block can import those before it by the names of their files."""

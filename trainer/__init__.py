@@ -6,13 +6,17 @@ if TYPE_CHECKING:
     from trainer.data.shards.folder import ShardFolder
     from trainer.errors import UserError
     from trainer.posterior.posterior import Posterior
+    from trainer.training.lightning import VariationalModule
+    from trainer.training.shard_data import ShardData
     from trainer.verbs.fit import fit
 
-__all__ = ["Posterior", "ShardFolder", "UserError", "fit"]
+__all__ = ["Posterior", "ShardData", "ShardFolder", "UserError", "VariationalModule", "fit"]
 _HOMES = {
     "fit": "trainer.verbs.fit",
     "Posterior": "trainer.posterior.posterior",
     "ShardFolder": "trainer.data.shards.folder",
+    "VariationalModule": "trainer.training.lightning",
+    "ShardData": "trainer.training.shard_data",
     "UserError": "trainer.errors",
 }
 

@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from trainer.distributed.comm import Group
 from trainer.engine import module as lit_module
 from trainer.engine.metrics import is_kept
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.errors import UserError
 from trainer.inference.programs.tracing import Untraceable
 
@@ -40,7 +40,7 @@ def prepared(rank: int) -> list[object]:
     module = SimpleNamespace(
         program=program, comm=Group(rank, 2), state=None, say=said.append, device=torch.device("cpu")
     )
-    VariationalModule._prepare(module, None)  # type: ignore[arg-type]
+    ChunkModule._prepare(module, None)  # type: ignore[arg-type]
     return [module.program, program.abandoned, len(said)]
 
 
@@ -56,11 +56,11 @@ def test_a_step_that_one_rank_cannot_compile_runs_eagerly_on_both(tmp_path: Path
 
 
 def test_the_module_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VariationalModule, "comm", SimpleNamespace(agree=lambda tensors: False))
+    monkeypatch.setattr(ChunkModule, "comm", SimpleNamespace(agree=lambda tensors: False))
     monkeypatch.setattr(lit_module, "flat_state", lambda state: [])
-    module = VariationalModule.__new__(VariationalModule)
-    monkeypatch.setattr(VariationalModule, "step", 41)
-    monkeypatch.setattr(VariationalModule, "state", None, raising=False)
+    module = ChunkModule.__new__(ChunkModule)
+    monkeypatch.setattr(ChunkModule, "step", 41)
+    monkeypatch.setattr(ChunkModule, "state", None, raising=False)
     with pytest.raises(UserError, match="different parameters at step 41"):
         module.compare_ranks()
 

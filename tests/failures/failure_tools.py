@@ -163,7 +163,7 @@ def enter_network(name: str) -> None:
 
 def inject(fault: Fault) -> None:
     """Has ``fault`` happen in this process."""
-    from trainer.engine.module import VariationalModule
+    from trainer.engine.module import ChunkModule
     from trainer.posterior.full_data import FullData
 
     calls = 0
@@ -182,7 +182,7 @@ def inject(fault: Fault) -> None:
         FullData._made = before(FullData._made)
     else:
         name = {"step": "training_step", "prepare": "_prepare"}[fault.place]
-        setattr(VariationalModule, name, before(getattr(VariationalModule, name)))
+        setattr(ChunkModule, name, before(getattr(ChunkModule, name)))
 
 
 def _happen(kind: str, module: Any) -> None:

@@ -112,14 +112,14 @@ def test_chunks_grow_where_steps_become_faster(fit, monkeypatch):
     """Their size is chosen anew at the switch, as the speed is then, and holds for what is not read yet."""
     sizes = []
     chosen = iter((5, 25))
-    monkeypatch.setattr(lit_module.VariationalModule, "_slots", lambda module, chunk: next(chosen))
-    step = lit_module.VariationalModule.training_step
+    monkeypatch.setattr(lit_module.ChunkModule, "_slots", lambda module, chunk: next(chosen))
+    step = lit_module.ChunkModule.training_step
 
     def noted(module, chunk, batch_idx):
         sizes.append((module.step, len(chunk.batch_rows)))
         step(module, chunk, batch_idx)
 
-    monkeypatch.setattr(lit_module.VariationalModule, "training_step", noted)
+    monkeypatch.setattr(lit_module.ChunkModule, "training_step", noted)
     fit(*RUN, "slots=null", "averaging=0")
     assert max(size for at, size in sizes if at < SWITCH) == 5
     assert sizes[-1][1] >= 20

@@ -305,6 +305,15 @@ def test_a_budget_that_is_too_small_says_what_is_missing(fit, capsys):
     assert "give it more with max_epochs= or max_steps=" in said
 
 
+def test_an_anchored_run_keeps_its_anchor_beyond_a_round(fit, tmp_path):
+    """By the default recipe, whose rounds end in Newton steps and new coordinates."""
+    options = ("max_steps=700", "rounds=2", "stop=budget")
+    found = [summary(fit(*options, f"estimator={name}", run_dir=tmp_path / name)) for name in ("plain", "anchor")]
+    for plain, anchored in zip(*found, strict=True):
+        assert abs(float(plain["mean"]) - float(anchored["mean"])) < 0.05 * float(plain["sd"])
+        assert float(anchored["sd"]) == pytest.approx(float(plain["sd"]), rel=0.02)
+
+
 def test_an_anchored_run_resumes_bit_for_bit(fit, tmp_path):
     """The anchor is in the checkpoint: a run cut in the middle of an epoch goes on with it."""
     options = ("max_steps=60", "start=zero", "estimator=anchor", "rounds=1", "checkpoint.every_n_steps=25")

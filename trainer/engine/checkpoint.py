@@ -20,7 +20,7 @@ import torch
 from pytorch_lightning import Callback
 
 from trainer.data.store import atomic_write
-from trainer.engine.module import VariationalModule, flat_state, state_from_flat
+from trainer.engine.module import ChunkModule, flat_state, state_from_flat
 from trainer.engine.train_state import TrainState
 from trainer.errors import RankLost, Stopped, UserError
 from trainer.inference.step import State
@@ -152,27 +152,27 @@ class Checkpoints(Callback):
             self.say(f"put aside (.aside), since the run goes on from before: {names}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if self.every and module.step % self.every == 0:
             self._save(trainer, module)
         elif time.monotonic() - self.when >= self.seconds:
             self._write(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         self._save(trainer, module, last=True)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """What ended the run says nothing against the state of the last chunk, if it was a signal or another rank."""
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if isinstance(exception, Stopped) or (isinstance(exception, RankLost) and exception.faultless):
             self._write(trainer, module)
 
-    def _save(self, trainer: pl.Trainer, module: VariationalModule, last: bool = False) -> None:
+    def _save(self, trainer: pl.Trainer, module: ChunkModule, last: bool = False) -> None:
         module.compare_ranks()
         self._write(trainer, module, last)
 
-    def _write(self, trainer: pl.Trainer, module: VariationalModule, last: bool = False) -> None:
+    def _write(self, trainer: pl.Trainer, module: ChunkModule, last: bool = False) -> None:
         """Rank 0 writes; a full disk is told, and does not end the training."""
         self.when = time.monotonic()
         here = (module.step, self.record.ending)

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
 from trainer.data.store import atomic_write
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.errors import first_line
 
 _ALL = 1000
@@ -29,7 +29,7 @@ class MetricsFile(Callback):
         self.told: set[tuple[str, str]] = set()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if not trainer.is_global_zero or not self.path.exists():
             return
         with self.path.open(newline="") as file:
@@ -44,7 +44,7 @@ class MetricsFile(Callback):
             file.write(text.getvalue().encode())
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         number, self.chunks = self.chunks, self.chunks + 1
         if not trainer.is_global_zero or not (is_kept(number) or module.step == module.update.horizon):
             return

@@ -1,6 +1,6 @@
 """The Lightning module: a training step is a chunk of K optimisation steps, run by a program. Thin on purpose.
 
-Our own integer step, in the state, is the only truth about progress; Lightning's count is advanced to follow it.
+Our own integer step, in the state, is the only truth about progress.
 """
 
 import time
@@ -28,32 +28,42 @@ _TRIAL_SLOTS = 4
 _COMPARE_EVERY = 64  # chunks: some seconds
 
 
-class VariationalModule(pl.LightningModule):
-    """Trains ``theta`` of an `Inference` with a `Program`; `last` holds the newest chunk's figures.
-
-    ``seconds``: those of the start, or before a resume; ``say``: tells the user a sentence; ``first_pass``: checks
-    rows as they come.
+class ChunkModule(pl.LightningModule):
+    """Trains ``theta`` of an `Inference` with a `Program`, once `begin` has given them; `last` holds the newest chunk's
+    metrics.
     """
 
-    def __init__(
-        self,
-        inference: Inference,
-        update: Update,
-        program: Program,
-        state: State,
-        seconds: float = 0.0,
-        say: Callable[[str], None] = print,
-        first_pass: FirstPass | None = None,
-    ):
+    inference: Inference
+    update: Update
+    program: Program
+    state: State
+
+    def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.say, self.first_pass = say, first_pass
-        self.inference, self.update, self.program, self.state = inference, update, program, state
-        self.seconds_before = seconds
         self.last: dict[str, float] = {}
         self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
         """In this a signal ends the run at once: for what takes long and changes no state."""
         self._chunks = 0
+
+    def begin(
+        self,
+        update: Update,
+        program: Program,
+        state: State,
+        data: ChunkData | None,
+        seconds: float = 0.0,
+        say: Callable[[str], None] = print,
+        first_pass: FirstPass | None = None,
+    ) -> None:
+        """Gives the module what it trains.
+
+        ``data``: None where whoever trains gives it chunks of one step each; ``seconds``: those of the start, or before
+        a resume; ``say``: tells the user a sentence; ``first_pass``: checks rows as they come.
+        """
+        self.inference, self.update, self.program, self.state = program.inference, update, program, state
+        self.data, self.say, self.first_pass = data, say, first_pass
+        self.seconds_before = seconds
         self._started = self._previous = time.monotonic()
 
     @property
@@ -76,15 +86,15 @@ class VariationalModule(pl.LightningModule):
         """Wall seconds of training, those of the search for a start and before a resume included."""
         return self.seconds_before + time.monotonic() - self._started
 
-    def configure_optimizers(self) -> None:
+    def configure_optimizers(self) -> Any:
         return None
 
     def on_fit_start(self) -> None:
         device = self.device
         on_device = [self.comm.from_first(t.to(device)) for t in flat_state(self.state)]
         self.state = state_from_flat(on_device)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, ChunkData)
+        data = self.data
+        assert data is not None
         if len(set(self.comm.gathered(data.plan.identity))) > 1:
             raise UserError(
                 "the ranks plan different batches, since their machines differ in the room for shards: give them the "
@@ -98,14 +108,15 @@ class VariationalModule(pl.LightningModule):
             error = found
         self.comm.raise_together(error, device)
         self._most, self._chosen = most, data.slots
-        self._get_ready(data, chunk)
+        self._get_ready(chunk)
 
-    def _get_ready(self, data: ChunkData, chunk: Chunk) -> None:
+    def _get_ready(self, chunk: Chunk) -> None:
         """Prepares the program for what comes, and chooses the size of chunks by its speed."""
         self._ready_at = self.step
         self._prepare(chunk)
         slots = self._chosen or self._slots(chunk.part(0, min(_TRIAL_SLOTS, len(chunk.batch_rows))))
-        data.slots = min(self._most, slots)
+        assert self.data is not None
+        self.data.slots = min(self._most, slots)
 
     def _prepare(self, chunk: Chunk) -> None:
         """Prepares the program, or falls back on the eager one, on all ranks alike."""
@@ -141,7 +152,7 @@ class VariationalModule(pl.LightningModule):
         assert isinstance(chunk, Chunk)
         if self.step in self.program.stages and self.step != self._ready_at:
             with self.interruptible():
-                self._get_ready(self.trainer.datamodule, chunk)  # type: ignore[attr-defined]
+                self._get_ready(chunk)
         steps = len(chunk.batch_rows)
         result = self.program.run(self.state, chunk, steps)
         self._refuse_not_finite(result, chunk)
@@ -150,12 +161,12 @@ class VariationalModule(pl.LightningModule):
         self._chunks += 1
         if self._chunks % _COMPARE_EVERY == 0:
             self.compare_ranks()
-        self._advance_lightning(steps)
 
     def _checked(self, chunk: Chunk) -> UserError | None:
         """What is wrong with rows that come for the first time."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return None if self.first_pass is None else self.first_pass.of_chunk(chunk, self.step, data.row_ids)
+        if self.first_pass is None or self.data is None:
+            return None
+        return self.first_pass.of_chunk(chunk, self.step, self.data.row_ids)
 
     def compare_ranks(self) -> None:
         """Raises UserError on all ranks where their states, made by the same updates, are not the same to the bit."""
@@ -195,8 +206,8 @@ class VariationalModule(pl.LightningModule):
         if finite.all() and torch.isfinite(result.state.theta).all():
             return
         slot, places = culprits(self.program.eager, self.state, chunk.part(0, len(result.terms)))
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        ids = data.row_ids(self.step + slot) if places else np.empty(0)
+        places = places if self.data is not None else []
+        ids = self.data.row_ids(self.step + slot) if self.data is not None and places else np.empty(0)
         rows = sorted(row for some in self.comm.gathered([int(ids[place]) for place in places]) for row in some)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
@@ -208,11 +219,6 @@ class VariationalModule(pl.LightningModule):
         """The scheduled learning rate of a step."""
         here = self.update.at(step)
         return here.optimizer.lr * float(here.schedule(torch.tensor(step - here.start), here.horizon - here.start))
-
-    def _advance_lightning(self, steps: int) -> None:
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.total.ready += steps
-        progress.total.completed += steps
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if device.type == "cpu":

@@ -8,7 +8,7 @@ from pytorch_lightning import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 
 _LINES = 10  # in a log file: about one for each tenth of the run
 
@@ -23,7 +23,7 @@ class ProgressBar(Callback):
         self.next_line = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if not (trainer.is_global_zero and _can_show(self.console)):
             return
         self.bar = Progress(
@@ -38,7 +38,7 @@ class ProgressBar(Callback):
         self.bar.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if not trainer.is_global_zero:
             return
         last = module.last

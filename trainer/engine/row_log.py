@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
 
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.inference.programs.program import Chunk
 
 
@@ -26,7 +26,7 @@ class RowLog(Callback):
         self.file: io.FileIO | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         self.folder.mkdir(parents=True, exist_ok=True)
         launch = torch.tensor(1 + max(_launches(self.folder), default=-1), device=module.device)
         name = f"{int(module.comm.from_first(launch)):06d}.{trainer.global_rank}-{trainer.world_size}.rows"
@@ -36,7 +36,7 @@ class RowLog(Callback):
         if not isinstance(batch, Chunk):  # an error, for the ranks to agree on
             return
         assert self.file is not None
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         assert batch.row_id is not None
         row_id, taken = (
             batch.row_id.cpu().numpy(),

@@ -16,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -67,7 +67,7 @@ class StopOnSignal(Callback):
             self.waits = before
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         module.interruptible = self.at_once
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
@@ -75,13 +75,13 @@ class StopOnSignal(Callback):
         self.waits = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         self.received = module.comm.largest(self.received, module.device)
         if self.received:
             raise Stopped(self.received, agreed=True)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Stopped) and self.waits and isinstance(module, VariationalModule):
+        if isinstance(exception, Stopped) and self.waits and isinstance(module, ChunkModule):
             exception.step = module.step
         self.waits = True  # for what is left to be saved
 

@@ -183,6 +183,11 @@ class Posterior:
     @own_state()
     def save(self, path: str | Path) -> None:
         """Writes one file, whole or not at all: the parameters, the few rows, the columns' description, the metrics."""
+        with atomic_write(Path(path)) as file:
+            torch.save(self.content(), file)
+
+    def content(self) -> dict[str, Any]:
+        """What `save` writes: tensors, numbers and strings."""
         inference = self.inference
         facts = {
             "plate": inference.model.plate,
@@ -194,15 +199,13 @@ class Posterior:
             "columns": [asdict(column) for column in self.index.columns],
             "meta": self.index.meta,
         }
-        content = {
+        return {
             "format": FORMAT,
             "theta": self.theta.detach().cpu().clone(),
             "rows": {name: plain(column.cpu().clone()) for name, column in self.rows.columns.items()},
             "row_id": None if self.rows.row_id is None else self.rows.row_id.cpu().clone(),
             "facts": json.dumps(facts),
         }
-        with atomic_write(Path(path)) as file:
-            torch.save(content, file)
 
     @classmethod
     def load(cls, path: str | Path, model: Callable[..., Any], guide: Any = "mean_field") -> "Posterior":
@@ -220,13 +223,29 @@ class Posterior:
         """`load`, the guide made by ``factory(columns, plate)``."""
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            facts = json.loads(content["facts"])
+            json.loads(content["facts"])
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: give the file that Posterior.save wrote.") from None
         except Exception as error:
             raise UserError(f"{path} is no saved posterior ({first_line(error)}).") from error
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']} where this version reads {FORMAT}.")
+        return cls.of_content(content, model, factory, str(path))
+
+    @classmethod
+    @own_state()
+    def of_content(
+        cls,
+        content: dict[str, Any],
+        model: Callable[..., Any],
+        factory: Callable[[tuple[str, ...], str], GuideFactory],
+        name: str = "the checkpoint",
+    ) -> "Posterior":
+        """From `content`, the guide made by ``factory(columns, plate)``.
+
+        Raises UserError, in which the content is called ``name``, where its parameters are not those of the model.
+        """
+        facts = json.loads(content["facts"])
         columns = tuple(Column(**{**each, "shape": tuple(each["shape"])}) for each in facts["columns"])
         known = {name: of_plain(each) for name, each in content["rows"].items()}
         count = len(next(iter(known.values())))
@@ -245,7 +264,7 @@ class Posterior:
         shapes = {name: list(shape) for name, shape in inference.parameters.shapes.items()}
         if shapes != facts["shapes"]:
             raise UserError(
-                f"{path} holds the parameters {facts['shapes']} and the model has {shapes}: give the model and guide "
+                f"{name} holds the parameters {facts['shapes']} and the model has {shapes}: give the model and guide "
                 "that were fitted."
             )
         return cls(inference, content["theta"], rows, Index(columns, (), 0, "train", facts["meta"]), facts["metrics"])

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback
 
 from trainer.data.shards.folder import ShardFolder
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.errors import UserError
 from trainer.inference.estimates.full_elbo import rough_elbo_per_row
@@ -43,7 +43,7 @@ class Report(Callback):
         self.ends = [part * horizon // PARTS // unit * unit for part in range(1, PARTS)]
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if module.step not in self.ends or trainer.should_stop:
             return
         here, total = self.rows.blocks(module.theta, module.step, few_blocks(self.rows.folder))

@@ -2,11 +2,12 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -16,7 +17,7 @@ from trainer.data.plan import Plan
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.datamodule import ChunkData
 from trainer.engine.metrics import MetricsFile
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.engine.progress import ProgressBar
 from trainer.engine.row_log import RowLog
 from trainer.engine.strategy import RankStrategy, SlurmStep
@@ -33,7 +34,7 @@ from trainer.options.verbs import Train
 from trainer.posterior.full_data import FullData, FullLoss
 from trainer.runs.loggers import make_loggers
 from trainer.runs.tracking import Tracked
-from trainer.training.final_evaluation import Finish, is_finished
+from trainer.training.final_evaluation import FinalEvaluation, Finish, is_finished
 from trainer.training.launch import memory_share
 from trainer.training.prepare import Context, Prepared
 from trainer.training.ranks import World
@@ -41,19 +42,32 @@ from trainer.training.steer import EndRound, MoveAnchor
 from trainer.training.stop import Stop
 
 
-def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[VariationalModule, Finish]:
-    """Trains to the end of the budget, or of what the stop rule asks for; ``keep``: whether the run folder stays."""
-    cfg, splits, plan, inference, update, state, record, sample, checked, doubts = prepared
-    run_dir, here, _, console, signals = context
-    choice, say = record.problem.plan, console.print
+class Assembled(NamedTuple):
+    """A prepared run, put together: whoever runs it in Lightning adds what watches it."""
+
+    data: ChunkData
+    full: FullData
+    held: FullData | None
+    stop: Stop
+    steering: list[pl.Callback]
+    """What a run needs to be right: the anchor of the control variate, the ends of rounds and the stop rule."""
+    program: Program
+
+
+def assembled(
+    prepared: Prepared, context: Context, every: int = 0, by_epoch: bool = False, passed: Callable[[int], object] = int
+) -> Assembled:
+    """The program, the chunks and the recipe of a run.
+
+    ``every``: chunks also end at multiples of so many steps; ``by_epoch``: and where an epoch does; ``passed``: called
+    with the number of each pass over all rows. Begins no training.
+    """
+    cfg, splits, plan, inference, update, _, record, sample, checked, doubts = prepared
+    choice, here = record.problem.plan, context.world
     ranks = choice.ranks(here.rank, here.size)
     program = build.program(cfg.program)(inference, update, choice.seed, ranks.groups, here.comm)
-    module = VariationalModule(inference, update, program, state, record.seconds, say, checked)
-    every = _every(cfg, program)
-    full = FullData(splits.train, inference.model.arguments, here.comm, signals.check, checked)
+    full = FullData(splits.train, inference.model.arguments, here.comm, context.check, checked)
     held = None if splits.held_out is None else replace(full, folder=splits.held_out)
-    report = _report(cfg, held or full, update.horizon, program.sync_every, record)
-    ends = [end for each in update.rounds for end in _round_ends(each, plan, program)]
     data = ChunkData(
         splits.train,
         plan,
@@ -62,27 +76,44 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[Variation
         torch.get_default_dtype(),
         with_row_id=bool(inference.guide.noise_size[1] or cfg.data.log_rows),
         slots=cfg.slots,
-        every=_cuts(plan, every, update.anchored),
-        ends=(*ends, *(end for each in report for end in each.ends), *program.stages),
+        every=_cuts(plan, every, by_epoch or bool(update.anchored)),
+        ends=(*(end for each in update.rounds for end in _round_ends(each, plan, program)), *program.stages),
         memory=cfg.data.memory or memory_share(here.local_size),
     )
-    data.first, data.last = int(state.step), update.horizon
-    bar = ProgressBar(console, update.horizon)
+    data.first, data.last = int(prepared.state.step), update.horizon
 
-    def passed() -> None:
+    def counted() -> None:
         record.passes += 1
-        bar.on_pass(record.passes)
+        passed(record.passes)
 
-    loss = FullLoss(full, inference, cfg.seed, passed)
+    loss = FullLoss(full, inference, cfg.seed, counted)
     afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
     by_passes = afford if latents_alone(inference) or can_be_settled(inference) else None
-    rule = build.rule(cfg.stop)
-    stop = Stop(rule, EndRound(loss, sample, by_passes, record), plan.steps_per_epoch, record, say, doubts)
+    end_round = EndRound(loss, sample, by_passes, record)
+    stop = Stop(build.rule(cfg.stop), end_round, plan.steps_per_epoch, record, context.console.print, doubts)
+    steering = [*([MoveAnchor(loss, plan.begins)] if update.anchored else []), stop]
+    return Assembled(data, full, held, stop, steering, program)
+
+
+def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModule, Finish]:
+    """Trains to the end of the budget, or of what the stop rule asks for; ``keep``: whether the run folder stays."""
+    cfg, splits, plan, _, update, state, record, _, checked, _ = prepared
+    run_dir, here, _, console, signals = context
+    say, bar = console.print, ProgressBar(console, update.horizon)
+    every = cfg.checkpoint.every_n_steps or 0
+    data, full, held, stop, steering, program = assembled(prepared, context, every, passed=bar.on_pass)
+    _refuse_between_syncs(cfg, program)
+    module = ChunkModule()
+    module.begin(update, program, state, data, record.seconds, say, checked)
+    report = _report(cfg, held or full, update.horizon, program.sync_every, record)
+    data.ends = (*data.ends, *(end for each in report for end in each.ends))
     figures = MetricsFile(run_dir / "metrics.csv", say)
-    finish = Finish(run_dir, full, held, plan, cfg.seed, console, figures, stop, f" · {run_dir}" if keep else "")
+    final = FinalEvaluation(full, held, plan, cfg.seed, stop)
+    finish = Finish(run_dir, final, console, figures, f" · {run_dir}" if keep else "")
+    *anchor, _ = steering
     callbacks = [
         signals,
-        *([MoveAnchor(loss, plan.begins)] if update.anchored else []),
+        *anchor,
         *([RowLog(Path(cfg.data.log_rows))] if cfg.data.log_rows else []),
         bar,
         figures,
@@ -93,7 +124,7 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[Variation
         finish,
         Tracked(run_dir, splits.train, figures, cfg.checkpoint.track),
     ]  # fmt: skip
-    if (record.stopped and rule is not None) or data.first >= data.last:
+    if (record.stopped and stop.rule is not None) or data.first >= data.last:
         data.last = data.first  # what was cut short at the end, if anything, is all there is to do
     if data.first < data.last or not is_finished(run_dir, data.first):
         try:
@@ -107,13 +138,11 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[Variation
     return module, finish
 
 
-def _every(cfg: Train, program: Program) -> int:
-    """After how many steps each a checkpoint is saved; 0 for never."""
-    every = cfg.checkpoint.every_n_steps or 0
-    for name, count in (("checkpoint.every_n_steps", every), ("slots", cfg.slots or 0)):
+def _refuse_between_syncs(cfg: Train, program: Program) -> None:
+    """Raises UserError where a chunk would end at a step at which the ranks hold different states."""
+    for name, count in (("checkpoint.every_n_steps", cfg.checkpoint.every_n_steps or 0), ("slots", cfg.slots or 0)):
         if count % program.sync_every:
             raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
-    return every
 
 
 def _round_ends(update: Update, plan: Plan, program: Program) -> tuple[int, ...]:
@@ -121,10 +150,10 @@ def _round_ends(update: Update, plan: Plan, program: Program) -> tuple[int, ...]
     return (update.horizon, *segment_ends(update, plan.steps_per_epoch, program.sync_every))
 
 
-def _cuts(plan: Plan, every: int, anchored: int) -> tuple[tuple[int, int], ...]:
-    """Where chunks end: at multiples of ``every`` (checkpoints), and where an epoch begins if there is an anchor."""
+def _cuts(plan: Plan, every: int, by_epoch: bool) -> tuple[tuple[int, int], ...]:
+    """Where chunks end: at multiples of ``every``, and where an epoch begins."""
     epochs = (plan.steps_per_epoch, plan.first_whole)
-    return (*([(every, 0)] if every else []), *([epochs] if anchored else []))
+    return (*([(every, 0)] if every else []), *([epochs] if by_epoch else []))
 
 
 def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:

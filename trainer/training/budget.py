@@ -6,16 +6,26 @@ keep their places between now and the end.
 """
 
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.data.plan import Plan
 from trainer.inference.step import Update
 from trainer.options import build
 from trainer.options.verbs import Train
 
 _ROUND_STEPS = 150  # of the shortest round
+
+
+class Epochs(Protocol):
+    """As much of a plan as a budget asks for."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def step_after(self, epochs: float) -> int:
+        """The step by which so many epochs were taken."""
+        ...
 
 
 class Begun(NamedTuple):
@@ -33,7 +43,7 @@ def optimizer_of(cfg: Train, whitened: bool) -> DictConfig:
     return OmegaConf.merge(cfg.optimizer, left)  # type: ignore[return-value]
 
 
-def update_of(cfg: Train, plan: Plan, whitened: bool, anchored: int, begun: Begun | None = None) -> Update:
+def update_of(cfg: Train, plan: Epochs, whitened: bool, anchored: int, begun: Begun | None = None) -> Update:
     """Optimiser, schedule and rounds, each of twice the steps of the one before; a round is at least an epoch."""
     epoch, horizon, share = plan.steps_per_epoch, _horizon(cfg, plan), cfg.averaging
     count, every = cfg.rounds, int(cfg.program.get("sync_every", 1))
@@ -61,6 +71,6 @@ def moved(begun: Begun, horizon: int) -> list[int]:
     return [end if end <= step else step + (end - step) * (horizon - step) // (last - step) for end in ends]
 
 
-def _horizon(cfg: Train, plan: Plan) -> int:
+def _horizon(cfg: Train, plan: Epochs) -> int:
     limits = [n for n in (cfg.max_steps, cfg.max_epochs and plan.step_after(cfg.max_epochs)) if n]
     return min(limits) if limits else max(cfg.budget.steps, plan.step_after(cfg.budget.epochs))

@@ -14,7 +14,7 @@ from trainer.data.plan import Plan
 from trainer.data.shards.verify import LEFT_OUT
 from trainer.data.store import atomic_write
 from trainer.engine.metrics import MetricsFile
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.errors import counted
 from trainer.inference.estimates.full_elbo import full_elbo, held_out_elbo_per_row
 from trainer.inference.model.plates import Batch
@@ -30,45 +30,22 @@ _METRICS = "metrics.json"
 _SUMMARY_ROWS = 64  # of the data, for models whose latents take their shapes from it
 
 
-class Finish(Callback):
-    """Evaluates the answer on all ranks and writes posterior.pt, summary.csv and, when all is there, metrics.json.
+class FinalEvaluation:
+    """The result of a run and its metrics, exact over all rows, on all ranks."""
 
-    ``shown`` ends the closing line.
-    """
-
-    def __init__(
-        self,
-        run_dir: Path,
-        rows: FullData,
-        held_out: FullData | None,
-        plan: Plan,
-        seed: int,
-        console: Console,
-        figures: MetricsFile,
-        stop: Stop,
-        shown: str,
-    ):
-        self.figures, self.stop = figures, stop
-        self.run_dir, self.rows, self.held_out, self.plan = run_dir, rows, held_out, plan
-        self.seed, self.console = seed, console
-        self.shown = shown
-        self.headline = float("nan")
+    def __init__(self, rows: FullData, held_out: FullData | None, plan: Plan, seed: int, stop: Stop):
+        self.rows, self.held_out, self.plan, self.seed, self.stop = rows, held_out, plan, seed, stop
         self.metrics: dict[str, Any] = {}
-        self.answer: torch.Tensor | None = None
-        """theta [P] of the posterior, once it is known."""
+        self.theta: torch.Tensor | None = None
+        """[P], of the posterior, once it is known."""
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, VariationalModule)
-        seconds, self.answer = module.seconds, self._answer(module)
-        metrics = {**self._evaluate(module), **self._figures(module, seconds)}
-        self.metrics = metrics
-        self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
-        if trainer.is_global_zero:
-            self._write(module, metrics)
-            numbers = {f"final/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
-            self.figures.to_loggers(trainer, numbers, module.step)
+    def __call__(self, module: ChunkModule) -> dict[str, Any]:
+        """Evaluates the parameters that training has come to, in some passes over all rows."""
+        seconds, self.theta = module.seconds, self._result(module)
+        self.metrics = {**self._evaluated(module, self.theta), **self._counts(module, seconds)}
+        return self.metrics
 
-    def _answer(self, module: VariationalModule) -> torch.Tensor:
+    def _result(self, module: ChunkModule) -> torch.Tensor:
         """Where training has come to, with what the guide makes of the curvature there."""
         theta, guide, parameters = module.theta, module.inference.guide, module.inference.parameters
         if not guide.curved:
@@ -77,9 +54,8 @@ class Finish(Callback):
         values = {**parameters.unflatten(theta), **guide.ended(hessian)}
         return module.comm.from_first(parameters.flatten(values).to(theta.dtype))
 
-    def _evaluate(self, module: VariationalModule) -> dict[str, Any]:
-        theta, inference = self.answer, module.inference
-        assert theta is not None
+    def _evaluated(self, module: ChunkModule, theta: torch.Tensor) -> dict[str, Any]:
+        inference = module.inference
         _, whitening, _ = module.update.split(module.state.slots)
         count = len(self.rows.folder.block_rows)
         here, total = self.rows.blocks(theta, module.step)
@@ -98,7 +74,7 @@ class Finish(Callback):
             "held_out_elbo_per_row": held_out,
         }
 
-    def _figures(self, module: VariationalModule, seconds: float) -> dict[str, Any]:
+    def _counts(self, module: ChunkModule, seconds: float) -> dict[str, Any]:
         epochs = self.plan.epochs_at(module.step)
         passes = self.stop.record.passes
         rows = round((epochs + passes) * self.rows.folder.num_rows)
@@ -129,21 +105,47 @@ class Finish(Callback):
             "blocks_left_out": {"train": train.get("shards", {}), "held_out": held_out.get("shards", {})},
         }
 
-    def posterior(self, module: VariationalModule) -> Posterior:
-        """The answer, with a few rows of the training data."""
+    def posterior(self, module: ChunkModule) -> Posterior:
+        """The posterior of what training has come to, with a few rows of the training data."""
         first = self.rows.block(0, module.theta, rows=_SUMMARY_ROWS)
         count = torch.tensor(len(first.row_id), device=module.device)
         rows = Batch(first.columns, count, self.rows.folder.num_rows / count.double(), first.row_id)
         index = dataclasses.replace(self.rows.folder.index, shards=())
-        theta = module.theta if self.answer is None else self.answer
-        if self.answer is None and module.inference.guide.curved:  # of a run that has ended before
-            theta = torch.load(self.run_dir / "posterior.pt", weights_only=True)["theta"].to(module.device)
+        theta = module.theta if self.theta is None else self.theta
         return Posterior(module.inference, theta.detach().clone(), rows, index, self.metrics)
 
-    def _write(self, module: VariationalModule, metrics: dict[str, Any]) -> None:
+
+class Finish(Callback):
+    """Evaluates the result on all ranks and writes posterior.pt, summary.csv and, when all is there, metrics.json.
+
+    ``shown`` ends the closing line.
+    """
+
+    def __init__(self, run_dir: Path, final: FinalEvaluation, console: Console, figures: MetricsFile, shown: str):
+        self.run_dir, self.final, self.console, self.figures, self.shown = run_dir, final, console, figures, shown
+        self.headline = float("nan")
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, ChunkModule)
+        metrics = self.final(module)
+        self.headline = metrics["held_out_elbo_per_row"] or metrics["elbo_per_row"]
+        if trainer.is_global_zero:
+            self._write(module, metrics)
+            numbers = {f"final/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
+            self.figures.to_loggers(trainer, numbers, module.step)
+
+    def posterior(self, module: ChunkModule) -> Posterior:
+        """The result; of a run that had ended before, as its file holds it."""
+        found = self.final.posterior(module)
+        if self.final.theta is None and module.inference.guide.curved:
+            theta = torch.load(self.run_dir / "posterior.pt", weights_only=True)["theta"]
+            return dataclasses.replace(found, theta=theta.to(module.device))
+        return found
+
+    def _write(self, module: ChunkModule, metrics: dict[str, Any]) -> None:
         posterior = self.posterior(module)
         posterior.save(self.run_dir / "posterior.pt")
-        sites = summarise(module.inference, posterior.theta, posterior.rows, seed=self.seed)
+        sites = summarise(module.inference, posterior.theta, posterior.rows, seed=self.final.seed)
         write_summary(self.run_dir / "summary.csv", sites)
         with atomic_write(self.run_dir / _METRICS) as file:
             file.write(f"{json.dumps(metrics, indent=1)}\n".encode())

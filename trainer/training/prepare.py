@@ -43,7 +43,13 @@ class Context(NamedTuple):
     world: World
     threads: int
     console: Console
-    signals: StopOnSignal
+    signals: StopOnSignal | None = None
+    """None: whoever calls looks after them."""
+
+    def check(self) -> None:
+        """Raises Stopped where a signal ends the run."""
+        if self.signals is not None:
+            self.signals.check()
 
 
 class Given(NamedTuple):
@@ -81,10 +87,9 @@ class Prepared(NamedTuple):
     """What the start said of the model."""
 
 
-def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None) -> Prepared:
-    """Checks the model on rows, finds a start, and takes over what a checkpoint holds. Raises UserError."""
+def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, saved: resume.Saved | None) -> Prepared:
+    """Checks the model on rows, finds a start, and takes over what a checkpoint has ``saved``. Raises UserError."""
     folder, say = splits.train, context.console.print
-    saved = resume.saved(cfg.ckpt_path, context.run_dir)
     choice = resume.plan_choice(cfg, folder, context.world, saved)
     plan = choice.plan(folder)
     dtype, (inference, theta) = in_its_precision(cfg.dtype, folder.num_rows, lambda: infer(cfg, folder, given), say)

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trainer.data.store import atomic_write
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.inference.model.plates import WEIGHT
 from trainer.options.allowed import refuse_others
 from trainer.options.entrance import resolved
@@ -18,6 +18,7 @@ from trainer.options.verbs import Train
 from trainer.runs import secrets
 from trainer.runs.folder import save_words
 from trainer.runs.lock import locked
+from trainer.training import resume
 from trainer.training.assemble import trained
 from trainer.training.data import cache_of, held_out_split, places, training_split
 from trainer.training.final_evaluation import Finish
@@ -26,21 +27,21 @@ from trainer.training.quarantine import without_damage
 from trainer.training.tables import shards_of
 
 
-def train(cfg: Train, context: Context, given: Given | None = None) -> tuple[VariationalModule, Finish]:
+def train(cfg: Train, context: Context, given: Given | None = None) -> tuple[ChunkModule, Finish]:
     """Trains and writes the run folder; ``given``: model and guide as objects, in place of the config's."""
     run_dir, first = context.run_dir, context.world.rank == 0
     with locked(run_dir) if first else nullcontext():
         if first and given is None:
             save_words(cfg, run_dir)
         refuse_others(resolved(cfg), cfg.allow)
-        cfg, splits = _splits(cfg, context)
-        prepared = prepare(cfg, context, splits, given)
+        cfg, splits = opened_splits(cfg, context)
+        prepared = prepare(cfg, context, splits, given, resume.saved(cfg.ckpt_path, run_dir))
         if first:
             _save_config(prepared.cfg, run_dir)
         return trained(prepared, context, keep=given is None or given.keep)
 
 
-def _splits(cfg: Train, context: Context) -> tuple[Train, Splits]:
+def opened_splits(cfg: Train, context: Context) -> tuple[Train, Splits]:
     """The rows to train on and those held out, packed where they are not, and the config with their place."""
     paths = places(cfg.data.path)
     packed = shards_of(paths, context.console, cache_of(cfg.data), cfg.weight)

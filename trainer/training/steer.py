@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.inference.estimates.full_gradient import MANY, Draws
 from trainer.inference.guides.gaussian import GaussianView
@@ -36,7 +36,7 @@ class MoveAnchor(Callback):
         self.loss, self.begins = loss, begins
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if self.begins(module.step):
             theta = module.state.theta.clone()
             gradient = self.loss.gradient(module.step, theta) / module.inference.num_obs
@@ -56,15 +56,15 @@ class EndRound:
     def __init__(self, loss: FullLoss, sample: StepBatch, afford: int | None, record: TrainState):
         self.loss, self.sample, self.afford, self.record = loss, sample, afford, record
 
-    def __call__(self, module: VariationalModule) -> tuple[bool, float]:
+    def __call__(self, module: ChunkModule) -> tuple[bool, float]:
         """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
         average, slots, left, record = module.theta, module.state.slots, math.nan, self.record
-        own, whitening, _ = module.update.split(slots)
+        own, whitening, anchor = module.update.split(slots)
         theta = average
         view = module.inference.gaussian
         if whitening is not None and view is not None:
             theta, whitening, left = self._by_curvature(module, view, average, whitening)
-            slots = (*own, *whitening)
+            slots = (*own, *whitening, *(anchor or ()))
         elif self.afford is not None and module.step > max(self.afford, _AGAIN * record.no_newton_at):
             if view is None:
                 theta, left = self._settled(module, average)
@@ -76,7 +76,7 @@ class EndRound:
         return theta is not average, left
 
     def _by_curvature(
-        self, module: VariationalModule, view: GaussianView, theta: Tensor, whitening: Whitening
+        self, module: ChunkModule, view: GaussianView, theta: Tensor, whitening: Whitening
     ) -> tuple[Tensor, Whitening, float]:
         """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
         full, step = self.loss, module.step
@@ -107,7 +107,7 @@ class EndRound:
             left = step_to_go(view, theta, solve(theta, gradient(theta, _LEVELS[1])))
         return theta, whitening, left
 
-    def _by_products(self, module: VariationalModule, view: GaussianView, theta: Tensor) -> tuple[Tensor, float]:
+    def _by_products(self, module: ChunkModule, view: GaussianView, theta: Tensor) -> tuple[Tensor, float]:
         full, step = self.loss, module.step
 
         def gradient(theta: Tensor, draws: Draws, fresh: bool) -> Tensor:
@@ -124,7 +124,7 @@ class EndRound:
             made = None
         return (theta, math.nan) if made is None else (module.comm.from_first(made.theta), made.left)
 
-    def _settled(self, module: VariationalModule, theta: Tensor) -> tuple[Tensor, float]:
+    def _settled(self, module: ChunkModule, theta: Tensor) -> tuple[Tensor, float]:
         inference, device, dtype = module.inference, theta.device, theta.dtype
         of_one = {name: column[0][:_FEW_ROWS] for name, column in self.sample.columns.items()}
         count = len(next(iter(of_one.values())))

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
-from trainer.engine.module import VariationalModule
+from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.errors import counted
 from trainer.inference.recipe.arrowhead import knows_small_sites
@@ -61,12 +61,12 @@ class Stop(Callback):
         self.marks = record.marks
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         if self.record.ending == module.step:  # a signal came while the round ended
             self._end(trainer, module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
+        assert isinstance(module, ChunkModule)
         here = module.update.at(module.step - 1)
         ends = segment_ends(here, self.epoch, module.program.sync_every)
         if module.step in ends and module.inference.gaussian is not None:
@@ -75,7 +75,7 @@ class Stop(Callback):
             self.record.ending = module.step
             self._end(trainer, module)
 
-    def _end(self, trainer: pl.Trainer, module: VariationalModule) -> None:
+    def _end(self, trainer: pl.Trainer, module: ChunkModule) -> None:
         """Ends the round, or leaves the state as it is to be ended another time."""
         before = module.state
         try:
@@ -86,7 +86,7 @@ class Stop(Callback):
         self.record.ending = None
         self.marks.clear()
 
-    def _judged(self, trainer: pl.Trainer, module: VariationalModule) -> None:
+    def _judged(self, trainer: pl.Trainer, module: ChunkModule) -> None:
         here, average = module.update.at(module.step - 1), module.theta.cpu()
         ends = segment_ends(here, self.epoch, module.program.sync_every)
         moved, left = self.end_round(module)
@@ -110,7 +110,7 @@ class Stop(Callback):
         if evidence is not None:
             self._judge(trainer, module, evidence, moved and not module.update.whitened)
 
-    def _judge_gain(self, trainer: pl.Trainer, module: VariationalModule, gain: float) -> None:
+    def _judge_gain(self, trainer: pl.Trainer, module: ChunkModule, gain: float) -> None:
         """Of a guide of Pyro's or the user's: ``gain`` is what is left, nan where nothing tells."""
         if not math.isnan(gain):
             self._judge(trainer, module, Evidence(None, None, None, None, gain), False)
@@ -120,7 +120,7 @@ class Stop(Callback):
                 f"its optimum: see whether the ELBO rises with max_steps={2 * module.step}"
             )
 
-    def _judge(self, trainer: pl.Trainer, module: VariationalModule, evidence: Evidence, at_noise: bool) -> None:
+    def _judge(self, trainer: pl.Trainer, module: ChunkModule, evidence: Evidence, at_noise: bool) -> None:
         """``at_noise``: what the gradient leaves to go is as little as its draws can tell."""
         theta, rule, last = module.theta, self.rule or Rule(), module.step == module.update.horizon
         if (

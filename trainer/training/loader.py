@@ -1,0 +1,178 @@
+"""A `VariationalModule` on any loader of dicts of tensors: nothing but the batches is known of the data."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import Callback
+from torch import Tensor
+
+from trainer.data.shards.index import Column as StoredColumn
+from trainer.data.shards.index import Index
+from trainer.engine.module import ChunkModule, flat_state, state_from_flat
+from trainer.engine.train_state import PlanChoice, Problem, TrainState
+from trainer.errors import UserError
+from trainer.inference.estimates.full_elbo import Block
+from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.recipe.laplace import laplace_start
+from trainer.inference.setup import guide_factory, materialise
+from trainer.inference.step import Inference, State, Update
+from trainer.options import build
+from trainer.options.records import plain
+from trainer.options.verbs import Train
+from trainer.posterior.posterior import Posterior
+from trainer.training import resume
+from trainer.training.budget import optimizer_of, update_of
+from trainer.training.first_rows import one_group
+from trainer.training.precision import in_its_precision
+from trainer.training.prepare import Context, Given
+
+_FEW_ROWS = 64
+
+
+@dataclass(frozen=True)
+class LoaderRun:
+    """What a run over a loader trains: steps of one batch each, by the eager program."""
+
+    inference: Inference
+    update: Update
+    program: Eager
+    state: State
+    record: TrainState
+    first: Batch
+
+    def chunk(self, batch: Mapping[str, Any]) -> Chunk:
+        """One step's rows of this rank, of however many."""
+        rows = self.rows(batch)
+        valid = torch.tensor([[rows.size]], device=rows.valid.device)
+        of_all = self.program.comm.sum(valid[0])
+        ids = rows.row_id
+        assert ids is not None
+        row_id = ids[None, None] if self.inference.guide.noise_size[1] else None
+        return Chunk({name: column[None, None] for name, column in rows.columns.items()}, valid, of_all, row_id)
+
+    def rows(self, batch: Mapping[str, Any]) -> Batch:
+        """A loader's batch as what the model takes. Raises UserError for one that lacks a column."""
+        names = self.inference.model.arguments
+        lacking = [name for name in names if name not in batch]
+        if lacking:
+            raise UserError(
+                f"a batch of the loader lacks {', '.join(lacking)}, which its first one had: give all of them."
+            )
+        return _rows({name: batch[name] for name in names}, self.program.comm.rank)
+
+    def block(self, batch: Mapping[str, Any], number: int) -> Block:
+        """A batch as block ``number`` of a pass."""
+        rows = self.rows(batch)
+        assert rows.row_id is not None
+        return Block(number, rows.columns, rows.row_id)
+
+    def posterior(self, module: ChunkModule) -> Posterior:
+        """The posterior of what training has come to."""
+        index = Index(tuple(_described(name, each) for name, each in self.first.columns.items()), (), 0, "train", {})
+        return Posterior(module.inference, module.theta.detach().clone(), self.first, index)
+
+
+def begun(
+    trainer: pl.Trainer, cfg: Train, context: Context, given: Given, num_obs: int, saved: resume.Saved | None
+) -> LoaderRun:
+    """Sets up the problem of ``given`` on the first batch of the trainer's loader. Raises UserError."""
+    say, first = context.console.print, next(iter(trainer.train_dataloader))  # type: ignore[arg-type]
+    if not isinstance(first, Mapping):
+        raise UserError(
+            f"the loader gives {type(first).__name__} where dicts of tensors belong, as {{'x': x, 'y': y}}: name the "
+            "model's arguments in its batches (collate_fn=)."
+        )
+    dtype, (inference, theta) = in_its_precision(cfg.dtype, num_obs, lambda: _problem(cfg, given, first, num_obs), say)
+    sample = _rows({name: first[name] for name in inference.model.arguments}, 0)
+    start = laplace_start(inference, theta, one_group(sample), say) if cfg.start == "laplace" else None
+    cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, start is not None))
+    batches = trainer.num_training_batches
+    plan = _Steps(int(batches) if math.isfinite(batches) else int(cfg.max_steps or 1))
+    update = update_of(cfg, plan, start is not None, 0, resume.begun(saved))
+    state = fresh = update.init(theta) if start is None else update.init(*start)
+    size = context.world.size
+    problem = Problem(
+        plan=PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader"),
+        shapes={name: list(shape) for name, shape in inference.parameters.shapes.items()},
+        sites=list(inference.sites),
+        optimizer=plain(cfg.optimizer),
+        horizon=update.horizon,
+        rounds=[each.horizon for each in update.rounds],
+        version=version("svi-trainer"),
+        world_size=size,
+    )
+    record = TrainState(problem)
+    if saved is not None:
+        state, old = saved
+        resume.check_same(old.problem, problem, state, fresh)
+        record.resumed(old)
+    comm = context.world.comm
+    device = trainer.strategy.root_device
+    state = state_from_flat([comm.from_first(each.to(device)) for each in flat_state(state)])
+    program = Eager(inference, update, cfg.seed, [context.world.rank], comm)
+    few = sample.at(torch.arange(min(_FEW_ROWS, sample.size)))
+    few = few._replace(scale=torch.tensor(num_obs / few.size, dtype=torch.float64))
+    return LoaderRun(inference, update, program, state, record, few)
+
+
+class AverageRounds(Callback):
+    """Goes on from a round's average at its end."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        assert isinstance(module, ChunkModule)
+        if module.step == module.update.at(module.step - 1).horizon:
+            module.state = module.state._replace(theta=module.theta.clone())
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """As much of a plan as a budget asks for."""
+
+    steps_per_epoch: int
+
+    def step_after(self, epochs: float) -> int:
+        return math.ceil(epochs * self.steps_per_epoch)
+
+
+def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -> tuple[Inference, Tensor]:
+    """The inference problem, checked on the first batch, and theta [P] at its start."""
+    columns = tuple(arguments(given.model, list(first)))
+    rows = _rows({name: first[name] for name in columns}, 0)
+    rows = rows._replace(scale=torch.tensor(num_obs / rows.size, dtype=torch.float64))
+    return materialise(
+        given.model,
+        guide_factory(given.guide, columns, cfg.plate),
+        rows,
+        num_obs,
+        build.objective(cfg.objective, cfg.objective.pairs or 1),
+        plate=cfg.plate,
+        global_sites=cfg.global_sites,
+        seed=cfg.seed,
+    )
+
+
+def _rows(batch: Mapping[str, Any], rank: int) -> Batch:
+    """A batch of rank ``rank``, whose rows get numbers that are their own within a step."""
+    columns = {name: _column(torch.as_tensor(values)) for name, values in batch.items()}
+    count = len(next(iter(columns.values())))
+    device = next(iter(columns.values())).device
+    row_id = torch.arange(count, device=device) + rank * 2**32
+    return Batch(
+        columns, torch.tensor(count, device=device), torch.ones((), dtype=torch.float64, device=device), row_id
+    )
+
+
+def _column(values: Tensor) -> Tensor:
+    if values.dtype == torch.bool:
+        return values
+    return values.to(torch.get_default_dtype() if values.is_floating_point() else torch.int64)
+
+
+def _described(name: str, column: Any) -> StoredColumn:
+    return StoredColumn(name, str(column.dtype).removeprefix("torch."), tuple(column.shape[1:]))
