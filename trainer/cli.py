@@ -38,7 +38,8 @@ VERBS = {
     "doctor": "what this machine or allocation can do, and what is wrong with it",
 }
 
-
+Run = Callable[[Any, Path], float]
+"""A verb: its record and the folder of its run, to the number that it returns."""
 _BARE = {"runs": "dir", "best": "sweep", "sync": "dir"}  # what a first word without a key says
 _FLAGS = {"--html": "html=runs.html"}
 
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _task(verb: str) -> Callable[[DictConfig], float]:
     def task(cfg: DictConfig) -> float:
-        run = import_module(f"trainer.verbs.{verb}").run
+        run: Run = import_module(f"trainer.verbs.{verb}").run
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         redact_files(Path(HydraConfig.get().sweep.dir))
         sys.argv = redacted(sys.argv)  # trackers note it
@@ -108,7 +109,8 @@ def _with_typed(chosen: Any, words: Sequence[str]) -> Any:
 
 def _rank() -> int:
     """That of this process among those that a launcher made."""
-    return import_module("trainer.training.launch").launched_rank()
+    rank: int = import_module("trainer.training.launch").launched_rank()
+    return rank
 
 
 def _child(run_dir: Path) -> float:
@@ -116,7 +118,8 @@ def _child(run_dir: Path) -> float:
     import_module("trainer.training.launch").die_with_parent()
     cfg = OmegaConf.load(run_dir / ".hydra" / "resolved.yaml")
     assert isinstance(cfg, DictConfig)
-    return import_module("trainer.verbs.train").run(options("train", handed_on(cfg)), run_dir)
+    run: Run = import_module("trainer.verbs.train").run
+    return run(options("train", handed_on(cfg)), run_dir)
 
 
 def guarded(verb: str, work: Callable[[], float], debug: bool) -> float:

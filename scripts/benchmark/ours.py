@@ -171,4 +171,5 @@ class Repeated:
         self._folder.make_ready(block % len(self._folder.block_rows), name)
 
     def read_block(self, block: int, name: str) -> np.ndarray:
-        return self._folder.read_block(block % len(self._folder.block_rows), name)
+        values: np.ndarray = self._folder.read_block(block % len(self._folder.block_rows), name)
+        return values

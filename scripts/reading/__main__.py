@@ -59,7 +59,7 @@ class Contender:
                 print(seconds, file=self._process.stdin, flush=True)
                 answer = json.loads(self._process.stdout.readline())
                 if isinstance(answer, list):
-                    return answer[0] / answer[1]
+                    return float(answer[0] / answer[1])
                 self.error = answer
             except (BrokenPipeError, ValueError):
                 self.error = "failed: bench/data.log"

@@ -19,10 +19,11 @@ def filesystem(address: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
 
-        return url_to_fs(address)
+        found: tuple[Any, str] = url_to_fs(address)
     except ImportError as error:
         raise UserError(
             f"{address} needs a library that is not installed ({error}): pip install 'svi-trainer[remote]'."
         ) from error
     except ValueError as error:
         raise UserError(f"{address} is no address that can be read ({error}): check how it begins.") from error
+    return found

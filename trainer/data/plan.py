@@ -122,7 +122,8 @@ class Plan:
             late = t >= 0
             steps, rows = np.where(late, steps, over.steps), np.where(late, rows, over.rows)
         t = t % steps
-        return (t + 1) * rows // steps - t * rows // steps
+        counts: np.ndarray = (t + 1) * rows // steps - t * rows // steps
+        return counts
 
     def pieces(self, step: int, lane: int) -> Pieces:
         """The runs of ``lane`` at a global step, in order."""

@@ -105,7 +105,8 @@ class Group:
         of_two = self.size & (self.size - 1) == 0
         if not traced and dist.get_backend() == "gloo" and of_two and tensor.nbytes <= _SMALL:
             return _exchanged(tensor, self.rank, self.size)
-        return collectives.wait_tensor(collectives.all_reduce(tensor, "sum", world))
+        total: Tensor = collectives.wait_tensor(collectives.all_reduce(tensor, "sum", world))
+        return total
 
     def largest(self, value: int, device: torch.device) -> int:
         tensor = torch.tensor(value, device=device)

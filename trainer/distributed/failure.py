@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from trainer.distributed.waiting import interruptible
 from trainer.errors import RankLost, Stopped, UserError, exit_code, first_line
@@ -72,7 +72,7 @@ def leave_group(together: bool) -> None:
             time.sleep(0.05)
 
 
-def _who(store: dist.Store, rank: int, size: int) -> tuple[int | None, list[int]]:
+def _who(store: Store, rank: int, size: int) -> tuple[int | None, list[int]]:
     """The exit code that was told, or None and the ranks that do not say that they wait."""
     store.set(f"waiting {rank}", "")
     until = time.monotonic() + _GRACE

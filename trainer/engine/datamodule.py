@@ -98,7 +98,8 @@ class ChunkData(pl.LightningDataModule):
         finally:
             reader.close()
         assert found is not None
-        return found[0]
+        ids: np.ndarray = found[0]
+        return ids
 
     def __iter__(self) -> Iterator[Chunk | UserError]:
         """Chunks; at last the error, if one ends them, for the ranks to agree on."""

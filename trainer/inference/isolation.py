@@ -86,7 +86,7 @@ def is_fork() -> bool:
 def _refuse_dead_fork() -> None:
     alive = not torch.cuda._is_in_bad_fork()
     try:
-        torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
+        torch.ones((), requires_grad=True).backward()
     except RuntimeError:
         alive = False
     if not alive:

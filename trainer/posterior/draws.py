@@ -167,7 +167,7 @@ class _Aside(Messenger):
         super().__init__()
         self.names = names
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Message[..., Any]) -> None:
         if msg["name"] in self.names and msg["value"] is None:
             with _disable_current_modes():
                 msg["value"] = cast(Any, msg["fn"])()
@@ -179,7 +179,7 @@ def _in_guides(aside: _Aside) -> Iterator[None]:
     """``aside`` comes first too where a guide runs the model within itself, which no handler around it does."""
     original = GuideMessenger._pyro_sample
 
-    def after_aside(guide: GuideMessenger, msg: Message) -> None:
+    def after_aside(guide: GuideMessenger, msg: Message[..., Any]) -> None:
         aside._pyro_sample(msg)
         original(guide, msg)
 
@@ -197,6 +197,6 @@ class _Unobserved(Messenger):
         super().__init__()
         self.names = names
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Message[..., Any]) -> None:
         if msg["name"] in self.names:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False

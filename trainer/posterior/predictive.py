@@ -45,8 +45,11 @@ class Prediction(NamedTuple):
         """[N, ...]: the class of the greatest probability, its word where it has one."""
         if self.probabilities is None:
             return None
-        codes = self.probabilities.argmax(-1)
-        return codes if self.words is None else np.array(self.words)[codes]
+        codes: np.ndarray = self.probabilities.argmax(-1)
+        if self.words is None:
+            return codes
+        words: np.ndarray = np.array(self.words)[codes]
+        return words
 
     def named(self, words: Sequence[str] | None) -> "Prediction":
         """With what the classes are called, where there is a word for each."""
@@ -92,7 +95,7 @@ def rows_together(inference: Inference, theta: Tensor, batch: Batch, num_draws: 
             "the model draws no observed site (what it observes enters by pyro.factor alone), so there is nothing to "
             "predict: use Posterior.sample, or observe a column by a distribution."
         )
-    held = [num_draws * site["value"].numel() for site in found.values()]
+    held: list[int] = [num_draws * site["value"].numel() for site in found.values()]
     held += [classes.numel() for site in found.values() if (classes := _probabilities(site)) is not None]
     return max(1, min(batch.size, MOST_NUMBERS * batch.size // max(sum(held), 1)))
 

@@ -162,9 +162,10 @@ def _written(folder: Path) -> float | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
+    return content
 
 
 def _curve(path: Path) -> list[dict[str, str]]:

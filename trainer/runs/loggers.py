@@ -50,7 +50,8 @@ def make_loggers(cfg: Train, run_dir: Path) -> list[Logger] | bool:
 
 
 def _plain(node: DictConfig, run_dir: Path) -> Logger:
-    return build.make(node)
+    logger: Logger = build.make(node)
+    return logger
 
 
 def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
@@ -80,7 +81,8 @@ def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
             print(f"MLflow does not take the end of the run ({first_line(error)}); the run folder has it all.")
 
     logger.finalize = finalize_or_say
-    return logger
+    made: Logger = logger
+    return made
 
 
 def _wandb(node: DictConfig, run_dir: Path) -> Logger:
@@ -115,7 +117,8 @@ def _wandb(node: DictConfig, run_dir: Path) -> Logger:
 def _begun(node: DictConfig, options: dict[str, Any]) -> Logger:
     logger = build.make(OmegaConf.merge(node, options))  # type: ignore[arg-type]
     _ = logger.experiment  # begins the run
-    return logger
+    made: Logger = logger
+    return made
 
 
 def _group(run_dir: Path) -> str | None:

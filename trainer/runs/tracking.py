@@ -99,7 +99,8 @@ def code_facts() -> dict[str, str | None]:
 def kept_id(run_dir: Path, tracker: str) -> str | None:
     """By what name ``tracker`` knows the run of this folder, if it does: a run that goes on is the same run there."""
     try:
-        return json.loads((run_dir / _IDS).read_text())[tracker]
+        known: str = json.loads((run_dir / _IDS).read_text())[tracker]
+        return known
     except (OSError, ValueError, KeyError):
         return None
 

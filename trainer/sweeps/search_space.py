@@ -1,7 +1,7 @@
 """A search space in Hydra's own grammar of sweeps, as Optuna's distributions."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -49,7 +49,7 @@ def _type_of(values: Sequence[int | float]) -> type[IntDistribution] | type[Floa
     return IntDistribution if isinstance(values[0], int) else FloatDistribution
 
 
-def _made(name: str, kind: Any, low: Any, high: Any, **options: Any) -> BaseDistribution:
+def _made(name: str, kind: Callable[..., BaseDistribution], low: Any, high: Any, **options: Any) -> BaseDistribution:
     try:
         return kind(low, high, **options)
     except ValueError as error:

@@ -110,7 +110,8 @@ class Worker:
         factory = build.make(node, partial=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return factory(space.points(self.dimensions)) if factory.func is Grid else factory()
+            made: BaseSampler = factory(space.points(self.dimensions)) if factory.func is Grid else factory()
+            return made
 
     def ask(self, n_trials: int, at_once: int) -> list[optuna.Trial]:
         """Up to ``at_once`` trials, as many as the study still lacks to ``n_trials``; those waiting come first."""

@@ -170,6 +170,6 @@ def shown_error(se: float) -> str:
 def is_finished(run_dir: Path, step: int) -> bool:
     """Whether the answer of ``step`` steps was evaluated, and written."""
     try:
-        return json.loads((run_dir / _METRICS).read_bytes())["steps"] == step
+        return bool(json.loads((run_dir / _METRICS).read_bytes())["steps"] == step)
     except (FileNotFoundError, ValueError, KeyError):
         return False

@@ -162,7 +162,8 @@ def _synthetic(cfg: Shard) -> tuple[SyntheticSource, dict[str, Any]]:
     truth = model.truth(np.random.default_rng(seed))
 
     def sample(generator: np.random.Generator, first: int, count: int) -> dict[str, np.ndarray]:
-        return model.rows(truth, generator, first, count)
+        made: dict[str, np.ndarray] = model.rows(truth, generator, first, count)
+        return made
 
     return SyntheticSource(sample, rows, seed=seed), truth
 

@@ -257,7 +257,8 @@ def vocabularies(source: Source, names: Sequence[str]) -> dict[str, list[Any]]:
 
 def _in_row(flags: np.ndarray) -> np.ndarray:
     """Whether any of ``flags`` [B, ...] is set, [B]."""
-    return np.any(flags.reshape(len(flags), -1), axis=1)
+    found: np.ndarray = np.any(flags.reshape(len(flags), -1), axis=1)
+    return found
 
 
 def _text(raw: Raw) -> pa.Array:

@@ -133,9 +133,11 @@ class Cut:
 
     def _real(self, name: str, block: Mapping[str, Any]) -> np.ndarray:
         """The values of a block without those that fill up groups."""
+        values: np.ndarray = block[name]
         if self.longest is None or name == "length":
-            return block[name]
-        return block[name][np.arange(self.longest) < block["length"][:, None]]
+            return values
+        real: np.ndarray = values[np.arange(self.longest) < block["length"][:, None]]
+        return real
 
     def _blocks(self, side: int, first: int, stop: int, tick: Callable[[int], None]) -> Iterator[dict[str, Rows]]:
         """The units from ``first`` to ``stop`` of a side, in blocks."""

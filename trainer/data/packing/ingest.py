@@ -72,7 +72,8 @@ class Table:
 
     def content(self) -> dict[str, Any]:
         """As JSON keeps it: what `of` makes the same from."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        kept: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return kept
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "Table":
@@ -250,7 +251,7 @@ class Scatter:
             exact = {
                 name: codes if (words := self._hashes[name]) is None else words[codes] for name, codes in keys.items()
             }
-            places = self.table.places(exact.get("group", rows[ROW_ID]))  # type: ignore[arg-type]
+            places = self.table.places(exact.get("group", rows[ROW_ID]))
             rows[PLACE][...] = self.table.split.places(places, exact.get("by"), batch)
             room.add(rows, missing)
             tally.dropped += int(missing.sum())
@@ -264,7 +265,7 @@ class Scatter:
 
     def _made(
         self, batch: Any, first_row: int, rows: dict[str, Any], tally: Tally
-    ) -> tuple[dict[str, Any], dict, np.ndarray]:
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray]:
         """Fills ``rows`` of the recipes; also the keys [B], and which rows miss a value, bool [B]."""
         count = len(batch[self._names[0]])
         absences, keys = [self.table.split.missing(batch)], {}

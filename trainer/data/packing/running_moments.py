@@ -81,7 +81,7 @@ class Moments:
 
     def statistics(
         self, subtract: np.ndarray | float = 0.0, divide: np.ndarray | float = 1.0
-    ) -> dict[str, list | float]:
+    ) -> dict[str, list[Any] | float]:
         """ "mean", "sd", "min" and "max" of the values less ``subtract``, over ``divide``, as nested lists."""
         centred = {"mean": self.mean - subtract, "sd": self.sd, "min": self.low - subtract, "max": self.high - subtract}
         return {name: (value / divide).tolist() for name, value in centred.items()}

@@ -72,7 +72,8 @@ def _is_after(raw: Raw, name: str, after: Any) -> np.ndarray:
         bound: Any = str(after) if pa.types.is_string(values.type) or pa.types.is_large_string(values.type) else after
         if pa.types.is_temporal(values.type):
             bound = pa.scalar(datetime.fromisoformat(str(after))).cast(values.type)
-        return pc.greater_equal(values, bound).fill_null(False).to_numpy(zero_copy_only=False)
+        found: np.ndarray = pc.greater_equal(values, bound).fill_null(False).to_numpy(zero_copy_only=False)
+        return found
     except (pa.ArrowException, ValueError, TypeError):
         raise UserError(
             f"split.after={after} cannot be compared with column '{name}' ({values.type}): give a number, or a date as "

@@ -197,7 +197,8 @@ def _described_rows(index: Index, name: str) -> float:
     length = next((column for column in index.columns if column.name == "length"), None)
     if not index.meta.get("group_by") or name in ("length", ROW_ID) or length is None or length.statistics is None:
         return index.num_rows
-    return index.num_rows * length.statistics["mean"]
+    mean: float = length.statistics["mean"]
+    return index.num_rows * mean
 
 
 def _statistics(parts: Sequence[dict[str, Any] | None], rows: Sequence[float]) -> dict[str, Any] | None:

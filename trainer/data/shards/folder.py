@@ -82,7 +82,9 @@ class ShardFolder:
     @cached_property
     def first_ids(self) -> np.ndarray:
         """int64 [blocks]: what is added to the row ids that lie in the shards."""
-        return np.array([shard.first_id for shard in self.index.shards], np.int64)[self.shard_of]
+        of_shards = np.array([shard.first_id for shard in self.index.shards], np.int64)
+        of_blocks: np.ndarray = of_shards[self.shard_of]
+        return of_blocks
 
     @cached_property
     def _exceeds_memory(self) -> bool:
@@ -173,7 +175,7 @@ class ShardFolder:
             if xxhash.xxh3_64_hexdigest(member) != shard.xxh3[name][b]:
                 raise self._damaged(s, b, name, "does not match its hash")
             self._checked.add((block, name))
-        values = member[len(header) : len(header) + data].view(np.dtype(part.dtype).newbyteorder("<"))
+        values: np.ndarray = member[len(header) : len(header) + data].view(np.dtype(part.dtype).newbyteorder("<"))
         return values.reshape(-1, *part.shape)
 
     def sha256(self, s: int) -> str:

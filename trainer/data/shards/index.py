@@ -87,7 +87,7 @@ class Shard:
     def part(self, blocks: Sequence[int], numbers: Sequence[int]) -> "Shard":
         """What is left with only ``blocks`` of its blocks, of those ``numbers`` [blocks] in all."""
 
-        def kept(of_columns: dict[str, tuple]) -> dict[str, tuple]:
+        def kept(of_columns: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
             return {name: tuple(values[b] for b in blocks) for name, values in of_columns.items()}
 
         return replace(
@@ -186,7 +186,9 @@ def _content(index: Index) -> dict[str, Any]:
         for name in ("numbers", "first_id"):
             if not shard[name]:
                 del shard[name]
-    return json.loads(json.dumps(content))  # tuples as lists, so that the hash of what is read is that of what was
+    # Tuples as lists, so that the hash of what is read is that of what was written.
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return plain
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -72,7 +72,8 @@ def _enough(shards: Iterable[Blocks], parts: int) -> list[Blocks]:
 def _shuffled(source: Iterable[Any], size: int) -> Iterator[Any]:
     """Shuffle by WebDataset, in an order that `random` seeds: torch seeds that of a worker anew in each epoch."""
     rng = random.Random(random.getrandbits(64))
-    return webdataset.shuffle(size, initial=size, rng=rng)(iter(source))
+    rows: Iterator[Any] = webdataset.shuffle(size, initial=size, rng=rng)(iter(source))
+    return rows
 
 
 def _rows(blocks: Iterable[dict[str, Rows]]) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ def most_entries(plan: Plan, widest: Sequence[int], entries: int, lanes: int) ->
     fewest = min(plan.fewest, plan.capacity - 1)
     n = max(fewest, 1)
     cut = _runs(plan, n)
-    each = min((n + cut * (2**j - 1)) // 2**j * most for j, most in enumerate(widest))
+    each = min((n + cut * ((1 << j) - 1) >> j) * most for j, most in enumerate(widest))
     # A lane of a row more holds that row, one of a row less a copy of another: either has no more than the widest.
     times = 1 if plan.most_parts == 1 else 2  # that a step may hold a row
     return max(1, min(lanes * each, times * entries) + lanes * (plan.capacity - fewest) * widest[0])

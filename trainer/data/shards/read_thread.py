@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from trainer.errors import UserError
 
@@ -33,7 +33,7 @@ class ReadThread:
         if not timeout > 0:
             raise UserError(f"data.timeout={timeout:g} must be more than 0 seconds.")
         self.timeout, self.reading = timeout, reading
-        self._calls: SimpleQueue[tuple[Future, Callable[[], object]] | None] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], object]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=_make, args=(self._calls,), name="reader", daemon=True)
         self._thread.start()
 
@@ -94,7 +94,7 @@ def within(timeout: float, reading: Callable[[int], Reading | None], call: Calla
         thread.close()
 
 
-def _make(calls: "SimpleQueue[tuple[Future, Callable[[], object]] | None]") -> None:
+def _make(calls: "SimpleQueue[tuple[Future[Any], Callable[[], object]] | None]") -> None:
     while (asked := calls.get()) is not None:
         future, call = asked
         if future.set_running_or_notify_cancel():

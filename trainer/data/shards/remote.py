@@ -60,10 +60,11 @@ class Store:
     def _read(self, path: str, first: int | None, last: int | None) -> bytes:
         system = self._system
         if not system.async_impl:
-            return system.cat_file(path, start=first, end=last)
+            whole: bytes = system.cat_file(path, start=first, end=last)
+            return whole
         from fsspec.asyn import sync
 
-        found = sync(system.loop, system._cat_file, path, start=first, end=last, timeout=self.timeout)
+        found: bytes = sync(system.loop, system._cat_file, path, start=first, end=last, timeout=self.timeout)
         if first is not None and last is not None and len(found) > last - first:
             if first:
                 raise UserError(f"{self.url} gives whole files where a range was asked for: use another server.")

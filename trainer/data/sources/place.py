@@ -25,7 +25,8 @@ def opened(place: Place) -> IO[bytes]:
     if not is_address(place):
         return gzip.open(place, "rb") if packed else Path(place).open("rb")  # type: ignore[return-value]
     system, path = filesystem(str(place))
-    return system.open(path, "rb", compression="gzip" if packed else None)
+    stream: IO[bytes] = system.open(path, "rb", compression="gzip" if packed else None)
+    return stream
 
 
 def stamp(place: Place) -> object:

@@ -82,7 +82,8 @@ def piece_text(file: Place, piece: Piece) -> bytes:
             _held.stream.close()
         _held.stream, _held.key = opened(file), key
     _held.stream.seek(piece.at)
-    return _held.stream.read(piece.stop - piece.at)
+    content: bytes = _held.stream.read(piece.stop - piece.at)
+    return content
 
 
 def _open_cell(text: bytes, first: int = 0) -> int:
@@ -118,7 +119,7 @@ def _csv_header(stream: IO[bytes]) -> list[str]:
     first = stream.readline()
     if _open_cell(first) < len(first):
         raise ValueError("its header has a line break within a name")
-    names = pa_csv.read_csv(io.BytesIO(first), pa_csv.ReadOptions(block_size=len(first) + 1)).column_names
+    names: list[str] = pa_csv.read_csv(io.BytesIO(first), pa_csv.ReadOptions(block_size=len(first) + 1)).column_names
     other = next((word for mark, word in _OTHER_MARKS.items() if len(names) == 1 and mark in names[0]), None)
     if other is not None:
         raise ValueError(f"{other} separate its columns: save it with commas, or as Parquet")

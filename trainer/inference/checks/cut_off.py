@@ -34,7 +34,7 @@ class _Followed(Scattered):
         self.moves = moves
         self.leaves: dict[str, Tensor] = {}
 
-    def place(self, msg: Message, shape: tuple[int, ...]) -> Tensor:
+    def place(self, msg: Message[..., Any], shape: tuple[int, ...]) -> Tensor:
         name = str(msg["name"])
         leaf = super().place(msg, shape) + self.moves.get(name, 0.0)
         self.leaves[name] = leaf.requires_grad_()

@@ -41,7 +41,7 @@ class Scattered(AtZero):
         super().__init__(batch.dtype, batch.valid.device)
         self.plate, self.rows, self.spread = plate, batch.size, spread
 
-    def place(self, msg: Message, shape: tuple[int, ...]) -> Tensor:
+    def place(self, msg: Message[..., Any], shape: tuple[int, ...]) -> Tensor:
         first = zlib.crc32(str(msg["name"]).encode()) % 997 + (self.rows if inside(msg, self.plate) else 0)
         numbers = torch.arange(torch.Size(shape).numel(), **self.options)
         return (self.spread * (numbers + first).cos()).reshape(shape)

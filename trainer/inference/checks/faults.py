@@ -49,7 +49,7 @@ def observed(trace: poutine.Trace, plate: str) -> Iterator[Site]:
 def counted(site: Site) -> Tensor:
     """Whether mask and scale let an element of the batch shape count."""
     value = site["value"]
-    counts = value.new_ones(site["fn"].batch_shape, dtype=torch.bool)
+    counts: Tensor = value.new_ones(site["fn"].batch_shape, dtype=torch.bool)
     mask, scale = site["mask"], torch.as_tensor(site["scale"], device=value.device)
     counts = counts & (scale > 0)
     return counts if mask is None else counts & torch.as_tensor(mask, device=value.device)

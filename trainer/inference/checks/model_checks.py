@@ -165,8 +165,9 @@ def _refuse_selected(site: Site, plate: str) -> None:
 def _check_shape(site: Site) -> None:
     """The batch shape of an observed site is that of its plates: not, say, [B, B] for a mean [B, 1] and data [B]."""
     density = log_prob(site)
+    with_density: Any = {**site, "log_prob": density}
     try:
-        check_site_shape({**site, "log_prob": density}, max_plate_nesting=_ALL_DIMS)
+        check_site_shape(with_density, max_plate_nesting=_ALL_DIMS)
     except ValueError as error:
         if "log_prob shape" not in str(error):
             raise UserError(first_line(error)) from error

@@ -175,4 +175,5 @@ def even_normals(size: int, seed: int, first: int, count: int) -> Tensor:
     """float64 [count, size]: points ``first`` to ``first + count`` of the sequence that ``seed`` scrambles, each axis
     a standard normal."""
     points = SobolEngine(size, scramble=True, seed=seed).fast_forward(first).draw(count, dtype=torch.float64)
-    return torch.special.ndtri(points + 2.0**-31)  # the middle of a point's cell, which is 2^-30 wide
+    normals: Tensor = torch.special.ndtri(points + 2.0**-31)  # the middle of a point's cell, which is 2^-30 wide
+    return normals

@@ -108,7 +108,8 @@ class PyroGuide:
 
     def _first(self, batch: Batch) -> poutine.Trace:
         with only_models_that_it_holds():
-            return poutine.trace(self.guide).get_trace(batch)
+            trace: poutine.Trace = poutine.trace(self.guide).get_trace(batch)
+        return trace
 
     def _check(self, site: Site, trace: poutine.Trace) -> None:
         """Raises UserError for a ``site`` of the guide that no gradient passes; ``trace``: the model's."""

@@ -62,7 +62,7 @@ class AtZero(Messenger):
         self.sites: list[LatentSite] = []
         self.end = 0
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Message[..., Any]) -> None:
         fn: Any = msg["fn"]
         if not is_latent(msg) or msg["done"] or is_discrete(fn):
             return
@@ -72,7 +72,7 @@ class AtZero(Messenger):
         self.end += site.size
         msg["value"], msg["done"] = transform(self.place(msg, site.shape)), True
 
-    def place(self, msg: Message, shape: tuple[int, ...]) -> Tensor:
+    def place(self, msg: Message[..., Any], shape: tuple[int, ...]) -> Tensor:
         """u of a site."""
         return torch.zeros(shape, **self.options)
 
@@ -136,7 +136,7 @@ class FromUnconstrained(Messenger):
         self.u = u
         self.jacobian: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Message[..., Any]) -> None:
         name = str(msg["name"])
         if name not in self.u or msg["is_observed"]:
             return
@@ -157,13 +157,18 @@ class FromUnconstrained(Messenger):
 def log_prob(site: Site) -> Tensor:
     """log p of a site's value [batch shape], before scale and mask."""
     first, *other = _as_taken(site["fn"], site["value"])
+
+    def density(value: Any) -> Tensor:
+        found: Tensor = site["fn"].log_prob(value, *site["args"], **site["kwargs"])
+        return found
+
     try:
         try:
-            return site["fn"].log_prob(first, *site["args"], **site["kwargs"])
+            return density(first)
         except (RuntimeError, IndexError, TypeError):
             if not other:
                 raise
-        return site["fn"].log_prob(other[0], *site["args"], **site["kwargs"])
+        return density(other[0])
     except ValueError as error:  # a value outside the support, found by validation at the start
         raise UserError(f'site "{site["name"]}" has no density at its value: {first_line(error)}') from error
 
@@ -191,7 +196,8 @@ def total(site: Site, values: Tensor) -> Tensor:
         values = torch.where(torch.as_tensor(mask, device=values.device), values, values.new_zeros(()))
     if isinstance(scale, Tensor) and scale.dim() > 0:
         return (values * scale).sum(dtype=torch.float64)
-    return values.sum(dtype=torch.float64) * scale
+    summed: Tensor = values.sum(dtype=torch.float64) * scale
+    return summed
 
 
 def total_log_prob(site: Site) -> Tensor:

@@ -150,7 +150,8 @@ _Normals = Callable[[Tensor], Tensor]
 
 def _uniform(normals: _Normals, like: Tensor) -> Tensor:
     tiny = torch.finfo(like.dtype).eps
-    return torch.special.ndtr(normals(like)).clamp(tiny, 1 - tiny)
+    shares: Tensor = torch.special.ndtr(normals(like))
+    return shares.clamp(tiny, 1 - tiny)
 
 
 def _empty(args: Any, kwargs: Any) -> Tensor:

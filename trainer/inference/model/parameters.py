@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -29,11 +29,12 @@ _LOST = (
     'the module of parameter "{}" could not be found: make it once, outside the model, and pass it as the model, or '
     "register it in every call with pyro.module(...), with `import pyro`."
 )
+Found = TypeVar("Found")
 Run = Callable[[], tuple[dict[str, Tensor], tuple[Any, ...]]]
 _OF_MODULE = "$$$"  # Pyro's mark between a module's name and its parameter's in `pyro.module`
 
 
-def _of_module(msg: Message) -> bool:
+def _of_module(msg: Message[..., Any]) -> bool:
     """Whether a param message tells of a parameter that an nn.Module holds: nothing to store, it is swapped there."""
     return len(msg["args"]) > 1 and (_OF_MODULE in str(msg["name"]) or isinstance(msg["args"][1], nn.Parameter))
 
@@ -106,7 +107,7 @@ class Parameters:
         pieces = theta.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces)}
 
-    def call(self, values: dict[str, Tensor], fn: Callable[[dict[str, Tensor]], Any]) -> Any:
+    def call(self, values: dict[str, Tensor], fn: Callable[[dict[str, Tensor]], Found]) -> Found:
         """``fn(values)`` with every module and every `pyro.param` holding ``values`` for the time of the call."""
         before = [held[key] for held, key, _ in self._places]
         try:
@@ -216,7 +217,7 @@ class _Record(Messenger):
         self.constraints: dict[str, Any] = {}
         self.of_modules: dict[str, int] = {}
 
-    def _pyro_param(self, msg: Message) -> None:
+    def _pyro_param(self, msg: Message[..., Any]) -> None:
         name = str(msg["name"])
         if _of_module(msg):
             msg["value"], msg["done"] = msg["args"][1], True
@@ -232,7 +233,7 @@ class _Record(Messenger):
             self.initial[name] = transform_to(constraint).inv(value.detach()).clone()
         msg["value"], msg["done"] = transform_to(self.constraints[name])(self.initial[name]), True
 
-    def _pyro_post_param(self, msg: Message) -> None:
+    def _pyro_post_param(self, msg: Message[..., Any]) -> None:
         """Notes the PyroParam attributes of modules."""
         unconstrained = getattr(msg["value"], "unconstrained", None)
         if len(msg["args"]) < 2 and unconstrained is not None:
@@ -246,7 +247,7 @@ class _Answer(Messenger):
         super().__init__()
         self.values, self.constrained = values, constrained
 
-    def _pyro_param(self, msg: Message) -> None:
+    def _pyro_param(self, msg: Message[..., Any]) -> None:
         name = str(msg["name"])
         if _of_module(msg):  # swapped in its module already
             value = _swapped(name, msg["args"][1])
@@ -258,7 +259,7 @@ class _Answer(Messenger):
             raise UserError(f'pyro.param("{name}") appears only after the first batch: declare it on every call.')
         msg["value"], msg["done"] = value, True
 
-    def _pyro_post_param(self, msg: Message) -> None:
+    def _pyro_post_param(self, msg: Message[..., Any]) -> None:
         unconstrained = getattr(msg["value"], "unconstrained", None)
         if len(msg["args"]) < 2 and unconstrained is not None:
             _swapped(str(msg["name"]), unconstrained())

@@ -75,7 +75,7 @@ class DataPlate(Messenger):
         super().__init__()
         self.name, self.batch, self.weight = name, batch, weight
 
-    def _process_message(self, msg: Message) -> None:
+    def _process_message(self, msg: Message[..., Any]) -> None:
         if isinstance(msg["fn"], _Subsample):
             if msg["name"] == self.name:
                 self._subsample(msg)
@@ -86,7 +86,7 @@ class DataPlate(Messenger):
             if frame.name == self.name:
                 self._scale_and_mask(msg, frame)
 
-    def _pyro_post_param(self, msg: Message) -> None:
+    def _pyro_post_param(self, msg: Message[..., Any]) -> None:
         event_dim = msg["kwargs"].get("event_dim")
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.name and event_dim is not None and frame.dim is not None:
@@ -99,7 +99,7 @@ class DataPlate(Messenger):
                         "table that is declared outside the plate by a column."
                     )
 
-    def _subsample(self, msg: Message) -> None:
+    def _subsample(self, msg: Message[..., Any]) -> None:
         fn: Any = msg["fn"]
         rows = self.batch.size
         if msg["value"] is not None:
@@ -119,7 +119,7 @@ class DataPlate(Messenger):
         msg["value"] = indices if fn.size == rows else indices.as_subclass(_ForeignIndices)
         msg["done"] = True
 
-    def _scale_and_mask(self, msg: Message, frame: Any) -> None:
+    def _scale_and_mask(self, msg: Message[..., Any], frame: Any) -> None:
         if frame.dim is None:
             raise UserError(
                 f'plate("{self.name}") is used as a loop around site "{msg["name"]}": '
@@ -232,6 +232,6 @@ def _unwrapped(fn: Any) -> Any:
     return fn
 
 
-def inside(site: Message | dict[str, Any], plate: str) -> bool:
+def inside(site: Message[..., Any] | dict[str, Any], plate: str) -> bool:
     """Whether ``site`` of a trace stands in the data plate."""
     return any(frame.name == plate for frame in site["cond_indep_stack"])

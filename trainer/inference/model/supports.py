@@ -53,7 +53,7 @@ def holds(constraint: Any, value: Tensor) -> Tensor:
     """Whether each element of ``value`` satisfies it."""
     if constraint is constraints.simplex:  # torch allows 1e-6, which shares in float32 need not keep
         return (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < 1e-4)
-    inside = constraint.check(value.long() if value.dtype == torch.bool else value)
+    inside: Tensor = constraint.check(value.long() if value.dtype == torch.bool else value)
     return inside & (value % 1 == 0).all(-1) if type(constraint) is _MULTINOMIAL else inside  # torch takes 2.5 for one
 
 

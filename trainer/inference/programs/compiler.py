@@ -139,7 +139,7 @@ def _graph(recipe: "Recipe") -> tuple[Any, list[Any]]:
         sizes = [DimDynamic.STATIC] * tensor.dim()
         if carried <= at < carried + held:
             sizes[0] = DimDynamic.DUCK  # one symbol for all
-        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))  # type: ignore[no-untyped-call]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
     graph = make_fx(chunk, tracing_mode="fake")(*(fake(at, each) for at, each in enumerate(inputs)))
     if symbols.replacements:

@@ -215,10 +215,13 @@ class Fused:
     def _size(vector: Tensor, whitening: Whitening | None) -> Tensor:
         """The norm that rounding is measured by: along a ridge, a whitened gradient is a small sum of large parts."""
         if whitening is None or vector.dtype == torch.float64 or len(vector) < len(whitening.factor):
-            return vector.norm()
-        first = vector[: len(whitening.factor)]
-        plain = torch.linalg.solve_triangular(whitening.factor.T, first[:, None], upper=True)[:, 0]
-        return torch.cat([whitening.factor.abs().T @ plain.abs(), vector[len(first) :]]).norm()
+            parts = vector
+        else:
+            first = vector[: len(whitening.factor)]
+            plain = torch.linalg.solve_triangular(whitening.factor.T, first[:, None], upper=True)[:, 0]
+            parts = torch.cat([whitening.factor.abs().T @ plain.abs(), vector[len(first) :]])
+        size: Tensor = parts.norm()
+        return size
 
 
 def _off(state: State, whitening: Whitening) -> State:

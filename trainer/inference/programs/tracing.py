@@ -83,7 +83,7 @@ class _LastSite(Messenger):
 
     name = ""
 
-    def _pyro_post_sample(self, msg: Message) -> None:
+    def _pyro_post_sample(self, msg: Message[..., Any]) -> None:
         if not isinstance(msg["fn"], _Subsample):
             self.name = str(msg["name"])
 

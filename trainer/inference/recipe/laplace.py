@@ -173,7 +173,8 @@ def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
     root, failed = torch.linalg.cholesky_ex(torch.nan_to_num(scale[:, None] * hessian * scale))
     if failed:
         return scale.diag()
-    return scale[:, None] * torch.linalg.inv(root).T
+    factor: Tensor = scale[:, None] * torch.linalg.inv(root).T
+    return factor
 
 
 class Mode(NamedTuple):

@@ -122,7 +122,8 @@ class Secant:
         moved = torch.stack(self.points[-_MEMORY:]).diff(dim=0).T
         changed = torch.stack(self.steps[-_MEMORY:]).diff(dim=0).T
         share = torch.linalg.pinv(weight[:, None] * changed, rtol=_KNOWN) @ (weight * step)
-        return step - (moved + changed) @ share
+        accelerated: Tensor = step - (moved + changed) @ share
+        return accelerated
 
 
 def step_by_products(
