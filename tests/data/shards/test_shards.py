@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from shard_tools import all_dtypes, write_folder
+from shard_tools import all_dtypes, csr, ragged, write_folder
 
+from trainer.data.fields import Rows
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import ROW_ID
 from trainer.data.shards.tar import RECORD, ShardWriter, tar_header
@@ -42,6 +43,25 @@ def test_stock_webdataset_reads_the_rows(folder: Path) -> None:
         blocks = [np.load(io.BytesIO(sample[f"{name}.npy"]), allow_pickle=False) for sample in samples]
         assert [len(block) for block in blocks] == BLOCKS
         equal_bits(np.concatenate(blocks), values)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, {"words": csr(113), "lists": ragged(113)}], ids=["dense", "varying"])
+def test_the_members_are_those_of_webdatasets_writer(tmp_path: Path, columns: dict[str, Rows]) -> None:
+    """To the byte; it puts more zeros at the end of a shard."""
+    index = write_folder(tmp_path / "a", columns, [7, 1, 84, 2, 19], shard_bytes=20_000)
+    for shard in index.shards:
+        content, stock = (tmp_path / "a" / shard.name).read_bytes(), io.BytesIO()
+        with (
+            tarfile.open(fileobj=io.BytesIO(content)) as tar,
+            webdataset.TarWriter(stock, "", "", 0o644, encoder=False, mtime=0) as writer,
+        ):
+            for member in tar:
+                key, part = member.name.split(".", 1)
+                file = tar.extractfile(member)
+                assert file is not None
+                writer.write({"__key__": key, part: file.read()})
+        assert stock.getvalue().startswith(content[: -2 * RECORD])
+        assert not any(stock.getvalue()[len(content) - 2 * RECORD :])
 
 
 def test_tar_and_numpy_read_the_rows_and_the_index_knows_the_places(folder: Path) -> None:

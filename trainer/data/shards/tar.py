@@ -3,7 +3,8 @@
 A csr column has `BLOCK.COLUMN.ends.npy` (int32 [rows], where in the others a row ends), `.indices.npy` (uint16 where
 the width is at most 65,536, else int32) and `.values.npy`; a ragged one `.ends.npy` and `.values.npy`.
 
-Headers are made with fixed times and owners: the same rows give the same bytes.
+Headers are made with fixed times and owners: the same rows give the same bytes, those of `webdataset.TarWriter` up to
+the zeros at the end (docs/decisions/0013-tar-writer.md says why it does not write them).
 """
 
 import hashlib
