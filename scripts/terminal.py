@@ -13,7 +13,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "flights200k"
-COLUMNS = 110
+COLUMNS = 96
 PACK = (
     "svi shard source=data.parquet columns.distance=distance columns.time=time columns.delay=delay split.held_out=0 "
     "out=flights"

@@ -55,7 +55,7 @@ def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(slurm: Cluster, uni
 
 @pytest.mark.failure(
     what="a rank of such a job is killed",
-    lost="at most the steps since the last checkpoint; submitted again, it goes on",
+    lost="at most the steps since the last checkpoint; submitted again, it resumes",
 )
 def test_a_job_that_lost_a_rank_ends_and_goes_on_when_it_is_submitted_again(slurm: Cluster, uninterrupted, seen):
     held = [word for word in TRAIN if not word.startswith("model=")]

@@ -37,7 +37,7 @@ def assert_best(slurm: Cluster, folder: Path, found: list[optuna.trial.FrozenTri
 
 @pytest.mark.failure(
     what="workers of `slurm/sweep.sbatch`: one is told that its time is up, another is killed",
-    lost="nothing, and what the killed one did since its last checkpoint: who comes next goes on with both trials",
+    lost="nothing of the one, the steps since the last checkpoint of the other; the next worker resumes both trials",
 )
 def test_a_sweep_goes_on_when_a_worker_is_stopped_and_another_killed(slurm: Cluster, seen):
     script, folder = str(ROOT / "slurm" / "sweep.sbatch"), slurm.folder / "search"

@@ -88,7 +88,7 @@ def test_a_row_that_gives_nan_is_named_by_all_at_the_same_step(table, tmp_path, 
     seen(told.replace(f"row {row} ", "row 17 "), 1)
 
 
-@pytest.mark.failure(what="the ranks drift apart (a flipped bit)", lost="the steps since the last checkpoint")
+@pytest.mark.failure(what="the ranks diverge (a flipped bit)", lost="the steps since the last checkpoint")
 def test_ranks_that_drift_apart_are_found_before_they_are_saved(shards, tmp_path, seen):
     run = start(shards, tmp_path / "run", faults=[Fault(1, 18, "drift")]).wait()
     assert run.codes == [2, 2]

@@ -76,7 +76,7 @@ def test_one_rank_is_told_before_training(shards, tmp_path, seen):
     assert not (run.folder / "metrics.csv").exists()
 
 
-@pytest.mark.failure(what="SIGTERM during the final evaluation", lost="the evaluation, which is made when it goes on")
+@pytest.mark.failure(what="SIGTERM during the final evaluation", lost="the evaluation, which the resumed run makes")
 def test_one_rank_is_told_while_the_answer_is_evaluated(shards, tmp_path, whole, seen):
     run = start(shards, tmp_path / "run", faults=[Fault(1, 3, "SIGTERM", "block")]).wait()
     said = assert_stopped(run, "SIGTERM", "at step 40")
@@ -86,7 +86,7 @@ def test_one_rank_is_told_while_the_answer_is_evaluated(shards, tmp_path, whole,
     seen(said, 143)
 
 
-@pytest.mark.failure(what="SIGTERM during Newton steps", lost="their passes, which are made when it goes on")
+@pytest.mark.failure(what="SIGTERM during Newton steps", lost="their passes, which the resumed run makes")
 def test_a_signal_between_passes_over_all_rows(shards, tmp_path, seen):
     whole = start(shards, tmp_path / "whole", *AUTO, ranks=1).wait()
     assert whole.codes == [0], whole.said(0)
@@ -134,7 +134,7 @@ def test_ctrl_c_while_ranks_are_launched(shards, tmp_path, seen):
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2")
 
 
-@pytest.mark.failure(what="a rank is killed under `torchrun --max-restarts=1`", lost="the chunk; it goes on by itself")
+@pytest.mark.failure(what="a rank is killed under `torchrun --max-restarts=1`", lost="the chunk; it resumes by itself")
 def test_torchrun_starts_the_ranks_again(shards, tmp_path, whole, seen):
     launcher = (*TORCHRUN, "--max-restarts=1", f"--master-port={free_port()}", "-m", "trainer")
     run = launch(shards, tmp_path / "run", "model._target_=app_models.dying", "model.at=70", "model.rank=1",
