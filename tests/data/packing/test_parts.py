@@ -18,7 +18,7 @@ from shard_tools import csr, ragged
 
 from trainer.data.packing.pack import pack
 from trainer.data.packing.parts import Parts, _share
-from trainer.data.packing.runs import RunsFile, read_tail
+from trainer.data.packing.runs import RunsFile
 from trainer.data.shards.tar import ShardWriter
 from trainer.data.sources import memory
 from trainer.data.sources.memory import MemorySource
@@ -223,8 +223,8 @@ def test_half_a_file_of_rows_is_none(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="no whole file of rows"):
-            read_tail(file)
+        with pytest.raises(UserError, match=r"part-1-of-1\.rows' is no whole file of rows: remove it"):
+            job.missing()
 
 
 def test_the_first_bad_row_is_named_whoever_finds_one(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def pack(
 
     ``options``: those of `settle`. ``workers``: threads, the cores there are when None, 1 for a small table.
     ``memory_bytes`` bounds the rows that are held at once (not a batch of each worker as it is read, 4 MB or a row
-    group of Parquet, nor the vocabularies, nor a group that is larger by itself).
+    group of Parquet, nor the vocabularies, nor a group that is larger by itself, nor two bytes a row).
 
     ``Column.statistics`` holds "mean", "sd" (population), "min" and "max" of the training rows as stored, per element,
     from one float64 pass; None for codes of text and for "row_id", the row number in the source, from 0 (of a group:

@@ -13,54 +13,30 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from trainer.data.fields import CsrRows, RaggedRows, Rows, VaryingRows
+from trainer.data.fields import CsrRows, RaggedRows, Rows, concatenate
 from trainer.data.packing.columns import Recipe
 from trainer.data.packing.shuffle import CELLS, PLACE, cells_of
 from trainer.data.shards.index import ROW_ID
+from trainer.errors import UserError
 
 _CELL = "#cell"
 _END = b"svi-run1"
 _ALIGN = 64
-
-
-class _Array(NamedTuple):
-    """One array of a run: of rows, of entries, or where each row's entries begin (a value more than rows)."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    column: str = ""  # whose entries these are
-
-    @property
-    def row_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def _arrays(recipes: Sequence[Recipe]) -> list[_Array]:
-    made = [_Array(PLACE, np.dtype("uint64"), ()), _Array(ROW_ID, np.dtype("int64"), ())]
-    for recipe in recipes:
-        name, dtype = recipe.name, np.dtype(recipe.dtype)
-        if recipe.is_dense:
-            made.append(_Array(name, dtype, recipe.shape))
-            continue
-        made.append(_Array(f"{name}.offsets", np.dtype("int64"), ()))
-        if recipe.kind == "csr":
-            made.append(_Array(f"{name}.indices", np.dtype("int32"), (), name))
-        made.append(_Array(f"{name}.values", dtype, recipe.shape if recipe.kind == "ragged" else (), name))
-    return made
+_KEYS = (Recipe(PLACE, (), False, (), "uint64"), Recipe(ROW_ID, (), False, (), "int64"))
 
 
 class Run(Protocol):
-    """The rows of one run: their cells, uint16 [B] in order, and their arrays."""
+    """The rows of one run: their cells, uint16 [B] in order, and their arrays: of rows, of entries, or of where each
+    row's entries begin (a value more than rows)."""
 
     cells: np.ndarray
 
-    def read(self, array: _Array, first: int, out: np.ndarray) -> None:
-        """Copies values from number ``first`` on to ``out``."""
+    def read(self, name: str, first: int, count: int, dtype: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        """``count`` values [*shape] of an array, from number ``first`` on."""
         ...
 
 
@@ -68,44 +44,47 @@ class _InMemory:
     def __init__(self, cells: np.ndarray, arrays: dict[str, np.ndarray]):
         self.cells, self._arrays = cells, arrays
 
-    def read(self, array: _Array, first: int, out: np.ndarray) -> None:
-        out[...] = self._arrays[array.name][first : first + len(out)]
+    def read(self, name: str, first: int, count: int, dtype: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        return self._arrays[name][first : first + count]
 
 
 class _InFile:
     def __init__(self, file: int, cells: np.ndarray, offsets: Mapping[str, int]):
         self.cells, self._file, self._offsets = cells, file, offsets
 
-    def read(self, array: _Array, first: int, out: np.ndarray) -> None:
-        at, view = self._offsets[array.name] + first * array.row_bytes, out.reshape(-1).view(np.uint8).data
+    def read(self, name: str, first: int, count: int, dtype: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        values = np.empty((count, *shape), dtype)
+        at = self._offsets[name] + first * math.prod(shape) * values.itemsize
+        view = values.reshape(-1).view(np.uint8).data
         while len(view):
-            count = os.preadv(self._file, [view], at)
-            if not count:
+            read = os.preadv(self._file, [view], at)
+            if not read:
                 raise OSError(f"a file of rows ends {len(view)} bytes too early")
-            view, at = view[count:], at + count
+            view, at = view[read:], at + read
+        return values
 
 
 class Runs:
     """Runs of rows with the columns of ``recipes``, and how many rows each cell has (``counts``, int64 [2 CELLS])."""
 
     def __init__(self, recipes: Sequence[Recipe]):
-        self.recipes, self.runs = recipes, list[Run]()
-        self.counts = np.zeros(2 * CELLS, np.int64)
-        self._all, self._lock = _arrays(recipes), threading.Lock()
+        self.runs, self.counts = list[Run](), np.zeros(2 * CELLS, np.int64)
+        self._recipes, self._lock = (*_KEYS, *recipes), threading.Lock()
 
     def add(self, rows: Mapping[str, Rows], held_out: np.ndarray) -> None:
         """Keeps ``rows`` (with their places and ids), of which those ``held_out`` [B] lie on the other side."""
         cells = cells_of(rows[PLACE], held_out)  # type: ignore[arg-type]
         order = np.argsort(cells, kind="stable")  # a radix sort, for 16 bits
-        taken: dict[str, np.ndarray] = {}
-        for name, each in rows.items():
+        arrays: dict[str, np.ndarray] = {}
+        for recipe in self._recipes:
+            each = rows[recipe.name]
             if isinstance(each, np.ndarray):
-                taken[name] = each.take(order, axis=0)
-            else:
-                chosen = each[order]
-                taken[f"{name}.offsets"] = chosen.offsets
-                taken |= {f"{name}.{part}": values for part, values in chosen.entries.items()}
-        arrays = {array.name: taken[array.name].astype(array.dtype, copy=False) for array in self._all}
+                arrays[recipe.name] = each.take(order, axis=0).astype(recipe.dtype, copy=False)
+                continue
+            chosen, types = each[order], {"indices": "int32", "values": recipe.dtype}
+            arrays[f"{recipe.name}.offsets"] = chosen.offsets
+            for part, values in chosen.entries.items():
+                arrays[f"{recipe.name}.{part}"] = values.astype(types[part], copy=False)
         run = self._keep(cells.take(order), arrays)
         with self._lock:
             self.runs.append(run)
@@ -117,37 +96,22 @@ class Runs:
     def load(self, first: int, stop: int, names: Sequence[str] | None = None) -> dict[str, Any]:
         """The rows of the cells from ``first`` to ``stop``, in no order; only the columns ``names`` where given."""
         spans = [(run, *_span(run.cells, first, stop)) for run in self.runs]
-        spans = [(run, start, end) for run, start, end in spans if end > start]
-        rows = sum(end - start for _, start, end in spans)
-        columns = [recipe for recipe in self.recipes if names is None or recipe.name in names]
-        plain = [array for array in self._all[:2] if names is None or array.name in names]
-        plain += [array for array in self._all[2:] if array.name in {recipe.name for recipe in columns}]
-        made: dict[str, Any] = {array.name: np.empty((rows, *array.shape), array.dtype) for array in plain}
-        at = 0
-        for run, start, end in spans:
-            for array in plain:
-                run.read(array, start, made[array.name][at : at + end - start])
-            at += end - start
-        return made | {recipe.name: self._varying(recipe, spans) for recipe in columns if not recipe.is_dense}
+        spans = [span for span in spans if span[2]] or spans[:1]
+        recipes = [recipe for recipe in self._recipes if names is None or recipe.name in names]
+        return {each.name: concatenate([_rows(each, *span) for span in spans]) for each in recipes}
 
-    def _varying(self, recipe: Recipe, spans: Sequence[tuple[Run, int, int]]) -> VaryingRows:
-        begins, *parts = [array for array in self._all if array.name.startswith(f"{recipe.name}.")]
-        bounds = []
-        for run, start, end in spans:
-            found = np.empty(end - start + 1, np.int64)
-            run.read(begins, start, found)
-            bounds.append(found)
-        offsets = np.concatenate([[0], *(np.diff(each) for each in bounds)]).astype(np.int64).cumsum()
-        arrays = [np.empty((int(offsets[-1]), *array.shape), array.dtype) for array in parts]
-        at = 0
-        for (run, _, _), bound in zip(spans, bounds):
-            count = int(bound[-1] - bound[0])
-            for array, out in zip(parts, arrays):
-                run.read(array, int(bound[0]), out[at : at + count])
-            at += count
-        if recipe.kind == "csr":
-            return CsrRows(offsets, arrays[0], arrays[1], recipe.shape[0])
-        return RaggedRows(offsets, arrays[0])
+
+def _rows(recipe: Recipe, run: Run, first: int, count: int) -> Rows:
+    """The column of ``recipe`` in some rows of a run."""
+    name, dtype, shape = recipe.name, recipe.dtype, recipe.shape
+    if recipe.is_dense:
+        return run.read(name, first, count, dtype, shape)
+    offsets = run.read(f"{name}.offsets", first, count + 1, "int64")
+    here = int(offsets[0]), int(offsets[-1] - offsets[0])
+    if recipe.kind == "ragged":
+        return RaggedRows(offsets - offsets[0], run.read(f"{name}.values", *here, dtype, shape))
+    indices, values = run.read(f"{name}.indices", *here, "int32"), run.read(f"{name}.values", *here, dtype)
+    return CsrRows(offsets - offsets[0], indices, values, shape[0])
 
 
 class RunsFile(Runs):
@@ -184,11 +148,12 @@ class RunsFile(Runs):
 
 
 def _span(cells: np.ndarray, first: int, stop: int) -> tuple[int, int]:
-    """Where the cells from ``first`` to ``stop`` lie among sorted ``cells``."""
+    """Where the cells from ``first`` to ``stop`` begin among sorted ``cells``, and how many these are."""
     if first >= stop:
         return 0, 0
     low, high = np.uint16(first), np.uint16(stop - 1)  # of another type the whole array would be copied
-    return int(np.searchsorted(cells, low)), int(np.searchsorted(cells, high, "right"))
+    start = int(np.searchsorted(cells, low))
+    return start, int(np.searchsorted(cells, high, "right")) - start
 
 
 def _write(file: int, data: memoryview, at: int) -> None:
@@ -207,14 +172,14 @@ class RunsTail:
 
 
 def read_tail(path: Path) -> RunsTail:
-    """The end of the file of runs ``path``. Raises ValueError for another file."""
+    """The end of the file of runs ``path``. Raises UserError for another file."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 16))
         end = file.read(16)
         length = int.from_bytes(end[:8], "little")
         if end[8:] != _END or length + 16 + 16 * CELLS > size:
-            raise ValueError(f"{path} is no whole file of rows")
+            raise UserError(f"'{path}' is no whole file of rows: remove it, and run that part again.")
         file.seek(size - 16 - length - 16 * CELLS)
         counts = np.frombuffer(file.read(16 * CELLS), np.int64)
         return RunsTail(path, json.loads(file.read(length)), counts)
