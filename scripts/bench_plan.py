@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.data.plan import Plan
-from trainer.data.remainder import Rest
+from trainer.data.remainder import EpochRemainder
 from trainer.data.shards.files import read_index
 from trainer.data.shards.index import Column, Index, Shard, write_index
 
@@ -40,7 +40,7 @@ def index() -> Index:
     return Index(columns, tuple(shards), 0, "train")
 
 
-def plan(rest: Rest | None = None) -> Plan:
+def plan(rest: EpochRemainder | None = None) -> Plan:
     return Plan(np.full(BLOCKS, BLOCK_ROWS), 0, LANES, BATCH, rest=rest)
 
 

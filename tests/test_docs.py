@@ -218,7 +218,7 @@ def written(text: str) -> list[str]:
     """What a source has between quotes, "…" for what is filled in."""
     found = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.JoinedStr):
+        if isinstance(node, ast.ConcatenatedStr):
             found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(re.sub(r"\{.*?\}", "…", node.value))

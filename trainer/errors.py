@@ -12,7 +12,7 @@ class UserError(Exception):
     """
 
 
-class Damaged(UserError):
+class CorruptDataError(UserError):
     """Data that is not, or no longer, what its index says: missing, cut short, unreadable or changed.
 
     Not data that cannot be reached: it may be intact.

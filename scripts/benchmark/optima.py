@@ -54,7 +54,7 @@ def of_hierarchical(columns: dict[str, np.ndarray], zoo: VaryingSlopes) -> Optim
     """mean, log scale, log sigma and the deviations of the groups.
 
     Given the guide of the first three, that of a group's deviations is a linear system of S equations; what is left is
-    a smooth function of 2 (2 S + 1) numbers, maximised by L-BFGS and Newton steps.
+    a smooth function of 2 (2 S + 1) numbers, maximized by L-BFGS and Newton steps.
     """
     statistics = _Statistics(columns, zoo)
     size = 2 * statistics.effects + 1

@@ -24,7 +24,7 @@ from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.program import Chunk, Eager, Program
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 from trainer.inference.step import Inference, State, Update
 
 _FOREVER = 10**9
@@ -92,7 +92,7 @@ class Ours:
     def start(self) -> None:
         setting, way = self.setting, self.way
         objective = Objective(antithetic=way.antithetic)
-        self.inference, self.theta = materialise(
+        self.inference, self.theta = set_up(
             MODELS[setting.model], MeanField, self.first, setting.num_obs, objective, seed=setting.seed
         )
         adam: Any = Adam(lr=setting.rate)

@@ -57,7 +57,7 @@ def ratios(results: Sequence[Result]) -> list[Ratio]:
 
 def results_table(settings: Sequence[Sequence[Result]]) -> Table:
     """A section for each setting."""
-    table = Table(title="one optimisation step: medians over rounds taken in turns", title_justify="left")
+    table = Table(title="one optimization step: medians over rounds taken in turns", title_justify="left")
     table.add_column("contender", no_wrap=True, min_width=32)
     for heading in ("M rows/s", "µs/step", "of a copy", "peak MB", "compile s"):
         table.add_column(heading, justify="right", no_wrap=True)

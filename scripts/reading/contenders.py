@@ -104,7 +104,7 @@ def mosaic(place: Path, workers: int) -> Stream:
 
 
 def litdata(place: Path, workers: int) -> Stream:
-    """litdata: optimised chunks of 64 MB with an array a row, shuffled, through its DataLoader."""
+    """litdata: optimized chunks of 64 MB with an array a row, shuffled, through its DataLoader."""
     import litdata as library
 
     folder = place / f"lit-{workers}"

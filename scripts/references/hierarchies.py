@@ -208,15 +208,15 @@ CASES = (
         np.log(2),
     ),
     posteriordb(
-        "radon mn centred", f"{_OTHER}/radon_mn-radon_partially_pooled_centered", radon_mn_centered, _radon,
+        "radon mn centered", f"{_OTHER}/radon_mn-radon_partially_pooled_centered", radon_mn_centered, _radon,
         2 * np.log(2), judged=_radon_order,
     ),
     posteriordb(
-        "radon mn non-centred", f"{_OTHER}/radon_mn-radon_hierarchical_intercept_noncentered", radon_noncentered,
+        "radon mn non-centered", f"{_OTHER}/radon_mn-radon_hierarchical_intercept_noncentered", radon_noncentered,
         _radon_floors, 2 * np.log(2),
     ),
     posteriordb(
-        "radon all centred", f"{_OTHER}/radon_all-radon_partially_pooled_centered", radon_all_centered, _radon,
+        "radon all centered", f"{_OTHER}/radon_all-radon_partially_pooled_centered", radon_all_centered, _radon,
         2 * np.log(2), judged=_radon_order,
     ),
     posteriordb("dogs", f"{_OTHER}/dogs-dogs", dogs, _dogs),

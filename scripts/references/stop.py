@@ -18,7 +18,7 @@ from scripts.references.__main__ import DATA, ROOT, compare
 from scripts.references.case import Case
 from scripts.references.cases import CASES
 
-NAMES = ("kidiq interaction", "wells daae_c", "radon mn centred", "radon mn non-centred", "flights200k")
+NAMES = ("kidiq interaction", "wells daae_c", "radon mn centered", "radon mn non-centered", "flights200k")
 BUDGETS = (100, 250, 500, 1000, 2000, 4000)
 
 

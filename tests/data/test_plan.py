@@ -13,7 +13,7 @@ from scipy import stats
 
 from trainer.data import plan as planning
 from trainer.data.plan import Pieces, Plan, _permutation, default_lanes
-from trainer.data.remainder import Part, Rest
+from trainer.data.remainder import EpochRemainder, Part
 from trainer.engine.datamodule import Ranks
 from trainer.errors import UserError
 
@@ -182,7 +182,7 @@ def test_every_row_once_an_epoch_over_any_changes_of_lanes_and_batch_size(shape:
                 assert set(taken.values()) == {epochs}
         first = stop
         if steps is not None:
-            rest = Rest.of(json.loads(json.dumps(plan.rest_at(first).plain())))
+            rest = EpochRemainder.of(json.loads(json.dumps(plan.rest_at(first).plain())))
             assert rest == plan.rest_at(first)
             assert rest.rows < 2 * total
             old, shape = plan, shape | {"lanes": change[0], "batch_size": change[1], "rest": rest}
@@ -202,7 +202,7 @@ def test_what_is_left_is_cut_as_an_epoch_is(shape: dict, step: int, share: int, 
     epoch, t = divmod(step, old.steps_per_epoch)
     end = (epoch + 1) * old.steps_per_epoch
     if t == 0:
-        assert plan.rest == Rest(step, epoch, ())
+        assert plan.rest == EpochRemainder(step, epoch, ())
         assert plan.first_whole == step
         return
     stream = [row for lane in range(old.lanes) for t in range(step, end) for row in rows(old.pieces(t, lane))]
@@ -224,7 +224,7 @@ def test_a_rest_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_permutation", lambda n, *key: np.arange(n))
     shape = {"block_rows": np.array([10]), "seed": 0, "run_rows": 1, "pool_blocks": 1}
     rest = Plan(**shape, lanes=2, batch_size=4).rest_at(1)
-    assert rest == Rest(1, 1, (Part(0, 2, 0, 1, 5), Part(0, 2, 1, 1, 5)))
+    assert rest == EpochRemainder(1, 1, (Part(0, 2, 0, 1, 5), Part(0, 2, 1, 1, 5)))
     plan = Plan(**shape, lanes=3, batch_size=6, rest=rest)
     assert (plan.first_whole, plan.steps_per_epoch, plan.capacity, plan.most_parts) == (5, 2, 2, 3)
     assert [[[row for _, row in lane] for lane in lanes_of_step(plan, t)] for t in range(1, 5)] == [

@@ -1,4 +1,4 @@
-"""Damaged shards as a user meets them: `svi verify` names all of them, `svi train` ends with one sentence."""
+"""CorruptDataError shards as a user meets them: `svi verify` names all of them, `svi train` ends with one sentence."""
 
 import os
 import shutil

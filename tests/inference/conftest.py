@@ -1,4 +1,4 @@
-"""One thread, Pyro's validation as a program leaves it (off outside `materialise`), and a cache of compiled steps."""
+"""One thread, Pyro's validation as a program leaves it (off outside `set_up`), and a cache of compiled steps."""
 
 from collections.abc import Iterator
 from pathlib import Path

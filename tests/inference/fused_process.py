@@ -28,7 +28,7 @@ from trainer.inference.programs.compiling import Compilation, key
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Chunk
 from trainer.inference.programs.scan import Recipe
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 from trainer.inference.step import Update
 
 SLOTS, ROWS = 6, 8
@@ -103,7 +103,7 @@ def program(model: Any, chunk: Chunk, guide: Any = MeanField, update: Any = None
         inference, theta = build(model, num_obs=1000, **columns)
     else:
         batch = batch_of(**columns)
-        inference, theta = materialise(model, guide, batch, 1000, Objective("monte_carlo", antithetic=False))
+        inference, theta = set_up(model, guide, batch, 1000, Objective("monte_carlo", antithetic=False))
     return Fused(inference, update, 0, [0]), update.init(theta)
 
 

@@ -24,7 +24,7 @@ from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Chunk, Program
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 from trainer.inference.step import Update
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
@@ -58,7 +58,7 @@ def of_words(words: Any, tokens: Any, y: torch.Tensor) -> None:
         pyro.sample("y", dist.Normal(words @ w + of_tokens, 1.0), obs=y)
 
 
-def amortised(_: PlatedModel, batch: Batch) -> PyroGuide:
+def amortized(_: PlatedModel, batch: Batch) -> PyroGuide:
     return PyroGuide(PlatedModel(local_guide, batch.columns))
 
 
@@ -67,7 +67,7 @@ PROBLEMS: dict[str, tuple[Any, Any, torch.dtype]] = {
     "logistic": (LogisticRegression(features=4), MeanField, torch.float32),
     "poisson": (PoissonRegression(features=4), MeanField, torch.float32),
     "hierarchical": (VaryingSlopes(groups=30, slopes=2), MeanField, torch.float32),
-    "amortised": (with_local, amortised, torch.float64),
+    "amortized": (with_local, amortized, torch.float64),
     "dense words": (of_words, MeanField, torch.float64),
     "words": (of_words, MeanField, torch.float64),
 }
@@ -116,9 +116,7 @@ def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
     scale = torch.tensor(N / ROWS, dtype=torch.float64)
     first = {column: values[0][0] for column, values in chunk.columns.items()}
     batch = Batch(first, torch.tensor(ROWS), scale, chunk.row_id[0, 0])
-    inference, theta = materialise(
-        model, guide, batch, N, Objective("analytic" if guide is MeanField else "monte_carlo")
-    )
+    inference, theta = set_up(model, guide, batch, N, Objective("analytic" if guide is MeanField else "monte_carlo"))
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
     mine = chunk.map(lambda each: each[:, held].contiguous() if each.dim() > 1 else each)
     mine = mine if inference.guide.noise_size[1] else mine._replace(row_id=None)

@@ -10,7 +10,7 @@ from trainer.inference.estimates.full_elbo import Block, ElboEstimate, Reduce, f
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import Objective
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 from trainer.inference.step import Inference
 
 F64 = torch.float64
@@ -26,7 +26,7 @@ def build(
     model: Any, columns: Columns, guide: Any = MeanField, kl: str = "analytic", **options: Any
 ) -> tuple[Inference, Tensor]:
     batch = batch_of(columns)
-    return materialise(model, guide, batch, batch.size, Objective(kl=kl), **options)
+    return set_up(model, guide, batch, batch.size, Objective(kl=kl), **options)
 
 
 def at(loc: Sequence[float] | Tensor, scale: Sequence[float] | Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from trainer.inference.optim.optimizers import SGD, Adam
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.local_steps import LocalSteps
 from trainer.inference.programs.program import Chunk, Eager
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 from trainer.inference.step import Update
 
 GROUPS, ROWS, STEPS, N = 4, 6, 50, 5000
@@ -58,7 +58,7 @@ def local_guide(x: torch.Tensor, y: torch.Tensor) -> None:
 PROBLEMS: dict[str, tuple[Any, Any, str, torch.dtype]] = {
     "mean_field, float64": (regression, MeanField, "analytic", torch.float64),
     "mean_field, float32": (regression, MeanField, "analytic", torch.float32),
-    "amortised, float64": (
+    "amortized, float64": (
         with_local,
         lambda _, batch: PyroGuide(PlatedModel(local_guide, batch.columns)),
         "monte_carlo",
@@ -84,7 +84,7 @@ def train(name: str, rank: int, world: int, reduce: Any) -> dict[str, np.ndarray
     chunk = rows(dtype)
     first = {column: values[0, 0] for column, values in chunk.columns.items()}
     batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
-    inference, theta = materialise(model, guide, batch, N, Objective(kl, pairs=2))
+    inference, theta = set_up(model, guide, batch, N, Objective(kl, pairs=2))
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
     mine = Chunk(
         {column: values[:, held] for column, values in chunk.columns.items()},
@@ -113,7 +113,7 @@ def train_locally(rank: int, reduce: Any) -> dict[str, np.ndarray]:
     )
     first = {column: values[0, 0] for column, values in chunk.columns.items()}
     batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
-    inference, theta = materialise(model, guide, batch, N, Objective(kl))
+    inference, theta = set_up(model, guide, batch, N, Objective(kl))
     held = [2 * rank, 2 * rank + 1]
     columns = {column: values[:, held] for column, values in chunk.columns.items()}
     mine = Chunk(columns, chunk.valid[:, held], chunk.batch_rows, chunk.row_id[:, held])

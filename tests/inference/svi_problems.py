@@ -13,7 +13,7 @@ from trainer.inference.guides.mean_field import MeanField, Noise
 from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.programs.program import Chunk
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 from trainer.inference.step import Inference, StepBatch, StepNoise
 
 F64 = torch.float64
@@ -30,10 +30,10 @@ def batch_of(valid: int | None = None, num_obs: float | None = None, **columns: 
 def build(
     model: Any, guide: Any = MeanField, kl: str = "monte_carlo", num_obs: float | None = None, **columns: Tensor
 ) -> tuple[Inference, Tensor]:
-    """`materialise` on one batch of all rows, single draws."""
+    """`set_up` on one batch of all rows, single draws."""
     batch = batch_of(**columns)
     objective = Objective(kl=kl, antithetic=False)
-    return materialise(model, guide, batch, num_obs or batch.size, objective)
+    return set_up(model, guide, batch, num_obs or batch.size, objective)
 
 
 def with_objective(inference: Inference, num_obs: float | None = None, **changes: Any) -> Inference:

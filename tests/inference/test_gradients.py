@@ -216,23 +216,23 @@ def test_sticking_the_landing_has_no_variance_at_the_posterior():
     assert sizes["monte_carlo"] > 1
 
 
-@pytest.mark.parametrize("guide", ["mean_field", "amortised"])
+@pytest.mark.parametrize("guide", ["mean_field", "amortized"])
 def test_padded_rows_have_no_gradient_and_make_no_nan(guide):
     """Padding repeats a real row; whatever it repeats, nothing changes, and its own gradient is exactly zero."""
 
     def model(x, y=None):
         a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(a, 1.0)) if guide == "amortised" else a
+            z = pyro.sample("z", dist.Normal(a, 1.0)) if guide == "amortized" else a
             pyro.sample("y", dist.LogNormal(z * x, 1.0), obs=y)
 
-    def amortised(x, y=None):
+    def amortized(x, y=None):
         pyro.sample("a", dist.Normal(pyro.param("a_loc", torch.zeros((), dtype=F64)), 0.3))
         slope = pyro.param("slope", torch.tensor(0.2, dtype=F64))
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(slope * y, 0.3))
 
-    make = MeanField if guide == "mean_field" else lambda _, batch: PyroGuide(PlatedModel(amortised, batch.columns))
+    make = MeanField if guide == "mean_field" else lambda _, batch: PyroGuide(PlatedModel(amortized, batch.columns))
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(4, dtype=F64, generator=generator), torch.rand(4, dtype=F64, generator=generator) + 0.1
     inference, theta = build(model, make, num_obs=100, x=x, y=y)

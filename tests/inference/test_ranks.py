@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 HERE = Path(__file__).parent
-PROBLEMS = {"mean_field, float64": 1e-12, "amortised, float64": 1e-12, "mean_field, float32": 1e-5}
+PROBLEMS = {"mean_field, float64": 1e-12, "amortized, float64": 1e-12, "mean_field, float32": 1e-5}
 
 
 @pytest.fixture(scope="module")

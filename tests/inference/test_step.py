@@ -18,7 +18,7 @@ from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import SGD, Adam, ClippedAdam
 from trainer.inference.optim.schedules import Cosine, OneCycle, RobbinsMonro
 from trainer.inference.programs.program import Chunk, Eager
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 from trainer.inference.step import State, Update
 
 GUIDES = {"mean_field": MeanField, "AutoNormal": lambda model, _: PyroGuide(AutoNormal(model))}
@@ -78,7 +78,7 @@ def test_the_average_is_the_mean_of_the_iterates_since_its_start(average_from):
 
 
 def test_rounds_are_schedules_and_averages_one_after_the_other():
-    """The second starts at the full rate where the first ended, with the optimiser's vectors, and an average anew."""
+    """The second starts at the full rate where the first ended, with the optimizer's vectors, and an average anew."""
     chunk = chunk_of(8, 2, 4, x=(3,), y=())
     first = Update(Adam(lr=0.05), Cosine(), 3, 2)
     both = Update(Adam(lr=0.05), Cosine(), 8, 6, start=3, before=first)
@@ -136,27 +136,27 @@ PLATES = {
 
 
 @pytest.mark.parametrize("plate", PLATES)
-@pytest.mark.parametrize("guide", ["mean_field", "AutoNormal", "amortised"])
+@pytest.mark.parametrize("guide", ["mean_field", "AutoNormal", "amortized"])
 def test_no_operation_of_a_step_makes_a_tensor_of_n_elements(plate, guide):
     n, rows = 10**8, 32
 
     def model(x):
         m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
         with PLATES[plate](x, n):
-            z = pyro.sample("z", dist.Normal(m, 1.0)) if guide == "amortised" else m
+            z = pyro.sample("z", dist.Normal(m, 1.0)) if guide == "amortized" else m
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    def amortised(x):
+    def amortized(x):
         pyro.sample("m", dist.Normal(pyro.param("a", torch.zeros((), dtype=F64)), 0.1))
         with PLATES[plate](x, n):
             pyro.sample("z", dist.Normal(pyro.param("b", torch.zeros((), dtype=F64)) * x, 0.1))
 
-    make = {**GUIDES, "amortised": lambda _, batch: PyroGuide(PlatedModel(amortised, batch.columns))}[guide]
+    make = {**GUIDES, "amortized": lambda _, batch: PyroGuide(PlatedModel(amortized, batch.columns))}[guide]
     chunk = chunk_of(2, 1, rows, x=())
     update = Update(Adam(), Cosine(), 2, 0)
     with Largest() as seen:
         batch = batch_of(num_obs=n, x=chunk.columns["x"][0, 0])
-        inference, theta = materialise(model, make, batch, n, Objective("monte_carlo"))
+        inference, theta = set_up(model, make, batch, n, Objective("monte_carlo"))
         Eager(inference, update, 0, [0]).run(update.init(theta), chunk, 2)
     assert rows <= seen.elements <= 64 * rows
 

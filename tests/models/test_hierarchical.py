@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.models.hierarchical import VaryingSlopes
 
 MODEL = VaryingSlopes(groups=5, slopes=2, mean_sd=1.7, scale_sd=0.9, noise_prior_sd=2.5)
-BOTH = [MODEL, replace(MODEL, centred=True)]
+BOTH = [MODEL, replace(MODEL, centered=True)]
 
 
 def point(seed: int) -> tuple[dict, dict]:
@@ -24,7 +24,7 @@ def point(seed: int) -> tuple[dict, dict]:
     return sites | {"effect": mean + scale * deviation}, columns
 
 
-@pytest.mark.parametrize("model", BOTH, ids=["non-centred", "centred"])
+@pytest.mark.parametrize("model", BOTH, ids=["non-centered", "centered"])
 @pytest.mark.parametrize("seed", range(3))
 def test_log_joint_is_the_density(model, seed):
     sites, columns = point(seed)
@@ -34,28 +34,28 @@ def test_log_joint_is_the_density(model, seed):
     for row in range(len(x)):
         at = effect[group[row], 0] + x[row] @ effect[group[row], 1:]
         expected += stats.norm(at, sites["sigma"]).logpdf(columns["y"][row])
-    if model.centred:
+    if model.centered:
         expected += stats.norm(sites["mean"], sites["scale"]).logpdf(effect).sum()
     else:
         expected += stats.norm(0, 1).logpdf(sites["deviation"]).sum()
-    own = {name: value for name, value in sites.items() if name != ("deviation" if model.centred else "effect")}
+    own = {name: value for name, value in sites.items() if name != ("deviation" if model.centered else "effect")}
     torch.testing.assert_close(log_joint(model, own, columns).item(), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("model", BOTH, ids=["non-centred", "centred"])
+@pytest.mark.parametrize("model", BOTH, ids=["non-centered", "centered"])
 def test_dtype_and_device(model, dtype):
     check_dtype_and_device(model, draw(model, 6)[1], dtype)
 
 
-@pytest.mark.parametrize("model", BOTH, ids=["non-centred", "centred"])
+@pytest.mark.parametrize("model", BOTH, ids=["non-centered", "centered"])
 def test_rows_are_reproducible(model):
     check_rows_are_reproducible(model)
 
 
 def test_both_parametrisations_make_the_same_rows():
-    non_centred, centred = (draw(model, 50)[1] for model in BOTH)
-    assert all(np.array_equal(non_centred[name], centred[name]) for name in centred)
+    non_centered, centered = (draw(model, 50)[1] for model in BOTH)
+    assert all(np.array_equal(non_centered[name], centered[name]) for name in centered)
 
 
 def test_least_squares_within_groups_recovers_the_effects():

@@ -73,7 +73,7 @@ def test_mean_field_optimum_is_stationary_in_the_models_own_elbo():
     def joint(beta):
         return log_joint(KNOWN, {"intercept": beta[0], "weight": beta[1:]}, {"x": x, "y": y})
 
-    # the log joint is quadratic, so its expectation under a factorised Gaussian is f(m) + sum of sd^2 f'' / 2
+    # the log joint is quadratic, so its expectation under a factorized Gaussian is f(m) + sum of sd^2 f'' / 2
     curvature = torch.autograd.functional.hessian(joint, exact.mean).diagonal()
     loc = exact.mean.clone().requires_grad_()
     log_sd = exact.mean_field_sd.log().requires_grad_()

@@ -1,4 +1,4 @@
-"""One thread, and Pyro's validation as a program leaves it: off outside `materialise`."""
+"""One thread, and Pyro's validation as a program leaves it: off outside `set_up`."""
 
 from collections.abc import Iterator
 

@@ -16,7 +16,7 @@ from torch.distributions import constraints, transforms
 
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.posterior import summary as summary_module
-from trainer.posterior.summary import _moments, summarise, write_summary
+from trainer.posterior.summary import _moments, summarize, write_summary
 
 X = {"x": torch.linspace(-1, 1, 6, dtype=F64), "y": torch.linspace(0, 2, 6, dtype=F64)}
 LEVELS = (0.05, 0.5, 0.95)
@@ -25,7 +25,7 @@ NORMAL = stats.norm.ppf(LEVELS)
 
 def summary_of(model, loc, scale, **options):
     inference, _ = build(model, X, **options)
-    return {site.name: site for site in summarise(inference, at(loc, scale), batch_of(X))}
+    return {site.name: site for site in summarize(inference, at(loc, scale), batch_of(X))}
 
 
 def latent(*sites):
@@ -184,13 +184,13 @@ def test_pyros_guides_come_from_draws(monkeypatch):
     values = inference.parameters.unflatten(theta)
     (loc,) = [name for name in values if name.endswith("loc")]
     theta = inference.parameters.flatten({**values, loc: torch.tensor([3.0, -1.0], dtype=F64)})
-    (w,) = summarise(inference, theta, batch_of(X))
+    (w,) = summarize(inference, theta, batch_of(X))
     assert np.allclose(w.mean, [3.0, -1.0], atol=1e-6)  # antithetic draws: exact
     assert np.allclose(w.sd, 0.1, rtol=0.12)
     assert np.allclose(w.quantiles - w.mean, 0.1 * NORMAL[:, None], atol=0.03)
     assert w.loc is None
-    assert summarise(inference, theta, batch_of(X))[0].sd.tolist() == w.sd.tolist()
-    assert summarise(inference, theta, batch_of(X), seed=1)[0].sd.tolist() != w.sd.tolist()
+    assert summarize(inference, theta, batch_of(X))[0].sd.tolist() == w.sd.tolist()
+    assert summarize(inference, theta, batch_of(X), seed=1)[0].sd.tolist() != w.sd.tolist()
 
 
 def test_latents_of_rows_are_left_out(monkeypatch):
@@ -208,7 +208,7 @@ def test_latents_of_rows_are_left_out(monkeypatch):
             pyro.sample("z", dist.Normal(of(0.0), 1.0))
 
     inference, theta = build(model, X, lambda *_: PyroGuide(guide), "monte_carlo")
-    (w,) = summarise(inference, theta, batch_of(X))
+    (w,) = summarize(inference, theta, batch_of(X))
     assert w.name == "w"
     assert math.isclose(w.mean, 2.0, rel_tol=1e-9)
 
@@ -238,7 +238,7 @@ def test_the_file_is_row_major_and_its_floats_read_back_bit_by_bit(tmp_path):
     )
     loc = torch.randn(11, dtype=F64, generator=torch.Generator().manual_seed(0)) / 3
     inference, _ = build(model, X)
-    sites = summarise(inference, at(loc, of(0.1, 11)), batch_of(X))
+    sites = summarize(inference, at(loc, of(0.1, 11)), batch_of(X))
     for _ in range(2):  # the second run replaces the file of the first
         write_summary(tmp_path / "summary.csv", sites)
     rows = read(tmp_path / "summary.csv")

@@ -110,7 +110,7 @@ def by_group(group, y=None):
         pyro.sample("y", dist.Normal(level[group], 1.0), obs=y)
 
 
-class Damaged:
+class CorruptDataError:
     """A copy of a packed table with a flipped byte in one block, another shard cut in its last, and one missing."""
 
     def __init__(self, whole: Path, place: Path):
@@ -130,12 +130,12 @@ class Damaged:
 
 
 @pytest.fixture
-def damaged(folders: list[Path], tmp_path: Path) -> Damaged:
-    return Damaged(folders[2], tmp_path / "damaged")
+def damaged(folders: list[Path], tmp_path: Path) -> CorruptDataError:
+    return CorruptDataError(folders[2], tmp_path / "damaged")
 
 
 @pytest.fixture
-def rest(folders: list[Path], damaged: Damaged, tmp_path: Path) -> Path:
+def rest(folders: list[Path], damaged: CorruptDataError, tmp_path: Path) -> Path:
     """The blocks that are intact, written anew."""
     whole = ShardFolder(folders[2] / "train")
     kept = [block for block in range(len(whole.block_rows)) if block not in damaged.bad]

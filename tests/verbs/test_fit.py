@@ -358,7 +358,7 @@ def test_training_ends_where_draws_can_tell_no_more(pupils, capsys, monkeypatch)
     def nearly(inference, theta, *rest):
         return Polished(theta + 1e-3, theta, 0.5, False)
 
-    monkeypatch.setattr("trainer.training.steer.polished", nearly)
+    monkeypatch.setattr("trainer.training.newton_steps.polished", nearly)
     options = {**QUICK, "newton_after": 0}
     found = fit(school, pupils, dtype="float64", max_steps=1_000, batch_size=600, options=options)
     assert found.metrics["stop_reason"] == "noise"
@@ -370,7 +370,7 @@ def test_training_ends_where_draws_can_tell_no_more(pupils, capsys, monkeypatch)
 def test_training_goes_on_where_four_times_the_draws_leave_something_to_go(table, monkeypatch):
     asked = []
 
-    def gradient(inference, theta, rows, whitening=None, draws=FEW):
+    def gradient(inference, theta, rows, preconditioner=None, draws=FEW):
         asked.append(draws.pairs)
         return torch.full_like(theta, asked.count(4 * MANY.pairs) == 1 and draws.pairs > MANY.pairs, dtype=torch.double)
 
@@ -382,7 +382,7 @@ def test_training_goes_on_where_four_times_the_draws_leave_something_to_go(table
 
 
 def test_newton_steps_that_fail_are_tried_again_after_four_times_as_many_training_steps(pupils, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.training.steer.polished", lambda *given: None)
+    monkeypatch.setattr("trainer.training.newton_steps.polished", lambda *given: None)
     options = {**QUICK, "newton_after": 0, "stop": "budget"}
     fit(school, pupils, dtype="float64", max_steps=2_100, batch_size=600, options=options)
     tried = re.findall(r"step ([\d,]+): Newton steps", " ".join(capsys.readouterr().out.split()))

@@ -83,14 +83,14 @@ def rows_of_their_own(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
 
-def amortised(x):
+def amortized(x):
     slope = pyro.param("slope", torch.tensor(0.1))
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(slope * x[:, 0], 0.7))
 
 
 def test_a_budget_that_says_nothing_of_the_optimum_is_said(capsys):
-    fit(rows_of_their_own, {"x": X}, amortised, max_steps=4, **EAGER)
+    fit(rows_of_their_own, {"x": X}, amortized, max_steps=4, **EAGER)
     assert "see whether the ELBO rises with max_steps=8" in " ".join(capsys.readouterr().out.split())
 
 

@@ -60,7 +60,7 @@ def test_a_conditioned_site_keeps_its_value_in_predictions(conditioned):
     assert list(conditioned.sample(2)) == ["w"]
 
 
-def test_a_reparameterised_site_can_be_drawn():
+def test_a_reparameterized_site_can_be_drawn():
     def model(group, y=None):
         mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
         with pyro.plate("groups", 3):

@@ -173,7 +173,7 @@ def test_a_run_folder_is_not_overwritten(fit):
         fit("max_steps=4")
 
 
-def test_a_checkpoint_of_another_model_data_or_optimiser_is_refused(fit, table, tmp_path):
+def test_a_checkpoint_of_another_model_data_or_optimizer_is_refused(fit, table, tmp_path):
     from trainer.data.packing.pack import pack
 
     pack(str(table), tmp_path / "other", seed=5)
@@ -232,7 +232,7 @@ def test_the_horizon_and_the_average_are_whole_epochs(shards):
 
 def test_a_budget_is_spent_in_rounds_each_twice_the_one_before():
     """1, 2, 4 and 8 fifteenths, fewer where the first would be short; each averages its last quarter in whole epochs;
-    what the optimiser leaves open is the recipe's."""
+    what the optimizer leaves open is the recipe's."""
     from trainer.data.plan import Plan
 
     plan = Plan(np.full(10, 100), 0, 8, 96)
@@ -286,7 +286,7 @@ def test_what_a_stop_is_decided_by_is_in_the_checkpoint(fit, tmp_path):
 
 
 def test_a_resumed_run_knows_where_newton_steps_have_failed(fit, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.training.steer.polished", lambda *given: None)
+    monkeypatch.setattr("trainer.training.newton_steps.polished", lambda *given: None)
     options = ("max_steps=1050", "start=zero", "newton_after=0", "stop=budget", "checkpoint.every_n_steps=200")
     options = (*options, "checkpoint.keep_last=9")
     run_dir = fit(*options)

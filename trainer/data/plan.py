@@ -4,8 +4,8 @@ An epoch permutes the blocks, cuts the stream of their rows into L canonical lan
 pools of a few blocks per lane permutes runs of contiguous rows. The world size only picks which lanes a rank reads, so
 the global batch of a step is the same set of rows for every number of ranks, and a resumed run seeks, never replays.
 
-A run may go on with another batch size, or other lanes, at any step: what its epoch has left (`Rest`) is a stream,
-the rests of the lanes one after the other, which is cut into the new lanes and into steps as an epoch is.
+A run may go on with another batch size, or other lanes, at any step. What its epoch has left (`EpochRemainder`) is a
+stream, the remainders of the lanes one after the other, which is cut into the new lanes and into steps as an epoch is.
 
 Shapes: L lanes, T steps of an epoch. Steps are global: without a rest, step s is step s % T of epoch s // T.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from trainer.data.remainder import Part, Rest, dealt, left_of
+from trainer.data.remainder import EpochRemainder, Part, dealt, left_of
 from trainer.errors import UserError
 
 _BLOCKS, _RUNS, _SHARDS = 0, 1, 2  # the streams of the generator
@@ -66,7 +66,7 @@ class Plan:
         pool_blocks: int = 4,
         shard_of: np.ndarray | None = None,
         shards_together: int = 0,
-        rest: Rest | None = None,
+        rest: EpochRemainder | None = None,
     ):
         for name, value in (
             ("batch_size", batch_size),
@@ -91,7 +91,7 @@ class Plan:
                 f"use batch_size={near + lanes}{f' or {near}' if near else ''}, or another data.lanes=."
             )
         self.steps_per_epoch = -(-self.num_rows // self.batch_size)
-        self.rest = rest or Rest(0, 0, ())
+        self.rest = rest or EpochRemainder(0, 0, ())
         self._epoch = lru_cache(maxsize=4)(self._epoch_stage)
         self._taken_over = self._take_over()
         self.first_whole = self._taken_over.first + self._taken_over.steps
@@ -152,14 +152,14 @@ class Plan:
         step, *columns = found[0] if len(found) == 1 else np.concatenate([_NONE, *found], axis=1)
         return step, Pieces(*columns)
 
-    def rest_at(self, step: int) -> Rest:
+    def rest_at(self, step: int) -> EpochRemainder:
         """What is left at a global step, for a plan that takes over there."""
         stage = self._stage(step)
         if step == stage.first and stage.first >= self.first_whole:
-            return Rest(step, stage.stop - 1, ())
+            return EpochRemainder(step, stage.stop - 1, ())
         taken = ((step - stage.first) * stage.rows // stage.steps).tolist()
         left = [part for parts, n in zip(stage.parts, taken) for part in left_of(parts, n)]
-        return Rest(step, stage.stop, tuple(left))
+        return EpochRemainder(step, stage.stop, tuple(left))
 
     def begins(self, step: int) -> bool:
         """Whether an epoch begins at a global step, or the plan takes over there."""

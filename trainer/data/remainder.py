@@ -19,7 +19,7 @@ class Part(NamedTuple):
         return self.stop - self.first
 
 
-class Rest(NamedTuple):
+class EpochRemainder(NamedTuple):
     """What of the epochs before ``epoch`` is not taken yet at global step ``step``."""
 
     step: int
@@ -36,7 +36,7 @@ class Rest(NamedTuple):
         return {**self._asdict(), "parts": [list(part) for part in self.parts]}
 
     @classmethod
-    def of(cls, plain: dict[str, Any] | None) -> "Rest | None":
+    def of(cls, plain: dict[str, Any] | None) -> "EpochRemainder | None":
         """The inverse of `plain`."""
         return None if plain is None else cls(**{**plain, "parts": tuple(Part(*part) for part in plain["parts"])})
 

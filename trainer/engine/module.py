@@ -1,4 +1,4 @@
-"""The Lightning module: a training step is a chunk of K optimisation steps, run by a program. Thin on purpose.
+"""The Lightning module: a training step is a chunk of K optimization steps, run by a program. Thin on purpose.
 
 Our own integer step, in the state, is the only truth about progress.
 """
@@ -17,7 +17,7 @@ from trainer.distributed.comm import Comm
 from trainer.engine.datamodule import ChunkData
 from trainer.errors import UserError
 from trainer.inference.checks.model_checks import finite_or_raise
-from trainer.inference.programs.nan_rows import culprits
+from trainer.inference.programs.nan_rows import nan_rows
 from trainer.inference.programs.program import Chunk, ChunkResult, Program
 from trainer.inference.programs.tracing import Untraceable
 from trainer.inference.step import Inference, State, Update
@@ -205,7 +205,7 @@ class ChunkModule(pl.LightningModule):
         finite = torch.isfinite(result.terms).all(1)
         if finite.all() and torch.isfinite(result.state.theta).all():
             return
-        slot, places = culprits(self.program.eager, self.state, chunk.part(0, len(result.terms)))
+        slot, places = nan_rows(self.program.eager, self.state, chunk.part(0, len(result.terms)))
         places = places if self.data is not None else []
         ids = self.data.row_ids(self.step + slot) if self.data is not None and places else np.empty(0)
         rows = sorted(row for some in self.comm.gathered([int(ids[place]) for place in places]) for row in some)

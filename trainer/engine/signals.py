@@ -1,6 +1,6 @@
 """SIGTERM, SIGUSR1 and Ctrl-C: while it trains they set a flag, on which the ranks agree after each chunk.
 
-Lightning's own handlers save and synchronise inside the handler, which hangs when one rank alone is told. Before
+Lightning's own handlers save and synchronize inside the handler, which hangs when one rank alone is told. Before
 training, while it waits for a compiler, and at a second Ctrl-C, a signal ends the process at once. A pass over all rows
 looks at the flag at each block; the rank that was told leaves, and the others, who miss it, follow
 (`trainer.distributed.failure`).

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from trainer.data.plan import Plan
-from trainer.data.remainder import Rest
+from trainer.data.remainder import EpochRemainder
 from trainer.data.shards.folder import ShardFolder
 from trainer.engine.datamodule import Ranks
 from trainer.inference.recipe.convergence import Mark
@@ -38,7 +38,7 @@ class PlanChoice:
             pool_blocks=self.pool_blocks,
             shard_of=folder.shard_of,
             shards_together=self.shards_together,
-            rest=Rest.of(self.rest),
+            rest=EpochRemainder.of(self.rest),
         )
 
     def ranks(self, rank: int, size: int) -> Ranks:

@@ -92,7 +92,7 @@ def _of_autoguide(made: Any, model: Any, columns: Iterable[str], plate: str) -> 
     return PyroGuide(PlatedModel(made, columns, plate, like=model), plate)
 
 
-def materialise(
+def set_up(
     model: Callable[..., Any],
     guide: GuideFactory,
     batch: Batch,

@@ -1,4 +1,4 @@
-"""One optimisation step as one pure function: `step(state, noise, batch, rates) -> (state, terms, grad_norm)`.
+"""One optimization step as one pure function: `step(state, noise, batch, rates) -> (state, terms, grad_norm)`.
 
 Every rank evaluates the draws whose lanes it holds, sums are all-reduced, and every rank makes the same update from the
 same gradient. Global terms count once over all ranks; terms inside the data plate are sums over the rows that each
@@ -25,7 +25,7 @@ from trainer.inference.model.ragged import Column
 from trainer.inference.objectives.elbo import Kind, Objective, elbo_terms
 from trainer.inference.optim.optimizers import Optimizer, Slots
 from trainer.inference.optim.schedules import Schedule
-from trainer.inference.optim.variance_reduction import Anchor, Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner, Snapshot
 
 
 @contextmanager
@@ -47,7 +47,7 @@ class State(NamedTuple):
     theta: Tensor
     """[P] unconstrained parameters."""
     slots: Slots
-    """The optimiser's vectors, each [P]."""
+    """The optimizer's vectors, each [P]."""
     average: Tensor
     """[P] mean of the iterates since `average_from`."""
     averaged: Tensor
@@ -127,7 +127,7 @@ class Inference:
 class Update:
     """How a gradient becomes the next state: a round of a schedule, after those before it.
 
-    A round starts its optimiser and its average afresh: a second moment that remembers the way there makes the last
+    A round starts its optimizer and its average afresh: a second moment that remembers the way there makes the last
     steps too small, and one that forgets soon is correlated with the gradient, which biases Adam's mean step by half of
     (1 - beta2) times the gradient's skewness (rows of rare groups are skewed).
     """
@@ -143,9 +143,9 @@ class Update:
     before: "Update | None" = None
     """What governs the steps before ``start``."""
     whitened: bool = False
-    """Whether the state holds a `Whitening`."""
+    """Whether the state holds a `Preconditioner`."""
     anchored: int = 0
-    """Locations of the state's `Anchor`, at the head of theta; 0 for none."""
+    """Locations of the state's `Snapshot`, at the head of theta; 0 for none."""
 
     def at(self, step: int) -> "Update":
         """The round in which ``step`` lies."""
@@ -156,34 +156,34 @@ class Update:
         """All rounds, in order."""
         return (*(self.before.rounds if self.before else ()), self)
 
-    def init(self, theta: Tensor, whitening: Whitening | None = None) -> State:
-        """The state before the first step; ``whitening`` where ``whitened``. An anchor is set before the first step."""
+    def init(self, theta: Tensor, preconditioner: Preconditioner | None = None) -> State:
+        """The state before the first step; ``preconditioner`` where ``whitened``. A snapshot comes before the first."""
         zero = torch.zeros((), dtype=torch.int64, device=theta.device)
-        anchor = Anchor.at(theta, self.anchored) if self.anchored else ()
-        slots = (*self.optimizer.init(theta), *(each.clone() for each in whitening or ()), *anchor)
+        anchor = Snapshot.at(theta, self.anchored) if self.anchored else ()
+        slots = (*self.optimizer.init(theta), *(each.clone() for each in preconditioner or ()), *anchor)
         return State(zero, theta.clone(), slots, theta.clone(), zero.clone())
 
     def rates(self, step: Tensor, num_obs: float) -> Tensor:
-        """The optimiser's rates [m] for the update at ``step`` (int64 []), float64."""
+        """The optimizer's rates [m] for the update at ``step`` (int64 []), float64."""
         factor = self.schedule(step - self.start, self.horizon - self.start)
         return self.optimizer.rates(self.optimizer.lr * factor, step - self.start + 1, num_obs)
 
-    def split(self, slots: Slots) -> tuple[Slots, Whitening | None, Anchor | None]:
-        """The optimiser's own slots, and what follows them."""
+    def split(self, slots: Slots) -> tuple[Slots, Preconditioner | None, Snapshot | None]:
+        """The optimizer's own slots, and what follows them."""
         own = len(slots) - 2 * self.whitened - 2 * bool(self.anchored)
-        whitening = Whitening(*slots[own : own + 2]) if self.whitened else None
-        return slots[:own], whitening, Anchor(*slots[-2:]) if self.anchored else None
+        preconditioner = Preconditioner(*slots[own : own + 2]) if self.whitened else None
+        return slots[:own], preconditioner, Snapshot(*slots[-2:]) if self.anchored else None
 
     def __call__(self, state: State, grad: Tensor, rates: Tensor) -> State:
-        own, whitening, _ = self.split(state.slots)
+        own, preconditioner, _ = self.split(state.slots)
         fresh = state.step == self.start
         own = tuple(torch.where(fresh, 0.0, each) for each in own)
-        if whitening is None:
+        if preconditioner is None:
             theta, slots = self.optimizer.update(grad, own, state.theta, rates)
         else:
             zero = torch.zeros_like(state.theta)
-            moved, slots = self.optimizer.update(whitening.of_gradient(grad), own, zero, rates)
-            theta = state.theta + whitening.of_step(moved)
+            moved, slots = self.optimizer.update(preconditioner.of_gradient(grad), own, zero, rates)
+            theta = state.theta + preconditioner.of_step(moved)
         theta = theta.to(state.theta.dtype)
         slots = (*(new.to(old.dtype) for new, old in zip(slots, own)), *state.slots[len(own) :])
         averaging = state.step >= self.average_from
@@ -207,7 +207,7 @@ def step(
     ``rates``: `update.rates` at this step. The terms are left for the caller to sum over the ranks once a chunk.
     """
     share = 1.0 / (comm.size * len(batch.valid))
-    _, whitening, anchor = update.split(state.slots)
+    _, preconditioner, anchor = update.split(state.slots)
 
     def gradient(theta: Tensor) -> tuple[Tensor, Tensor]:
         theta = theta.detach().requires_grad_()
@@ -217,10 +217,10 @@ def step(
         return terms.detach(), grad
 
     terms, grad = gradient(state.theta)
-    if whitening is not None:
+    if preconditioner is not None:
         view = inference.gaussian
         assert view is not None
-        chance = whitening.control_variate(view.sd(state.theta), noise.elements, share)
+        chance = preconditioner.control_variate(view.sd(state.theta), noise.elements, share)
         grad = grad - view.by_log_sd(chance, state.theta) / inference.num_obs
     if anchor is not None:
         grad = anchor.minus(grad, gradient(anchor.theta)[1])

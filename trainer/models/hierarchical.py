@@ -5,10 +5,10 @@
     sigma ~ HalfNormal(noise_prior_sd)                                                                   []
     y ~ Normal(effect[group, 0] + x @ effect[group, 1:], sigma)  in plate "data"                         [B]
 
-These are the sites, with their shapes. Non-centred (the default), the site is `deviation` ~ Normal(0, 1) [G, 1 + K]
+These are the sites, with their shapes. Non-centered (the default), the site is `deviation` ~ Normal(0, 1) [G, 1 + K]
 instead of `effect` = mean + scale * deviation.
 
-Gelman and Hill, "Data Analysis Using Regression and Multilevel/Hierarchical Models" (2006), chapter 13; non-centred as
+Gelman and Hill, "Data Analysis Using Regression and Multilevel/Hierarchical Models" (2006), chapter 13; non-centered as
 in Papaspiliopoulos, Roberts and Sköld, "A general framework for the parametrization of hierarchical models",
 Statistical Science 22 (2007). Shapes: x [B, K], group [B] int64 in [0, G), y [B].
 """
@@ -32,7 +32,7 @@ class VaryingSlopes:
     mean_sd: float = 10.0
     scale_sd: float = 2.0
     noise_prior_sd: float = 10.0
-    centred: bool = False
+    centered: bool = False
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -44,7 +44,7 @@ class VaryingSlopes:
         scale = pyro.sample("scale", dist.HalfNormal(x.new_full((size,), self.scale_sd)).to_event(1))
         sigma = pyro.sample("sigma", dist.HalfNormal(x.new_tensor(self.noise_prior_sd)))
         with pyro.plate("groups", self.groups):
-            if self.centred:
+            if self.centered:
                 effect = pyro.sample("effect", dist.Normal(mean, scale).to_event(1))
             else:
                 effect = mean + scale * pyro.sample("deviation", dist.Normal(x.new_zeros(size), 1.0).to_event(1))
@@ -57,7 +57,7 @@ class VaryingSlopes:
         size = self.slopes + 1
         mean, scale = generator.normal(size=size), generator.uniform(0.3, 1.0, size)
         deviation = generator.normal(size=(self.groups or 0, size))
-        groups = {"effect": mean + scale * deviation} if self.centred else {"deviation": deviation}
+        groups = {"effect": mean + scale * deviation} if self.centered else {"deviation": deviation}
         return {"mean": mean, "scale": scale, "sigma": np.array(0.7), **groups}
 
     def rows(
@@ -66,7 +66,7 @@ class VaryingSlopes:
         """Columns x [rows, slopes] and y [rows], float32, and group [rows], int64, drawn at ``truth``."""
         x = generator.standard_normal((rows, self.slopes), dtype=np.float32)
         group = generator.integers(0, self.groups, rows)
-        effect = truth["effect"] if self.centred else truth["mean"] + truth["scale"] * truth["deviation"]
+        effect = truth["effect"] if self.centered else truth["mean"] + truth["scale"] * truth["deviation"]
         own = effect[group]
         y = own[:, 0] + (x * own[:, 1:]).sum(-1) + truth["sigma"] * generator.standard_normal(rows)
         return {"x": x, "group": group, "y": y.astype(np.float32)}

@@ -94,7 +94,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Rate:
-    """What an optimiser leaves null."""
+    """What an optimizer leaves null."""
 
     lr: Positive
     beta2: Share

@@ -10,7 +10,7 @@ from trainer.errors import UserError
 from trainer.inference.checks.observed import RowCheck
 from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.model.plates import Batch
-from trainer.inference.model.ragged import Column, Varying, cat
+from trainer.inference.model.ragged import Column, Jagged, cat
 from trainer.inference.programs.program import Chunk
 
 
@@ -57,7 +57,7 @@ class FirstPass:
 
 def _flat(column: Column, slots: int, groups: int) -> Column:
     """[K, A, B, ...] as [K * A * B, ...]."""
-    if isinstance(column, Varying):
+    if isinstance(column, Jagged):
         return cat([column[k][a] for k in range(slots) for a in range(groups)])
     return column.flatten(0, 2)
 

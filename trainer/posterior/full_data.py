@@ -26,7 +26,7 @@ from trainer.inference.estimates.full_gradient import (
 from trainer.inference.estimates.many_draws import Together, terms_together
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.ragged import cat
-from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.optimum import problem_of
 from trainer.inference.step import Inference
 from trainer.posterior.first_pass import FirstPass
@@ -104,11 +104,16 @@ class FullLoss:
     """How draws go through the model for each derivative, once that is known."""
 
     def gradient(
-        self, step: int, theta: Tensor, whitening: Whitening | None = None, draws: Draws = FEW, fresh: bool = False
+        self,
+        step: int,
+        theta: Tensor,
+        preconditioner: Preconditioner | None = None,
+        draws: Draws = FEW,
+        fresh: bool = False,
     ) -> Tensor:
         """float64 [P] at ``theta``; other draws at every ``step``, and others if ``fresh``."""
         made = self._together("gradient", self.inference)
-        return full_gradient(made, theta, self._pass(step, theta, fresh), whitening, draws)
+        return full_gradient(made, theta, self._pass(step, theta, fresh), preconditioner, draws)
 
     def product(self, step: int, theta: Tensor, along: Tensor) -> Tensor:
         """float64 [D]: the Hessian by the locations at ``theta``, times ``along`` [D]."""

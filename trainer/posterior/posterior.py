@@ -29,12 +29,12 @@ from trainer.inference.isolation import each_in_own_state, own_state
 from trainer.inference.model.plates import Batch, arguments
 from trainer.inference.model.ragged import of_plain, plain
 from trainer.inference.objectives.elbo import Objective
-from trainer.inference.setup import GuideFactory, guide_factory, materialise
+from trainer.inference.setup import GuideFactory, guide_factory, set_up
 from trainer.inference.step import Inference
 from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
 from trainer.posterior.predictive import Prediction, joined, levels_of, predicted, rows_together
-from trainer.posterior.summary import SiteSummary, summarise
+from trainer.posterior.summary import SiteSummary, summarize
 from trainer.posterior.table import closing_table
 from trainer.posterior.tensors import to_tensor
 
@@ -63,7 +63,7 @@ class Posterior:
     def sample(self, num_draws: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
         """Independent draws [R, ...] of every latent outside the data plate, in the model's own (constrained) space.
 
-        Deterministic sites that follow from these alone are among them (what a reparameterised latent was called).
+        Deterministic sites that follow from these alone are among them (what a reparameterized latent was called).
         """
         numbers = range(counted_draws(num_draws))
         drawn = latent_draws(self.inference, self.theta, self.rows, seed, numbers)
@@ -72,7 +72,7 @@ class Posterior:
     @own_state()
     def summary(self) -> list[SiteSummary]:
         """Mean, sd and quantiles of every latent, and the guide's own location and scale."""
-        return summarise(self.inference, self.theta, self.rows)
+        return summarize(self.inference, self.theta, self.rows)
 
     @own_state()
     def parameters(self) -> dict[str, np.ndarray]:
@@ -252,7 +252,7 @@ class Posterior:
         scale = torch.tensor(facts["num_obs"] / count, dtype=torch.float64)
         rows = Batch(known, torch.tensor(count), scale, content["row_id"])
         with dtype_of(content["theta"]):
-            inference, _ = materialise(
+            inference, _ = set_up(
                 model,
                 factory(tuple(column.name for column in columns if column.name != ROW_ID), facts["plate"]),
                 rows,

@@ -3,7 +3,7 @@
 Where a site's map from u to z works element by element, quantiles are the exact images of the guide's, and moments are
 exact (identity, exp, and these shifted and scaled) or by the trapezoid rule, which converges exponentially on a
 Gaussian weight and stays sharp where Gauss-Hermite nodes miss a steep sigmoid. Simplexes, ordered vectors and Cholesky
-factors are summarised from draws of u; supports that depend on another latent, and guides other than the mean-field
+factors are summarized from draws of u; supports that depend on another latent, and guides other than the mean-field
 one, from draws of the whole model.
 
 Shapes: u and z of a site, or [draws, ...] of them.
@@ -49,7 +49,7 @@ class SiteSummary(NamedTuple):
     scale: np.ndarray | None
 
 
-def summarise(inference: Inference, theta: Tensor, batch: Batch, seed: int = 0) -> list[SiteSummary]:
+def summarize(inference: Inference, theta: Tensor, batch: Batch, seed: int = 0) -> list[SiteSummary]:
     """A summary of every latent outside the data plate, in the order of the model; ``batch``: any rows of the data.
 
     A site without ``loc`` is followed by ``SITE@unconstrained`` where the guide is mean-field.

@@ -9,7 +9,7 @@ from trainer.errors import UserError, counted
 from trainer.runs.folder import Run
 from trainer.runs.table import COLUMNS, cells, differences, sweeps
 
-_LINES = 20  # of a plot, before their names and colours run out
+_LINES = 20  # of a plot, before their names and colors run out
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>%s</title><style>
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222 }
@@ -64,11 +64,11 @@ def _curves(runs: Sequence[Run], folder: Path) -> str:
         raise UserError("html= needs the package matplotlib: pip install matplotlib.") from error
     drawn = [run for run in runs if run.curve]
     drawn.sort(key=lambda run: -float(run.curve[-1]["elbo_per_row"]))
-    colours = colormaps["tab20"]
+    colors = colormaps["tab20"]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasSVG(figure)
     for axes, across in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds")):
-        axes.set_prop_cycle(color=[colours(number) for number in range(_LINES)])
+        axes.set_prop_cycle(color=[colors(number) for number in range(_LINES)])
         for run in drawn[:_LINES]:
             x, y = ([float(row[name]) for row in run.curve] for name in (across, "elbo_per_row"))
             axes.plot(x, y, linewidth=1.2, label=str(run.folder.relative_to(folder)))

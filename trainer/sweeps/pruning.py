@@ -23,7 +23,7 @@ PARTS = 15  # of the budget, each with a report at its end: rounds end after 1, 
 _ROWS = 16_384  # at least, that a report looks at: the same ones in all trials, whose noise is then common to them
 
 
-class Report(Callback):
+class PruningCallback(Callback):
     """Reports the ELBO per row of ``rows`` (the held-out ones, where there are any) at each step of `ends`.
 
     ``node``: the option `trial`; ``unit``: what the steps of `ends` are multiples of; ``record``

@@ -36,10 +36,11 @@ from trainer.runs.loggers import make_loggers
 from trainer.runs.tracking import Tracked
 from trainer.training.final_evaluation import FinalEvaluation, Finish, is_finished
 from trainer.training.launch import memory_share
+from trainer.training.newton_steps import EndRound
 from trainer.training.prepare import Context, Prepared
 from trainer.training.ranks import World
-from trainer.training.steer import EndRound, MoveAnchor
 from trainer.training.stop import Stop
+from trainer.training.svrg import TakeSnapshot
 
 
 class Assembled(NamedTuple):
@@ -91,7 +92,7 @@ def assembled(
     by_passes = afford if latents_alone(inference) or can_be_settled(inference) else None
     end_round = EndRound(loss, sample, by_passes, record)
     stop = Stop(build.rule(cfg.stop), end_round, plan.steps_per_epoch, record, context.console.print, doubts)
-    steering = [*([MoveAnchor(loss, plan.begins)] if update.anchored else []), stop]
+    steering = [*([TakeSnapshot(loss, plan.begins)] if update.anchored else []), stop]
     return Assembled(data, full, held, stop, steering, program)
 
 
@@ -192,6 +193,6 @@ def _report(cfg: Train, rows: FullData, horizon: int, unit: int, record: TrainSt
     """Of a trial of a study, what reports to it."""
     if cfg.trial is None:
         return []
-    from trainer.sweeps.pruning import Report  # Optuna, which only sweeps need
+    from trainer.sweeps.pruning import PruningCallback  # Optuna, which only sweeps need
 
-    return [Report(cfg.trial, rows, cfg.seed, horizon, unit, record)]
+    return [PruningCallback(cfg.trial, rows, cfg.seed, horizon, unit, record)]

@@ -37,14 +37,14 @@ class Begun(NamedTuple):
 
 
 def optimizer_of(cfg: Train, whitened: bool) -> DictConfig:
-    """The optimiser's node, with the recipe's rates where it leaves them open."""
+    """The optimizer's node, with the recipe's rates where it leaves them open."""
     rates = asdict(cfg.rates.whitened if whitened else cfg.rates.plain)
     left = {name: rates[name] for name, value in cfg.optimizer.items() if value is None and name in rates}
     return OmegaConf.merge(cfg.optimizer, left)  # type: ignore[return-value]
 
 
 def update_of(cfg: Train, plan: Epochs, whitened: bool, anchored: int, begun: Begun | None = None) -> Update:
-    """Optimiser, schedule and rounds, each of twice the steps of the one before; a round is at least an epoch."""
+    """Optimizer, schedule and rounds, each of twice the steps of the one before; a round is at least an epoch."""
     epoch, horizon, share = plan.steps_per_epoch, _horizon(cfg, plan), cfg.averaging
     count, every = cfg.rounds, int(cfg.program.get("sync_every", 1))
     while count > 1 and horizon < (2**count - 1) * max(_ROUND_STEPS, epoch):

@@ -22,7 +22,7 @@ from trainer.posterior.draws import parameters_of
 from trainer.posterior.full_data import FullData
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.prior_check import far_from_prior
-from trainer.posterior.summary import summarise, write_summary
+from trainer.posterior.summary import summarize, write_summary
 from trainer.posterior.table import closing_table
 from trainer.training.stop import Stop
 
@@ -56,10 +56,10 @@ class FinalEvaluation:
 
     def _evaluated(self, module: ChunkModule, theta: torch.Tensor) -> dict[str, Any]:
         inference = module.inference
-        _, whitening, _ = module.update.split(module.state.slots)
+        _, preconditioner, _ = module.update.split(module.state.slots)
         count = len(self.rows.folder.block_rows)
         here, total = self.rows.blocks(theta, module.step)
-        fitted = full_elbo(inference, theta, here, count, self.seed, total, whitening)
+        fitted = full_elbo(inference, theta, here, count, self.seed, total, preconditioner)
         held_out = None
         if self.held_out is not None:
             count = len(self.held_out.folder.block_rows)
@@ -145,7 +145,7 @@ class Finish(Callback):
     def _write(self, module: ChunkModule, metrics: dict[str, Any]) -> None:
         posterior = self.posterior(module)
         posterior.save(self.run_dir / "posterior.pt")
-        sites = summarise(module.inference, posterior.theta, posterior.rows, seed=self.final.seed)
+        sites = summarize(module.inference, posterior.theta, posterior.rows, seed=self.final.seed)
         write_summary(self.run_dir / "summary.csv", sites)
         with atomic_write(self.run_dir / _METRICS) as file:
             file.write(f"{json.dumps(metrics, indent=1)}\n".encode())

@@ -20,7 +20,7 @@ from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.model.plates import Batch, arguments
 from trainer.inference.programs.program import Chunk, Eager
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.setup import guide_factory, materialise
+from trainer.inference.setup import guide_factory, set_up
 from trainer.inference.step import Inference, State, Update
 from trainer.options import build
 from trainer.options.records import plain
@@ -145,7 +145,7 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
     columns = tuple(arguments(given.model, list(first)))
     rows = _rows({name: first[name] for name in columns}, 0)
     rows = rows._replace(scale=torch.tensor(num_obs / rows.size, dtype=torch.float64))
-    return materialise(
+    return set_up(
         given.model,
         guide_factory(given.guide, columns, cfg.plate),
         rows,

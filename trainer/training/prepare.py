@@ -19,7 +19,7 @@ from trainer.inference.guides.mean_field import MEAN_FIELD
 from trainer.inference.guides.pyro_guides import NO_LATENT
 from trainer.inference.model.plates import Batch
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.setup import guide_factory, materialise
+from trainer.inference.setup import guide_factory, set_up
 from trainer.inference.step import Inference, State, StepBatch, Update
 from trainer.options import build
 from trainer.options.records import plain
@@ -171,7 +171,7 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
         rows["row_id"],
     )
     refuse_spared(folder.index, user_model)
-    inference, theta = materialise(
+    inference, theta = set_up(
         user_model,
         factory,
         batch,

@@ -9,8 +9,8 @@ from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import INDEX_NAME, Index, write_index
 from trainer.data.shards.verify import LEFT_OUT, bad_blocks, intact
 from trainer.errors import UserError, counted
-from trainer.training.progress_bar import Watch
 from trainer.training.ranks import World, of_all
+from trainer.training.row_progress import RowProgress
 
 _NAMED = 5
 
@@ -48,7 +48,7 @@ def _bad(folder: ShardFolder, here: World, console: Console) -> set[int]:
     share = range(here.rank, len(folder.index.shards), here.size if here.external else 1)
     own: dict[int, str] | UserError
     try:
-        with Watch(console, "checking") as watch:
+        with RowProgress(console, "checking") as watch:
             own = bad_blocks(folder, share, watch.show)
     except UserError as error:
         own = error

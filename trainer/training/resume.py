@@ -47,7 +47,7 @@ def plan_choice(cfg: Train, folder: ShardFolder, world: World, old: Saved | None
     """Lanes, batch size, seed, runs and draws of the plan: those of a fresh run, or the checkpoint's.
 
     Where another batch size, other lanes or draws are given, or the ranks need other lanes, they hold from the
-    checkpoint's step on, and `Rest` says what its epoch has left.
+    checkpoint's step on, and `EpochRemainder` says what its epoch has left.
     """
     batch_size = min(cfg.batch_size, folder.num_rows)
     if old is None:
@@ -135,7 +135,7 @@ def _refuse_uneven(lanes: int, draws: int, ranks: int) -> None:
 
 
 def check_same(old: Problem, new: Problem, state: State, fresh: State) -> None:
-    """Raises UserError where a checkpoint belongs to another model, guide or optimiser."""
+    """Raises UserError where a checkpoint belongs to another model, guide or optimizer."""
     for what in ("sites", "shapes"):
         before, now = getattr(old, what), getattr(new, what)
         if before != now:

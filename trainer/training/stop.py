@@ -25,7 +25,7 @@ from trainer.inference.recipe.convergence import (
     step_to_go,
 )
 from trainer.inference.recipe.exact_fit import met_exactly
-from trainer.training.steer import EndRound
+from trainer.training.newton_steps import EndRound
 
 EXACT = "no_maximum"
 """Why a run ends whose observations are met exactly: there is no optimum, whatever the other figures say."""

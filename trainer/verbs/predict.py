@@ -13,7 +13,7 @@ from trainer.options.verbs import Predict
 from trainer.posterior.predictive import Prediction
 from trainer.training.data import cache_of, places, training_split
 from trainer.training.finished import posterior_of
-from trainer.training.progress_bar import Watch
+from trainer.training.row_progress import RowProgress
 
 _MOST_CLASSES = 1000  # of which each has a column
 
@@ -33,7 +33,7 @@ def run(cfg: Predict, run_dir: Path) -> float:
         raise UserError(f"{several[packed.index(False)]} is a table: predict one table at a time, or pack them.")
     data = training_split(cfg.data) if packed[0] else several[0]
     rows, console = 0, Console(highlight=False, soft_wrap=True)
-    with table_writer(out) as write, Watch(console, "predicting") as watch:
+    with table_writer(out) as write, RowProgress(console, "predicting") as watch:
         for row_id, found in posterior.predictions(data, cfg.draws, levels, cfg.seed, watch.show, console.print):
             columns: dict[str, np.ndarray] = {"row_id": row_id}
             for site, each in found.items():

@@ -25,7 +25,7 @@ from trainer.options.allowed import refuse_others
 from trainer.options.verbs import Shard
 from trainer.training.columns_line import columns_line
 from trainer.training.data import places
-from trainer.training.progress_bar import Watch
+from trainer.training.row_progress import RowProgress
 
 
 def run(cfg: Shard, run_dir: Path) -> float:
@@ -38,12 +38,12 @@ def run(cfg: Shard, run_dir: Path) -> float:
     if cfg.finish:
         if cfg.part is not None:
             raise UserError("part= and finish=true are two steps: run every part first, then finish=true once.")
-        with _stopping_on_signals("run it again: what was made is kept"), Watch(console, "writing") as watch:
+        with _stopping_on_signals("run it again: what was made is kept"), RowProgress(console, "writing") as watch:
             train, held_out = Parts(out).finish(**_resources(cfg), progress=watch.show)
     elif cfg.part is not None:
         return _part(cfg, Parts(out), console)
     else:
-        with _stopping_on_signals("nothing was packed"), Watch(console, "packing") as watch:
+        with _stopping_on_signals("nothing was packed"), RowProgress(console, "packing") as watch:
             source, truth = _source(cfg)
             train, held_out = pack(source, out, progress=watch.show, **_options(cfg), **_resources(cfg))
             if truth is not None:
@@ -62,7 +62,7 @@ def _part(cfg: Shard, parts: Parts, console: Console) -> float:
     part, of = _part_of(str(cfg.part))
     resources = _resources(cfg)
     with _stopping_on_signals(f"start part={part}/{of} again: it does what is left of it"):
-        with Watch(console, f"reading part {part} of {of}") as watch:
+        with RowProgress(console, f"reading part {part} of {of}") as watch:
             source, truth = _source(cfg)
             rows = parts.read(source, part, of, progress=watch.show, **_options(cfg), **resources)
             if truth is not None and not (parts.packed / "truth.json").exists():
@@ -70,7 +70,7 @@ def _part(cfg: Shard, parts: Parts, console: Console) -> float:
         missing, made = parts.missing(), 0
         if not missing:
             del resources["overwrite"]
-            with Watch(console, f"writing part {part} of {of}") as watch:
+            with RowProgress(console, f"writing part {part} of {of}") as watch:
                 made = parts.write(part, of, progress=watch.show, **resources)
     console.print(
         f"part {part} of {of}: "

@@ -10,7 +10,7 @@ from trainer.data.shards.verify import verify
 from trainer.errors import counted
 from trainer.options.verbs import Verify
 from trainer.training.data import cache_of, places
-from trainer.training.progress_bar import Watch
+from trainer.training.row_progress import RowProgress
 
 
 def run(cfg: Verify, run_dir: Path) -> float:
@@ -21,7 +21,7 @@ def run(cfg: Verify, run_dir: Path) -> float:
     console, rows, damaged = Console(highlight=False, soft_wrap=True), 0, 0
     several = places(cfg.data.path)
     for files in (each for place in several for each in split_files(place, cache_of(cfg.data))):
-        with Watch(console, "checking") as watch:
+        with RowProgress(console, "checking") as watch:
             report = verify(files, watch.show)
         for sentence in report.damaged:
             print(f"svi verify: {sentence}", file=sys.stderr)

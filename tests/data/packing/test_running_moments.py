@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from trainer.data.packing.running_moments import Moments
+from trainer.data.packing.running_moments import RunningMoments
 
 
 def test_moments_survive_an_offset() -> None:
-    values, moments = np.random.default_rng(0).normal(1e9, 1, size=(10_000, 2)), Moments()
+    values, moments = np.random.default_rng(0).normal(1e9, 1, size=(10_000, 2)), RunningMoments()
     for part in np.array_split(values, 7):
         moments.add(part)
     moments.add(values[:0])
@@ -16,7 +16,7 @@ def test_moments_survive_an_offset() -> None:
 
 
 def test_a_constant_is_left_as_it_is() -> None:
-    moments = Moments()
+    moments = RunningMoments()
     for _ in range(3):
         moments.add(np.tile([0.1, 0.0], (7, 1)))
     assert moments.sd.tolist() == [0.0, 0.0]

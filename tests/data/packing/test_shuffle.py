@@ -19,7 +19,7 @@ def test_scramble_is_a_uniform_bijection() -> None:
     for shift in (58, 30, 0):  # high, middle and low bits
         counts = np.bincount((places >> np.uint64(shift) & np.uint64(63)).astype(np.int64), minlength=64)
         assert stats.chisquare(counts).pvalue > 1e-3
-    # neighbours, and the two streams, are independent: 16 x 16 cells
+    # neighbors, and the two streams, are independent: 16 x 16 cells
     high = (places >> np.uint64(60)).astype(np.int64)
     for other in (np.roll(high, 1), (scramble(places, 0, 1) >> np.uint64(60)).astype(np.int64)):
         assert stats.chisquare(np.bincount(16 * high + other, minlength=256)).pvalue > 1e-3

@@ -13,10 +13,10 @@ from shard_tools import all_dtypes, csr, flip, ragged
 from trainer.data.fields import VaryingRows
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.pack import pack
-from trainer.data.packing.running_moments import Moments
+from trainer.data.packing.running_moments import RunningMoments
 from trainer.data.plan import Plan
 from trainer.data.shards.cache import ShardCache
-from trainer.data.shards.concatenated import JoinedFiles
+from trainer.data.shards.concatenated import ConcatenatedFiles
 from trainer.data.shards.files import AHEAD, LocalFiles
 from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import ROW_ID, Shard, parse_index, write_index
@@ -96,7 +96,7 @@ def test_blocks_have_the_same_ids_as_the_reader_gives(days: list[Path]) -> None:
 def test_the_statistics_are_those_of_all_rows(days: list[Path]) -> None:
     folder = opened(days)
     for name in ("float32", "float64", "int32"):
-        moments = Moments()
+        moments = RunningMoments()
         for block in range(len(folder.block_rows)):
             moments.add(folder.read_block(block, name))
         for what, expected in moments.statistics().items():
@@ -264,7 +264,7 @@ wanted: list[str] = []
 
 def test_of_all_folders_together_only_a_few_shards_are_fetched_ahead(days: list[Path]) -> None:
     """Those that are wanted are held in the cache, which may have no room for more."""
-    files = JoinedFiles([Asked(day / "train") for day in days], [0, 0, 0])
+    files = ConcatenatedFiles([Asked(day / "train") for day in days], [0, 0, 0])
     shards = files.index().shards * 3
     files.want(shards)
     assert wanted == [files.path_of(shard) for shard in shards[:AHEAD]]

@@ -19,7 +19,7 @@ from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import ROW_ID
 from trainer.data.shards.verify import intact
-from trainer.errors import Damaged, UserError
+from trainer.errors import CorruptDataError, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 BLOCKS = [7, 1, 30, 2, 19, 30, 11, 4]
@@ -236,7 +236,7 @@ def test_a_damaged_block_is_an_error_that_names_it(tmp_path: Path, column: str, 
     folder = several(tmp_path)
     shard = folder.index.shards[2]
     flip(tmp_path / "several" / shard.name, shard.offsets[column][0] + 512 + 128)
-    with pytest.raises(Damaged, match=f'{shard.name}, block .*column "{column}" does not match its hash'):
+    with pytest.raises(CorruptDataError, match=f'{shard.name}, block .*column "{column}" does not match its hash'):
         loaded(folder.webdataset(), workers)
 
 

@@ -193,7 +193,7 @@ def test_each_case_has_its_remedy(model, words):
         build(model, x=X, y=Y)
 
 
-def centred(group, y):
+def centered(group, y):
     mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 2.0))
     spread = pyro.sample("spread", dist.LogNormal(y.new_zeros(()), 1.0))
     with pyro.plate("groups", 3):
@@ -231,11 +231,11 @@ def terms_at(model, elements, **columns):
     return inference, inference.terms(theta, noise_of(eps), one_group(**columns), 1.0)
 
 
-def test_a_reparameterised_model_is_the_one_written_by_hand():
+def test_a_reparameterized_model_is_the_one_written_by_hand():
     columns = {"group": GROUP, "y": Y}
     _, wanted = terms_at(by_hand, 5, **columns)
     config = {"effect": LocScaleReparam(0.0)}
-    for model in (poutine.reparam(centred, config=config), poutine.reparam(config=config)(centred)):
+    for model in (poutine.reparam(centered, config=config), poutine.reparam(config=config)(centered)):
         inference, terms = terms_at(model, 5, **columns)
         assert torch.equal(terms, wanted)
         assert inference.sites == ("mean", "spread", "effect_decentered", "y")
@@ -248,10 +248,10 @@ def test_a_reparameterised_model_is_the_one_written_by_hand():
         (poutine.reparam(transformed, config={"level": TransformReparam()}), ("level",)),
         (poutine.reparam(correlated, config={"effect": HaarReparam(-1)}), ("effect",)),  # keeps a density
         (AutoReparam(centered=0.0)(transformed), ("level", "effect")),
-        (AutoReparam()(centred), ("effect", "total")),  # with a parameter between centred and not
+        (AutoReparam()(centered), ("effect", "total")),  # with a parameter between centered and not
     ],
 )
-def test_other_reparameterisations(model, names):
+def test_other_reparameterizations(model, names):
     inference, terms = terms_at(model, 4 if "level" in names else 5, group=GROUP, y=Y)
     assert set(names) <= set(inference.derived)
     assert torch.isfinite(terms).all()

@@ -1,4 +1,4 @@
-"""What `materialise` refuses before the first step: each sentence names the site and the remedy."""
+"""What `set_up` refuses before the first step: each sentence names the site and the remedy."""
 
 import functools
 
@@ -16,7 +16,7 @@ from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import PlatedModel
 from trainer.inference.objectives.elbo import Objective
-from trainer.inference.setup import materialise
+from trainer.inference.setup import set_up
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = (torch.randn(12, dtype=F64, generator=GENERATOR) for _ in range(2))
@@ -48,7 +48,7 @@ def unseen(x, y):
         pyro.deterministic("f", w * x)
 
 
-def unlabelled(x, label=None):
+def unlabeled(x, label=None):
     w = weight(x)
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(w * x, 1.0), obs=label)
@@ -107,7 +107,7 @@ def captured(x, y):
         normal(x, mean=w, obs=Y)
 
 
-def centred(x, y):
+def centered(x, y):
     w = weight(x)
     with pyro.plate("data", len(x)):
         normal(x, mean=w * (x - x.mean()), obs=y)
@@ -201,7 +201,7 @@ def drawing(x, y):
         (outside, 'observed site "y" stands outside plate "data" and depends on the rows.*with pyro.plate'),
         (beside, 'observed site "total" stands outside plate "data".*global_sites=\\[total\\]'),
         (unseen, "the model observes nothing: pass a column as obs="),
-        (unlabelled, "observes nothing: its argument label is no column of the data .x, y.; .* columns.label=NAME"),
+        (unlabeled, "observes nothing: its argument label is no column of the data .x, y.; .* columns.label=NAME"),
         (local, 'latent site "z" stands inside plate "data"'),
         (missing, 'obs_mask= at site "y".*poutine.mask'),
         (discrete, 'latent site "k" is discrete'),
@@ -212,7 +212,7 @@ def drawing(x, y):
         (several, r'site "y" has densities of shape \[2, 12\].*is \[2, 12\] and its value \[2, 12\].*to_event'),
         (functools.partial(several, axis=1), r"inside plate\('data'\) at site y.*12 vs 2.*to_event\(1\)"),
         (captured, 'site "y" has no density'),
-        (centred, "not exchangeable over rows"),
+        (centered, "not exchangeable over rows"),
         (walk, "not exchangeable over rows"),
         (chain, "not exchangeable over rows"),
         (nothing_latent, "no latent site"),
@@ -255,7 +255,7 @@ def guide_of(kind):
             pyro.sample("z", dist.Normal(torch.zeros_like(x), 0.5).to_event(1))
             return
         with pyro.plate("data", len(x)):
-            family = NoRsample if kind == "not reparameterised" else dist.Normal
+            family = NoRsample if kind == "not reparameterized" else dist.Normal
             pyro.sample("z", family(y * 0.1 + w, 0.5))
 
     return guide
@@ -267,7 +267,7 @@ def guide_of(kind):
         ("fine", None),
         ("forgets w", '"w" of the model is missing from the guide'),
         ("outside", 'site "z" stands inside plate "data" in only one of model and guide'),
-        ("not reparameterised", 'site "z" \\(NoRsample\\) has no reparameterised gradient'),
+        ("not reparameterized", 'site "z" \\(NoRsample\\) has no reparameterized gradient'),
     ],
 )
 def test_a_users_guide_must_hold_what_the_model_holds(kind, words):
@@ -290,9 +290,7 @@ def test_a_guides_plate_of_another_size_is_refused():
 
 
 def test_what_is_named_as_global_may_stand_outside():
-    inference, _ = materialise(
-        beside_without_sum, MeanField, batch_of(x=X, y=Y), 100, Objective(), global_sites=["total"]
-    )
+    inference, _ = set_up(beside_without_sum, MeanField, batch_of(x=X, y=Y), 100, Objective(), global_sites=["total"])
     assert inference.sites == ("w", "total", "y")
 
 
@@ -322,7 +320,7 @@ def test_an_exchangeable_model_passes_in_either_precision_and_weak_centring_does
 
 
 def test_one_row_is_enough_to_start():
-    build(centred, x=X[:1], y=Y[:1])
+    build(centered, x=X[:1], y=Y[:1])
 
 
 def test_batch_norm_in_a_network_is_refused():
@@ -355,4 +353,4 @@ def test_finite_or_raise_names_site_and_step():
 def test_nothing_to_train_is_said():
     guide = lambda x, y: pyro.sample("w", dist.Normal(x.new_zeros(()), 0.1))  # noqa: E731
     with pytest.raises(UserError, match="neither guide nor model has a parameter"):
-        build(centred, lambda _, batch: PyroGuide(PlatedModel(guide, batch.columns)), x=X, y=Y)
+        build(centered, lambda _, batch: PyroGuide(PlatedModel(guide, batch.columns)), x=X, y=Y)

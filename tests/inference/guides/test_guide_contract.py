@@ -15,7 +15,7 @@ from svi_problems import F64, batch_of, noise_of, one_group
 
 from trainer.inference.guides.mean_field import Noise
 from trainer.inference.objectives.elbo import Objective
-from trainer.inference.setup import guide_factory, materialise
+from trainer.inference.setup import guide_factory, set_up
 
 X = torch.tensor([0.2, 1.3, 0.7], dtype=F64)
 LABELS = torch.tensor([1.0, 0.0, 1.0], dtype=F64)
@@ -78,7 +78,7 @@ def member(request):
     """(inference, theta at the start, the batch)."""
     guide, _, model, x = MEMBERS[request.param]
     batch = batch_of(x=x)
-    inference, theta = materialise(model, guide_factory(guide, ("x",)), batch, 3.0, Objective(antithetic=False))
+    inference, theta = set_up(model, guide_factory(guide, ("x",)), batch, 3.0, Objective(antithetic=False))
     return inference, theta, batch
 
 

@@ -61,7 +61,7 @@ class VAE(nn.Module):
             pyro.sample("latent", dist.Normal(z_loc, z_log_scale.exp()).to_event(1))
 
 
-def amortised(guide):
+def amortized(guide):
     return lambda _, batch: PyroGuide(PlatedModel(guide, batch.columns))
 
 
@@ -98,7 +98,7 @@ GUIDES = {
     "AutoLowRankMultivariateNormal": (regression, auto(AutoLowRankMultivariateNormal, rank=2), DATA, (5, 0)),
     "AutoDelta": (regression, auto(AutoDelta), DATA, (0, 0)),
     "VAE": (None, None, {"x": IMAGES}, (0, 2)),
-    "global and local": (both, amortised(both_guide), {"x": IMAGES}, (2, 4)),
+    "global and local": (both, amortized(both_guide), {"x": IMAGES}, (2, 4)),
 }
 
 
@@ -107,7 +107,7 @@ def problem(name):
     torch.manual_seed(0)
     if name == "VAE":
         vae = VAE()
-        model, guide = vae.model, amortised(vae.guide)
+        model, guide = vae.model, amortized(vae.guide)
     inference, theta = build(model, guide, **data)
     assert inference.guide.noise_size == size
     return inference, theta, data
@@ -254,7 +254,7 @@ def shifted(x):
 def test_draws_that_are_not_normal_are_repeatable_too(guide, mirrors):
     """A uniform is a normal's distribution function, so it mirrors; a Gamma comes from torch's seeded generator."""
     data = {"x": IMAGES[:, 0]}
-    inference, theta = build(shifted, amortised(guide), **data)
+    inference, theta = build(shifted, amortized(guide), **data)
     elements = torch.full((inference.guide.noise_size[0],), 0.7, dtype=F64)
     first = values_at(inference, theta, data, elements, None)["a"]
     torch.rand(3)

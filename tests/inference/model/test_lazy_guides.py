@@ -14,7 +14,7 @@ from svi_problems import F64, batch_of, noise_of, one_group
 
 from trainer.errors import UserError
 from trainer.inference.objectives.elbo import Objective
-from trainer.inference.setup import guide_factory, materialise
+from trainer.inference.setup import guide_factory, set_up
 
 GENERATOR = torch.Generator().manual_seed(0)
 DATA = {"x": torch.randn(12, 2, generator=GENERATOR, dtype=F64), "y": torch.randn(12, generator=GENERATOR, dtype=F64)}
@@ -102,7 +102,7 @@ OBJECTS = {
 
 def made(guide, seed=0, data=DATA, model=hierarchy):
     rows = batch_of(**data)
-    return materialise(model, guide_factory(guide, data), rows, rows.size, Objective(antithetic=False), seed=seed)
+    return set_up(model, guide_factory(guide, data), rows, rows.size, Objective(antithetic=False), seed=seed)
 
 
 def elbo(inference, theta):

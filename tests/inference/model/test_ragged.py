@@ -137,14 +137,14 @@ def test_the_elbo_and_its_gradient_are_those_of_the_dense_rows():
 
 
 def test_rows_that_depend_on_each_other_are_refused():
-    def centred(x, y=None):
+    def centered(x, y=None):
         w = pyro.sample("w", dist.Normal(torch.zeros(WIDTH, dtype=F64), 2.0).to_event(1))
         with pyro.plate("data", len(x)):
             mean = x @ w
             pyro.sample("y", dist.Normal(mean - mean.mean(), 0.5), obs=y)
 
     with pytest.raises(Exception, match="not exchangeable over rows"):
-        build(centred, x=sparse(12), y=torch.randn(12, dtype=F64))
+        build(centered, x=sparse(12), y=torch.randn(12, dtype=F64))
 
 
 def chunk(slots: int, groups: int, rows: int) -> tuple[Chunk, Chunk]:

@@ -1,4 +1,4 @@
-"""Each optimiser against the published one: 50 steps in float64, and the same with the loss divided by N."""
+"""Each optimizer against the published one: 50 steps in float64, and the same with the loss divided by N."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def gradients() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_fifty_steps_equal_the_published_optimiser(name):
+def test_fifty_steps_equal_the_published_optimizer(name):
     ours, theirs, options = TABLE[name]
     start = torch.linspace(-1, 2, 6, dtype=F64)
     parameter = torch.nn.Parameter(start.clone())

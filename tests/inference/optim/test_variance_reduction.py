@@ -9,7 +9,7 @@ from trainer.distributed.comm import ALONE
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import SGD
 from trainer.inference.optim.schedules import Constant
-from trainer.inference.optim.variance_reduction import Anchor, Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner, Snapshot
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.step import State, StepNoise, Update, step
 
@@ -24,7 +24,7 @@ def problem():
     return inference, theta, start[1]
 
 
-def one_step(inference, update, state, seed, whitening=None):
+def one_step(inference, update, state, seed, preconditioner=None):
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(1, 1, inference.guide.size, dtype=F64, generator=generator)
     noise = StepNoise(eps, None, ((0,),))
@@ -35,8 +35,8 @@ def one_step(inference, update, state, seed, whitening=None):
 def test_on_a_gaussian_posterior_every_draw_gives_the_exact_gradient():
     """Plain gradient descent from any theta: with the control variate all draws make the same step, and it is that of
     the exact ELBO (precision L): by loc L (loc - mean), by log s  s^2 L_ii - 1."""
-    inference, theta, whitening = problem()
-    identity = Whitening(torch.eye(3, dtype=F64), whitening.curvature)
+    inference, theta, preconditioner = problem()
+    identity = Preconditioner(torch.eye(3, dtype=F64), preconditioner.curvature)
     theta = torch.cat([torch.tensor([0.3, -0.2, 0.5], dtype=F64), torch.tensor([-3.0, -2.5, -2.0], dtype=F64)])
     update = Update(SGD(lr=1.0), Constant(), 10, 10, whitened=True)
     made = [one_step(inference, update, update.init(theta, identity), seed).theta for seed in range(4)]
@@ -55,20 +55,20 @@ def test_the_control_variate_has_mean_zero_for_any_curvature():
     """Over the normals' second moments exactly: the mean over eps = +-e_i sqrt(D) is that over a standard normal."""
     generator = torch.Generator().manual_seed(0)
     curvature = torch.randn(3, 3, dtype=F64, generator=generator)
-    whitening = Whitening(torch.eye(3, dtype=F64), curvature @ curvature.T)
+    preconditioner = Preconditioner(torch.eye(3, dtype=F64), curvature @ curvature.T)
     sd = torch.tensor([-1.0, 0.5, 2.0], dtype=F64).exp()
     sigma_points = torch.cat([torch.eye(3, dtype=F64), -torch.eye(3, dtype=F64)]) * 3**0.5
-    chance = whitening.control_variate(sd, sigma_points[None], share=1.0)
+    chance = preconditioner.control_variate(sd, sigma_points[None], share=1.0)
     torch.testing.assert_close(chance, torch.zeros(3, dtype=F64), rtol=0, atol=1e-12)
-    assert float(sum(whitening.chance(sd, each) for each in sigma_points)) < 1e-12
+    assert float(sum(preconditioner.chance(sd, each) for each in sigma_points)) < 1e-12
 
 
 def test_a_scale_beyond_the_curvatures_adds_no_more_noise_than_the_curvatures():
     curvature = torch.diag(torch.tensor([4.0, 100.0], dtype=F64))
-    whitening = Whitening(torch.eye(2, dtype=F64), curvature)
+    preconditioner = Preconditioner(torch.eye(2, dtype=F64), curvature)
     eps = torch.tensor([[[1.5, -0.5]]], dtype=F64)
     wide, fit = torch.tensor([20.0, 7.4], dtype=F64), torch.tensor([0.5, 0.1], dtype=F64)
-    assert torch.equal(whitening.control_variate(wide, eps, 1.0), whitening.control_variate(fit, eps, 1.0))
+    assert torch.equal(preconditioner.control_variate(wide, eps, 1.0), preconditioner.control_variate(fit, eps, 1.0))
 
 
 def test_at_the_anchor_a_step_takes_the_full_gradient_for_the_locations_and_its_own_for_the_scales():
@@ -78,7 +78,7 @@ def test_at_the_anchor_a_step_takes_the_full_gradient_for_the_locations_and_its_
     full = torch.tensor([0.5, -1.0, 2.0], dtype=F64)
     update = Update(SGD(lr=1.0), Constant(), 10, 10, anchored=size)
     zero = torch.zeros((), dtype=torch.int64)
-    state = State(zero, theta, (torch.zeros_like(theta), *Anchor(theta, full)), theta, zero)
+    state = State(zero, theta, (torch.zeros_like(theta), *Snapshot(theta, full)), theta, zero)
     plain = Update(SGD(lr=1.0), Constant(), 10, 10)
     for seed in range(3):
         made = one_step(inference, update, state, seed)
@@ -95,7 +95,7 @@ def test_away_from_the_anchor_the_difference_of_the_gradients_is_added():
     away[:3] += torch.tensor([0.1, 0.2, -0.3], dtype=F64)
     update = Update(SGD(lr=1.0), Constant(), 10, 10, anchored=3)
     zero = torch.zeros((), dtype=torch.int64)
-    state = State(zero, away, (torch.zeros_like(theta), *Anchor(theta, torch.zeros(3, dtype=F64))), away, zero)
+    state = State(zero, away, (torch.zeros_like(theta), *Snapshot(theta, torch.zeros(3, dtype=F64))), away, zero)
     made = one_step(inference, update, state, 1)
     want = away[:3] - torch.linalg.inv(covariance) @ (away - theta)[:3] / inference.num_obs
     torch.testing.assert_close(made.theta[:3], want, rtol=1e-9, atol=1e-12)

@@ -20,7 +20,7 @@ from trainer.inference.step import Update, in_dtype
 
 pytestmark = [pytest.mark.xdist_group("fused"), pytest.mark.timeout(1800)]  # one worker compiles, the other goes on
 HERE = Path(__file__).parents[1]
-MODELS = ["linear", "logistic", "poisson", "hierarchical", "amortised"]
+MODELS = ["linear", "logistic", "poisson", "hierarchical", "amortized"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])

@@ -12,7 +12,7 @@ from svi_problems import F64, build, chunk_of
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.local_steps import LocalSteps
-from trainer.inference.programs.nan_rows import _halved, culprits
+from trainer.inference.programs.nan_rows import _halved, nan_rows
 from trainer.inference.programs.program import Eager, Program
 from trainer.inference.step import Update
 
@@ -45,4 +45,4 @@ def test_every_program_names_the_slot_and_the_row(make):
     chunk.columns["y"][2, 1, 3] = math.nan
     update = Update(Adam(lr=0.01), Constant(), 4, 4)
     program: Program = make(inference, update, 0, [0, 1])
-    assert culprits(program.eager, update.init(theta), chunk) == (2, [(1, 3)])
+    assert nan_rows(program.eager, update.init(theta), chunk) == (2, [(1, 3)])

@@ -32,8 +32,8 @@ def guide(x):
 
 
 def eager(groups, seed=9):
-    amortised = lambda _, batch: PyroGuide(PlatedModel(guide, batch.columns))  # noqa: E731
-    inference, theta = build(model, amortised, x=torch.linspace(-1, 1, 5, dtype=F64))
+    amortized = lambda _, batch: PyroGuide(PlatedModel(guide, batch.columns))  # noqa: E731
+    inference, theta = build(model, amortized, x=torch.linspace(-1, 1, 5, dtype=F64))
     update = Update(SGD(), Constant(), 10, 10)
     return Eager(with_objective(inference, antithetic=True, pairs=PAIRS), update, seed, groups), update.init(theta)
 

@@ -6,7 +6,7 @@ from svi_problems import F64, build, chunk_of, regression, regression_data
 
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.schedules import Cosine
-from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.programs.fused import Fused, _carry
 from trainer.inference.programs.program import Eager
 from trainer.inference.programs.replay import Replay
@@ -35,8 +35,8 @@ def test_chunks_of_any_length_equal_eager_steps(whitened):
     first = Update(Adam(lr=0.05), Cosine(), 9, 7, whitened=whitened)
     update = Update(Adam(lr=0.05), Cosine(), 16, 12, whitened=whitened, start=9, before=first)
     factor = torch.tensor([[1.0, 0, 0], [0.3, 0.5, 0], [0.1, -0.2, 2.0]], dtype=F64) if whitened else None
-    whitening = None if factor is None else Whitening(factor, torch.linalg.inv(factor @ factor.T))
-    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta, whitening)
+    preconditioner = None if factor is None else Preconditioner(factor, torch.linalg.inv(factor @ factor.T))
+    chunk, state = chunk_of(16, 1, 12, x=(3,), y=()), update.init(theta, preconditioner)
     eager = Eager(inference, update, 7, [0])
     program = replayed(Fused(inference, update, 7, [0]), state, chunk)
     wanted, at = state, 0

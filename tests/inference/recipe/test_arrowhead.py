@@ -41,7 +41,7 @@ class Product:
         return self.matrix @ v
 
 
-def test_an_arrow_is_solved_exactly_from_a_product_for_each_top_level_latent_and_neighbour():
+def test_an_arrow_is_solved_exactly_from_a_product_for_each_top_level_latent_and_neighbor():
     matrix, v = hierarchy(), torch.randn(302, generator=torch.Generator().manual_seed(1), dtype=F64)
     product = Product(matrix)
     made = arrow(view((2,), (GROUPS, LENGTH)), product, torch.device("cpu"))
@@ -69,7 +69,7 @@ def test_of_too_many_small_sites_nothing_is_asked():
     torch.testing.assert_close(made.solve(v), torch.cat([v[:33], below]))
 
 
-def test_the_diagonal_of_neighbours_that_are_many_is_found_where_only_the_nearest_hang_together():
+def test_the_diagonal_of_neighbors_that_are_many_is_found_where_only_the_nearest_hang_together():
     """A walk in one dimension, and the elements of a long last dimension."""
     walk = 2.5 * torch.eye(300, dtype=F64) - torch.diag(torch.ones(299, dtype=F64), 1)
     walk = walk - torch.diag(torch.ones(299, dtype=F64), -1)

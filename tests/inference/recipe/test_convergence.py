@@ -111,7 +111,7 @@ def test_small_sites_count_whole_and_others_to_their_99_per_cent():
 @pytest.mark.parametrize("size", [1, 5, 12])
 def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, size):
     """Exactly, in blocks of any size and with fewer rows than draws: by loc L (loc - mean), by log s  s^2 L_ii - 1."""
-    inference, optimum, whitening = problem
+    inference, optimum, preconditioner = problem
     mean, covariance, _ = regression_posterior(**DATA)
     precision = torch.linalg.inv(covariance)
     away = optimum.clone()
@@ -120,7 +120,7 @@ def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, siz
     away[4] += 0.05
     blocks = list(the_blocks(size))
     rows = Pass(blocks, len(blocks), 3, lambda each: each)
-    found = full_gradient(terms_together(inference), away, rows, whitening, MANY)
+    found = full_gradient(terms_together(inference), away, rows, preconditioner, MANY)
     want = torch.cat([precision @ (away[:3] - mean), away[3:].exp() ** 2 * precision.diagonal() - 1])
     torch.testing.assert_close(found[:3], want[:3], rtol=1e-8, atol=1e-8)
     if size == 12:  # the control variate takes all rows as alike, so blocks of a few leave some noise
@@ -128,7 +128,7 @@ def test_the_full_gradient_and_the_step_to_go_of_a_gaussian_problem(problem, siz
     along = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
     product = full_product(terms_together(inference), away, along, rows)
     torch.testing.assert_close(product, precision @ along, rtol=1e-8, atol=1e-8)
-    left = step_to_go(inference.gaussian, away, newton_step(inference.gaussian, away, want, whitening))
+    left = step_to_go(inference.gaussian, away, newton_step(inference.gaussian, away, want, preconditioner))
     assert left == pytest.approx(0.3, rel=1e-5)
     plain = step_to_go(inference.gaussian, away, axis_step(inference.gaussian, away, want))
     assert plain == pytest.approx(float((away[3:].exp() * want[:3]).abs().max()), rel=1e-12)
@@ -160,12 +160,12 @@ def test_blocks_of_unequal_length_leave_no_noise_where_rows_are_alike():
 
 def test_the_elbo_of_a_gaussian_problem_has_no_error_left(problem):
     """With the curvature as control variate two pairs give the exact ELBO; without, 500 leave an error."""
-    inference, optimum, whitening = problem
+    inference, optimum, preconditioner = problem
     _, covariance, log_evidence = regression_posterior(**DATA)
     precision = torch.linalg.inv(covariance)
     kl = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
     whole = list(the_blocks(12))
-    found = full_elbo(inference, optimum, whole, 1, 0, lambda each: each, whitening)
+    found = full_elbo(inference, optimum, whole, 1, 0, lambda each: each, preconditioner)
     assert found.elbo == pytest.approx(float(log_evidence - kl), abs=1e-6)
     assert found.elbo_se < 1e-6
     assert full_elbo(inference, optimum, whole, 1, 0, lambda each: each).elbo_se > 1e-3

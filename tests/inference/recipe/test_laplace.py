@@ -12,8 +12,8 @@ from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.noise import element_noise
 from trainer.inference.optim.optimizers import SGD
 from trainer.inference.optim.schedules import Constant
-from trainer.inference.optim.variance_reduction import Whitening
-from trainer.inference.recipe.laplace import _factor, laplace_start, whitening_at
+from trainer.inference.optim.variance_reduction import Preconditioner
+from trainer.inference.recipe.laplace import _factor, laplace_start, preconditioner_at
 from trainer.inference.step import Update
 
 DATA = regression_data(orthogonal=False)
@@ -26,18 +26,18 @@ def started(model, data=DATA, num_obs=None, guide=None, say=lambda sentence: Non
 
 def test_a_gaussian_posterior_is_met_exactly():
     """Location: the posterior mean; scale: 1 / sqrt of the precision's diagonal; L L': the covariance."""
-    inference, (theta, whitening) = started(regression)
+    inference, (theta, preconditioner) = started(regression)
     mean, covariance, _ = regression_posterior(**DATA)
     sd = torch.linalg.inv(covariance).diagonal().rsqrt()
     values = inference.parameters.unflatten(theta)
     torch.testing.assert_close(values["guide.loc"], mean, rtol=0, atol=1e-6 * float(sd.min()))
     torch.testing.assert_close(values["guide.log_scale"], sd.log(), rtol=0, atol=1e-9)
-    torch.testing.assert_close(whitening.factor @ whitening.factor.T, covariance, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(preconditioner.factor @ preconditioner.factor.T, covariance, rtol=1e-9, atol=1e-12)
     # The prior's KL is exact, so the draws estimate the likelihood alone.
     of_rows = torch.linalg.inv(covariance) - torch.eye(3, dtype=F64) / 4
-    torch.testing.assert_close(whitening.curvature, of_rows, rtol=1e-9, atol=1e-9)
-    again = whitening_at(inference, theta, one_group(**DATA))
-    torch.testing.assert_close(again.factor, whitening.factor, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(preconditioner.curvature, of_rows, rtol=1e-9, atol=1e-9)
+    again = preconditioner_at(inference, theta, one_group(**DATA))
+    torch.testing.assert_close(again.factor, preconditioner.factor, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(again.curvature, of_rows, rtol=1e-9, atol=1e-9)
 
 
@@ -123,7 +123,7 @@ def test_the_curvature_of_a_round_is_the_mean_under_the_guide():
     eps = element_noise(0, torch.zeros((), dtype=torch.int64), torch.arange(8), 1, F64)
     v = theta[0] + torch.tensor(-0.5, dtype=F64).exp() * torch.cat([eps, -eps])
     want = 2 * (DATA["y"] ** 2).sum() * (-2 * v).exp().mean()
-    found = whitening_at(inference, wide_guide, one_group(**DATA))
+    found = preconditioner_at(inference, wide_guide, one_group(**DATA))
     assert float(found.factor) == pytest.approx(float(want**-0.5), rel=1e-10)
 
 
@@ -137,7 +137,7 @@ def test_a_step_is_made_in_whitened_coordinates():
     theta, grad = torch.tensor([1.0, -2.0, 0.5], dtype=F64), torch.tensor([0.3, 0.7, -0.2], dtype=F64)
     factor = torch.tensor([[0.5, 0.0], [-0.4, 2.0]], dtype=F64)
     update = Update(SGD(lr=0.1), Constant(), 10, 10, whitened=True)
-    state = update.init(theta, Whitening(factor, torch.eye(2, dtype=F64)))
+    state = update.init(theta, Preconditioner(factor, torch.eye(2, dtype=F64)))
     made = update(state, grad, update.rates(state.step, 1.0))
     first = theta[:2] - 0.1 * factor @ factor.T @ grad[:2]
     torch.testing.assert_close(made.theta, torch.cat([first, theta[2:] - 0.1 * grad[2:]]), rtol=1e-14, atol=0)
@@ -193,7 +193,7 @@ def test_a_search_that_meets_no_number_goes_on_without_a_mode():
             pyro.sample("y", dist.Normal((1.5 - w).log(), 0.1), obs=y)
 
     said = []
-    inference, (theta, whitening) = started(model, {"y": torch.full((50,), -3.0, dtype=F64)}, say=said.append)
+    inference, (theta, preconditioner) = started(model, {"y": torch.full((50,), -3.0, dtype=F64)}, say=said.append)
     assert ["not finite" in sentence for sentence in said] == [True]
     assert inference.parameters.unflatten(theta)["guide.loc"].tolist() == [0.0]
-    assert whitening.factor.tolist() == [[0.25]]
+    assert preconditioner.factor.tolist() == [[0.25]]

@@ -46,19 +46,19 @@ def away(optimum):
     return far
 
 
-def by(view, whitening):
-    return partial(newton_step, view, whitening=whitening)
+def by(view, preconditioner):
+    return partial(newton_step, view, preconditioner=preconditioner)
 
 
 def test_one_step_solves_a_gaussian_problem(problem):
-    view, optimum, whitening, mean, precision = problem
+    view, optimum, preconditioner, mean, precision = problem
     gradient = Gradient(mean, precision)
     far = away(optimum)
     torch.testing.assert_close(
-        far + newton_step(view, far, gradient(far, fresh=False), whitening), optimum, rtol=1e-7, atol=1e-9
+        far + newton_step(view, far, gradient(far, fresh=False), preconditioner), optimum, rtol=1e-7, atol=1e-9
     )
     gradient.calls.clear()
-    made, found, left, agreed = polished(view, far, by(view, whitening), gradient)
+    made, found, left, agreed = polished(view, far, by(view, preconditioner), gradient)
     torch.testing.assert_close(made, optimum, rtol=1e-7, atol=1e-9)
     assert torch.equal(found, gradient(made))
     assert left < 1e-6
@@ -68,16 +68,16 @@ def test_one_step_solves_a_gaussian_problem(problem):
 
 def test_a_curvature_that_is_off_takes_more_steps(problem):
     """Each of which would leave 0.21 of the error, 6 until less than 0.005 is left; two tell the next how much."""
-    view, optimum, whitening, mean, precision = problem
+    view, optimum, preconditioner, mean, precision = problem
     gradient, far = Gradient(mean, precision), away(optimum)
-    wrong = whitening._replace(factor=1.1 * whitening.factor)
+    wrong = preconditioner._replace(factor=1.1 * preconditioner.factor)
     made, found, left, _ = polished(view, far, by(view, wrong), gradient)
-    assert step_to_go(view, made, newton_step(view, made, found, whitening)) <= left <= 0.005
+    assert step_to_go(view, made, newton_step(view, made, found, preconditioner)) <= left <= 0.005
     assert gradient.calls.count(False) <= 4
 
 
 def test_where_fresh_draws_leave_a_little_they_have_more_draws(problem):
-    view, optimum, whitening, mean, precision = problem
+    view, optimum, preconditioner, mean, precision = problem
 
     class Noisy(Gradient):
         def __call__(self, theta, draws=MANY, fresh=True):
@@ -85,31 +85,31 @@ def test_where_fresh_draws_leave_a_little_they_have_more_draws(problem):
             return super().__call__(theta, draws, fresh)
 
     gradient, levels = Noisy(mean, precision), [MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16)]
-    once = polished(view, away(optimum), by(view, whitening), gradient, levels[:1])
+    once = polished(view, away(optimum), by(view, preconditioner), gradient, levels[:1])
     assert once.left == pytest.approx(0.6)
     assert not once.agreed
-    twice = polished(view, away(optimum), by(view, whitening), gradient, levels[:2])
+    twice = polished(view, away(optimum), by(view, preconditioner), gradient, levels[:2])
     assert twice.left == pytest.approx(0.15)
     assert not twice.agreed
-    made = polished(view, away(optimum), by(view, whitening), gradient, levels)
+    made = polished(view, away(optimum), by(view, preconditioner), gradient, levels)
     assert made.left == pytest.approx(0.0375)
     assert made.agreed
 
 
 @pytest.mark.parametrize("off", [0.8, -1.0])
 def test_where_fresh_draws_do_not_agree_there_is_no_answer(problem, off):
-    view, optimum, whitening, mean, precision = problem
+    view, optimum, preconditioner, mean, precision = problem
     gradient = Gradient(mean, precision, off * optimum[3:].exp())
-    assert polished(view, away(optimum), by(view, whitening), gradient) is None
+    assert polished(view, away(optimum), by(view, preconditioner), gradient) is None
     assert gradient.calls[-1]
 
 
 def test_steps_that_do_not_settle_give_no_answer(problem):
-    view, optimum, whitening, mean, precision = problem
+    view, optimum, preconditioner, mean, precision = problem
     noise, gradient = torch.Generator().manual_seed(1), Gradient(mean, precision)
 
     def restless(theta, found):
-        return newton_step(view, theta, found, whitening) + 0.1 * torch.randn(6, dtype=F64, generator=noise)
+        return newton_step(view, theta, found, preconditioner) + 0.1 * torch.randn(6, dtype=F64, generator=noise)
 
     assert polished(view, away(optimum), restless, gradient) is None
     assert not any(gradient.calls)
@@ -118,13 +118,13 @@ def test_steps_that_do_not_settle_give_no_answer(problem):
 
 def test_small_equal_parts_of_the_way_are_taken_at_once(problem):
     """Steps that go a twentieth of the way in one direction and all of it in the others: 90 would be needed."""
-    view, optimum, whitening, mean, precision = problem
+    view, optimum, preconditioner, mean, precision = problem
     slow, gradient = torch.zeros(6, dtype=F64), Gradient(mean, precision)
     slow[:3] = optimum[3:].exp()
     slow /= slow.norm()
 
     def short(theta, found):
-        step = newton_step(view, theta, found, whitening)
+        step = newton_step(view, theta, found, preconditioner)
         return step - 0.95 * (step @ slow) * slow
 
     made, _, left, _ = polished(view, away(optimum), short, gradient)
@@ -160,10 +160,10 @@ def test_conjugate_gradients_say_where_the_curvature_is_negative():
 
 
 def test_a_step_by_products_is_the_one_by_the_matrix(problem):
-    view, optimum, whitening, mean, precision = problem
+    view, optimum, preconditioner, mean, precision = problem
     far = away(optimum)
     found = Gradient(mean, precision)(far, fresh=False)
-    want = newton_step(view, far, found, whitening)
+    want = newton_step(view, far, found, preconditioner)
     step = step_by_products(view, far, found, lambda along: precision @ along)
     torch.testing.assert_close(step, want, rtol=1e-5, atol=1e-9)
     assert step_by_products(view, far, found, lambda along: -precision @ along) is None

@@ -19,7 +19,7 @@ import numpy as np
 from trainer.data.fields import Rows, concatenate
 from trainer.data.packing.columns import Recipe
 from trainer.data.packing.ingest import Table, Tally
-from trainer.data.packing.running_moments import Moments
+from trainer.data.packing.running_moments import RunningMoments
 from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import CELLS, PLACE, in_order
 from trainer.data.shards.index import ROW_ID, Column, Shard
@@ -117,11 +117,11 @@ class Cut:
 
     def make(
         self, side: int, number: int, folder: Path, tick: Callable[[int], None]
-    ) -> tuple[Shard, dict[str, Moments]]:
+    ) -> tuple[Shard, dict[str, RunningMoments]]:
         """Writes one shard into ``folder``; also the moments of `described` where it is one of training rows."""
         first = number * self.block_rows * self.shard_blocks
         writer = ShardWriter(folder, self.columns, 1 << 62, number, number * self.shard_blocks)
-        moments = {name: Moments() for name in self.described} if side == 0 else {}
+        moments = {name: RunningMoments() for name in self.described} if side == 0 else {}
         try:
             for block in self._blocks(side, first, first + self.block_rows * self.shard_blocks, tick):
                 writer.write(block)

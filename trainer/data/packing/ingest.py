@@ -16,7 +16,7 @@ import xxhash
 from trainer.data.fields import VARYING, Rows, VaryingRows, choose, concatenate
 from trainer.data.packing.apply import recipes_like, words_like
 from trainer.data.packing.columns import ColumnMap, Recipe, check_categories, recipes, source_columns
-from trainer.data.packing.running_moments import Moments
+from trainer.data.packing.running_moments import RunningMoments
 from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import PLACE, scramble
 from trainer.data.packing.split import Split
@@ -193,7 +193,7 @@ def _key(source: Source, name: str, option: str, because: str) -> Recipe:
 class Tally:
     """What the first pass saw: the moments of what is to be standardised, and the rows of each fate."""
 
-    moments: dict[str, Moments] = field(default_factory=dict)
+    moments: dict[str, RunningMoments] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
     """Of each sparse and ragged column, over all rows."""
     spared: dict[str, str] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Tally:
     def merge(self, later: "Tally") -> None:
         """Adds the rows of ``later``."""
         for name, moments in later.moments.items():
-            self.moments.setdefault(name, Moments()).merge(moments)
+            self.moments.setdefault(name, RunningMoments()).merge(moments)
         for name, count in later.entries.items():
             self.entries[name] = self.entries.get(name, 0) + count
         self.spared = {**later.spared, **self.spared}
@@ -220,7 +220,7 @@ class Tally:
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Tally":
         """The tally that gave ``state``."""
-        return cls(**{**state, "moments": {name: Moments.of(each) for name, each in state["moments"].items()}})
+        return cls(**{**state, "moments": {name: RunningMoments.of(each) for name, each in state["moments"].items()}})
 
 
 class Scatter:
@@ -239,7 +239,7 @@ class Scatter:
     def piece(self, number: int) -> Tally:
         """The rows of one piece. Raises UserError for a missing value, unless these rows are dropped."""
         followed = (recipe.name for recipe in self.table.recipes if recipe.follows)
-        tally = Tally({name: Moments() for name in (*self.table.standardise, *followed)})
+        tally = Tally({name: RunningMoments() for name in (*self.table.standardise, *followed)})
         first_row, stop = self._first_rows[number : number + 2].tolist()
         room = _Room(self.table, min(self._run_rows, stop - first_row))
         for batch in self.source.batches(self._batch_rows, self._names, number):
@@ -307,7 +307,7 @@ class Scatter:
         held = self.table.split.is_held_out(rows[PLACE])  # type: ignore[arg-type]
         for name, moments in tally.moments.items():
             moments.add(_values(rows[name][~held]))
-            others = Moments()
+            others = RunningMoments()
             others.add(_values(rows[name][held]))
             moments.rounding = np.maximum(moments.rounding, others.rounding)
         for name, each in rows.items():

@@ -19,7 +19,7 @@ from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.emit import SIDES, Cut, first_of_groups
 from trainer.data.packing.ingest import WEIGHT, Scatter, Table, Tally, check_rounding, check_rows, describe, total
 from trainer.data.packing.partial import partial_folder
-from trainer.data.packing.running_moments import Moments
+from trainer.data.packing.running_moments import RunningMoments
 from trainer.data.packing.runs import Runs, RunsFile
 from trainer.data.packing.shuffle import CELLS, PLACE
 from trainer.data.packing.workers import Progress, default_workers
@@ -28,8 +28,8 @@ from trainer.data.shards.index import Index, Shard, write_index
 from trainer.data.sources.source import Source
 from trainer.errors import UserError
 
-Report = Callable[[int, int | None], None]
-Made = tuple[Shard, dict[str, Moments]]
+OnProgress = Callable[[int, int | None], None]
+Made = tuple[Shard, dict[str, RunningMoments]]
 _HELD_OUT, _FLOATS = 0.1, ("float32", "float64")
 _LEAST_SHARE, _STRETCH = 1 << 23, 1 << 18  # bytes: of a run that need not be smaller, and of what is read of one
 
@@ -41,7 +41,7 @@ def pack(
     memory_bytes: int = 1 << 30,
     workers: int | None = None,
     overwrite: bool = False,
-    progress: Report | None = None,
+    progress: OnProgress | None = None,
     **options: Any,
 ) -> tuple[Index, Index | None]:
     """Packs ``source`` (or the files of a path or glob) into the folder ``out``; returns the indexes of its splits.
@@ -258,7 +258,7 @@ def cut_of(table: Table, tally: Tally, runs: Runs, share: int, workers: int, sho
 def write_indexes(cut: Cut, folder: Path, made: Sequence[Sequence[Made]]) -> tuple[Index, Index | None]:
     """The indexes of both sides, in their folders; the last thing to be written."""
     train, held = made
-    moments = {name: Moments() for name in cut.described}
+    moments = {name: RunningMoments() for name in cut.described}
     for _, found in train:
         for name, each in moments.items():
             each.merge(found[name])

@@ -21,7 +21,7 @@ from trainer.data.packing.emit import SIDES, Cut
 from trainer.data.packing.ingest import Table, Tally, check_rounding, check_rows, total
 from trainer.data.packing.pack import (
     Made,
-    Report,
+    OnProgress,
     check_resources,
     cut_of,
     memory_share,
@@ -30,7 +30,7 @@ from trainer.data.packing.pack import (
     write_indexes,
 )
 from trainer.data.packing.partial import check_out, disk_of, is_whole
-from trainer.data.packing.running_moments import Moments
+from trainer.data.packing.running_moments import RunningMoments
 from trainer.data.packing.runs import ReadRuns, RunsFile, RunsTail, read_tail
 from trainer.data.packing.workers import Progress, default_workers
 from trainer.data.shards.files import read_index
@@ -58,7 +58,7 @@ class Parts:
         memory_bytes: int = 1 << 30,
         workers: int | None = None,
         overwrite: bool = False,
-        progress: Report | None = None,
+        progress: OnProgress | None = None,
         **options: Any,
     ) -> int | None:
         """Reads part ``part`` (from 1) of ``parts``; returns its rows, or None where that was done before.
@@ -115,7 +115,7 @@ class Parts:
         *,
         memory_bytes: int = 1 << 30,
         workers: int | None = None,
-        progress: Report | None = None,
+        progress: OnProgress | None = None,
     ) -> int:
         """Makes the shards of part ``part``; returns how many there were to make."""
         with disk_of(self.out), self._cut(memory_bytes, workers) as (cut, workers):
@@ -128,7 +128,7 @@ class Parts:
         memory_bytes: int = 1 << 30,
         workers: int | None = None,
         overwrite: bool = False,
-        progress: Report | None = None,
+        progress: OnProgress | None = None,
     ) -> tuple[Index, Index | None]:
         """Makes what is left, and ``out``; the indexes of its splits, as `pack`.
 
@@ -204,7 +204,7 @@ class Parts:
         finally:
             runs.close()
 
-    def _make(self, cut: Cut, tasks: Sequence[tuple[int, int]], workers: int, progress: Report | None) -> int:
+    def _make(self, cut: Cut, tasks: Sequence[tuple[int, int]], workers: int, progress: OnProgress | None) -> int:
         """Makes those of ``tasks`` that are not there."""
         left = [task for task in tasks if not self._record(*task).exists()]
         rows = cut.tally.training + cut.tally.held_out
@@ -235,7 +235,7 @@ class Parts:
         }
         for name in ("offsets", "xxh3", "entries", "widest"):
             shard[name] = {column: tuple(values) for column, values in shard[name].items()}
-        return Shard(**shard), {name: Moments.of(state) for name, state in record["moments"].items()}
+        return Shard(**shard), {name: RunningMoments.of(state) for name, state in record["moments"].items()}
 
     @contextmanager
     def _temporary(self, name: str) -> Iterator[Path]:
@@ -261,7 +261,7 @@ def _digest(plan: dict[str, Any]) -> str:
 
 
 def _share(piece_rows: Sequence[int], part: int, parts: int) -> range:
-    """The pieces of one part: neighbours, of about as many rows as the others'. A piece is where its middle lies."""
+    """The pieces of one part: neighbors, of about as many rows as the others'. A piece is where its middle lies."""
     rows, before, mine = sum(piece_rows), 0, []
     for number, count in enumerate(piece_rows):
         if (2 * before + count) * parts // (2 * rows) == part - 1:

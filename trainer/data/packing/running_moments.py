@@ -11,7 +11,7 @@ _CACHED = 1 << 15  # numbers that are gone over several times
 _MOST_ROUNDING = 1e-6  # sds
 
 
-class Moments:
+class RunningMoments:
     """Of all rows given to `add`: their number ``rows``, ``mean``, ``sd``, ``low``, ``high``, ``rounding`` [*shape].
 
     ``rounding``: the most by which float32 would round one of them; 0 where they come as that.
@@ -27,7 +27,7 @@ class Moments:
         """``values`` [B, *shape]."""
         if not len(values):
             return
-        made, shape = Moments(), values.shape[1:]
+        made, shape = RunningMoments(), values.shape[1:]
         each = np.ascontiguousarray(values.reshape(len(values), -1).T)  # sums along memory are quicker, and exacter
         low, high, mean, squares, rounding = np.zeros((5, len(each)))
         step = max(1, _CACHED // len(values))
@@ -46,7 +46,7 @@ class Moments:
         made.low, made.high, made.rounding = (part.reshape(shape) for part in (low, high, rounding))
         self.merge(made)
 
-    def merge(self, later: "Moments") -> None:
+    def merge(self, later: "RunningMoments") -> None:
         """Adds the rows of ``later``: the same bits for the same moments in the same order."""
         self.rounding = np.maximum(self.rounding, later.rounding)
         if not later.rows:
@@ -83,8 +83,13 @@ class Moments:
         self, subtract: np.ndarray | float = 0.0, divide: np.ndarray | float = 1.0
     ) -> dict[str, list[Any] | float]:
         """ "mean", "sd", "min" and "max" of the values less ``subtract``, over ``divide``, as nested lists."""
-        centred = {"mean": self.mean - subtract, "sd": self.sd, "min": self.low - subtract, "max": self.high - subtract}
-        return {name: (value / divide).tolist() for name, value in centred.items()}
+        centered = {
+            "mean": self.mean - subtract,
+            "sd": self.sd,
+            "min": self.low - subtract,
+            "max": self.high - subtract,
+        }
+        return {name: (value / divide).tolist() for name, value in centered.items()}
 
     def state(self) -> dict[str, Any]:
         """Numbers and lists from which `of` makes the same again, bit by bit."""
@@ -93,7 +98,7 @@ class Moments:
         return {"rows": self.rows, **{name: array.tolist() for name, array in arrays.items()}}
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> "Moments":
+    def of(cls, state: dict[str, Any]) -> "RunningMoments":
         """The moments that gave ``state``."""
         made = cls()
         made.rounding = np.array(state["rounding"])

@@ -27,7 +27,7 @@ from trainer.data.shards.files import AHEAD, OpenFile, block_at, members_of
 from trainer.data.shards.index import INDEX_NAME, Index, Shard, parse_index
 from trainer.data.shards.remote import Store
 from trainer.data.shards.tar import RECORD
-from trainer.errors import Damaged, UserError
+from trainer.errors import CorruptDataError, UserError
 
 _PIECE = 1 << 22  # bytes that are asked for at once
 _ATTEMPTS = 3  # at a shard that arrives and is wrong
@@ -94,7 +94,7 @@ class ShardCache:
                     os.replace(part, path)
                     return
                 if attempt == _ATTEMPTS:
-                    raise Damaged(
+                    raise CorruptDataError(
                         f"shard {store.url}/{shard.name} {wrong}, {attempt} times: put it there again from where it "
                         "was packed, or pack the table again."
                     )
@@ -230,7 +230,7 @@ def _download(shard: Shard, store: Store, part: Path) -> str | None:
             try:
                 piece = store.read(shard.name, first, last)
             except FileNotFoundError:
-                raise Damaged(
+                raise CorruptDataError(
                     f"shard {store.url}/{shard.name} is missing: put it there again, or pack the table again."
                 ) from None
             if len(piece) != last - first:

@@ -20,7 +20,7 @@ from trainer.errors import UserError
 _ALIKE = {"columns": "made of", "group_by": "grouped by", "standardised": "standardised by"}
 
 
-class JoinedFiles:
+class ConcatenatedFiles:
     """The `Files` of one split of several folders. ``first_ids``: what each folder's row ids count on from.
 
     Raises UserError, when their index is asked for, where two folders are the same or their columns are not.

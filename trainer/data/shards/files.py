@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.data.shards.index import INDEX_NAME, Index, Shard, parse_index
-from trainer.errors import Damaged, UserError
+from trainer.errors import CorruptDataError, UserError
 
 AHEAD = 4
 """Shards that are fetched at once, of those that are wanted next."""
@@ -127,7 +127,7 @@ class LocalFiles:
             size = file.stat().st_size
         if size != shard.bytes:
             end = f" and ends in {block_at(shard, size)}" if size < shard.bytes else ""
-            raise Damaged(
+            raise CorruptDataError(
                 f"shard {file} has {size:,} bytes where the index says {shard.bytes:,}{end}: "
                 "copy it again, or pack the table again."
             )
@@ -158,13 +158,15 @@ def read_index(place: Path | Files) -> Index:
 
 @contextmanager
 def reading(file: object) -> Iterator[None]:
-    """The system's errors as UserErrors that name the shard; `Damaged` where it is the shard's."""
+    """The system's errors as UserErrors that name the shard; `CorruptDataError` where it is the shard's."""
     try:
         yield
     except FileNotFoundError:
-        raise Damaged(f"shard {file} is missing: copy it back, or pack the table again.") from None
+        raise CorruptDataError(f"shard {file} is missing: copy it back, or pack the table again.") from None
     except OSError as error:
-        kind = Damaged if error.errno == errno.EIO else UserError  # a bad sector; not a lack of rights or of memory
+        kind = (
+            CorruptDataError if error.errno == errno.EIO else UserError
+        )  # a bad sector; not a lack of rights or of memory
         raise kind(f"shard {file} cannot be read ({error.strerror}): copy it again, or mend the disk.") from None
 
 

@@ -23,14 +23,14 @@ from trainer.data.address import Place, is_address
 from trainer.data.fields import Rows
 from trainer.data.plan import Plan
 from trainer.data.shards.cache import RemoteFiles, ShardCache
-from trainer.data.shards.concatenated import JoinedFiles, first_ids_of
+from trainer.data.shards.concatenated import ConcatenatedFiles, first_ids_of
 from trainer.data.shards.files import AHEAD, Files, LocalFiles, OpenFile, files_of, read_index, reading
 from trainer.data.shards.index import INDEX_NAME, ROW_ID, Column, Index, Shard
 from trainer.data.shards.ragged import most_entries, rows_of
 from trainer.data.shards.read_thread import Reading
 from trainer.data.shards.remote import Store
 from trainer.data.shards.tar import RECORD, member_name, npy_header, padding, payload_bytes, tar_header
-from trainer.errors import Damaged, UserError
+from trainer.errors import CorruptDataError, UserError
 
 if TYPE_CHECKING:
     from webdataset import FluidWrapper
@@ -250,8 +250,8 @@ class ShardFolder:
         size = len(npy) + payload_bytes(part, count)
         return tar_header(member_name(self._numbers[s][b], part.name), size) + npy, size
 
-    def _damaged(self, s: int, b: int, name: str, how: str) -> Damaged:
-        return Damaged(
+    def _damaged(self, s: int, b: int, name: str, how: str) -> CorruptDataError:
+        return CorruptDataError(
             f'shard {self.files.path_of(self.index.shards[s])}, block {self._numbers[s][b]}, column "{name}" {how}: '
             "copy the shard again, pack the table again, or leave the block out (data.on_corrupt=quarantine, in a new "
             "run_dir)."
@@ -290,7 +290,7 @@ def open_split(
     before = [files or _split_of(each, "train", cache) for files, each in zip(found, place)]
     indexes = [files.index() for files in before if files is not None]
     here = [(first, index) for files, first, index in zip(found, first_ids_of(indexes), indexes) if files is not None]
-    joined = JoinedFiles(folders, [first for first, _ in here])
+    joined = ConcatenatedFiles(folders, [first for first, _ in here])
     return ShardFolder(joined, check, index=joined.join([index for _, index in here]))
 
 

@@ -13,7 +13,7 @@ from trainer.data.shards.files import Files
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import Index
 from trainer.data.shards.read_thread import within
-from trainer.errors import Damaged, UserError
+from trainer.errors import CorruptDataError, UserError
 
 _THREADS = 8  # hashing lets go of Python's lock; more would wait for the disk or the network
 LEFT_OUT = "left_out"
@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Report:
+class Verification:
     """What was found intact, and a sentence for each shard that is not (or for the index)."""
 
     shards: int
@@ -32,7 +32,7 @@ class Report:
     damaged: tuple[str, ...]
 
 
-def verify(files: Path | Files, progress: Show | None = None) -> Report:
+def verify(files: Path | Files, progress: Show | None = None) -> Verification:
     """Checks every member's headers and hash and every shard's sha256 (so the bytes between members too).
 
     Several shards at once. A bad one is named with its first bad block, and the others are checked still.
@@ -41,7 +41,7 @@ def verify(files: Path | Files, progress: Show | None = None) -> Report:
     try:
         folder = ShardFolder(files, check=False)
     except UserError as error:
-        return Report(0, 0, 0, (str(error),))
+        return Verification(0, 0, 0, (str(error),))
     shards = folder.index.shards
     blocks = rows = 0
     damaged = []
@@ -50,7 +50,7 @@ def verify(files: Path | Files, progress: Show | None = None) -> Report:
             blocks, rows = blocks + len(shards[number].rows), rows + sum(shards[number].rows)
         else:
             damaged.append(problem)
-    return Report(len(shards) - len(damaged), blocks, rows, tuple(damaged))
+    return Verification(len(shards) - len(damaged), blocks, rows, tuple(damaged))
 
 
 def bad_blocks(folder: ShardFolder, shards: Collection[int], progress: Show | None = None) -> dict[int, str]:
@@ -141,12 +141,12 @@ def _bad(folder: ShardFolder, number: int, first: int) -> dict[int, str]:
     shard, found = folder.index.shards[number], {}
     try:
         folder.files.open(shard)
-    except Damaged as error:
+    except CorruptDataError as error:
         return dict.fromkeys(range(first, first + len(shard.rows)), str(error))
     for block in range(first, first + len(shard.rows)):
         try:
             for column in folder.index.columns:
                 folder.read_block(block, column.name)
-        except Damaged as error:
+        except CorruptDataError as error:
             found[block] = str(error)
     return found

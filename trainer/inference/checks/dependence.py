@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.errors import UserError, first_line
 from trainer.inference.model.latents import AtZero, Site, is_deterministic, is_latent, log_prob
 from trainer.inference.model.plates import Batch, PlatedModel, inside
-from trainer.inference.model.ragged import Varying
+from trainer.inference.model.ragged import Jagged
 from trainer.inference.model.supports import innermost
 
 SPREADS = (
@@ -113,11 +113,11 @@ def _fractions(batch: Batch, rows: int) -> Iterator[Batch]:
 def _extremes(model: PlatedModel, batch: Batch, rows: int) -> Iterator[Batch]:
     """Other values, and for each column the rows where it is low and those where it is high."""
     index = torch.arange(rows, device=batch.valid.device)
-    moved = {name: c if isinstance(c, Varying) else _moved(c) for name, c in batch.columns.items()}
+    moved = {name: c if isinstance(c, Jagged) else _moved(c) for name, c in batch.columns.items()}
     yield batch.at(index)._replace(columns={name: c[index] for name, c in moved.items()})
     for name in model.own[:_MOST_COLUMNS]:
         column = batch.columns[name]
-        if rows > 1 and not isinstance(column, Varying):
+        if rows > 1 and not isinstance(column, Jagged):
             order = column[:rows].reshape(rows, -1)[:, 0].argsort()
             yield batch.at(order[: (rows + 1) // 2])
             yield batch.at(order.flip(0)[: max(1, rows // 3)])
@@ -138,7 +138,7 @@ def _is_term(site: Site) -> bool:
 
 
 def _is_function(site: Site) -> bool:
-    """Whether a site is what others make of it: deterministic, or a reparameterised one that kept a density."""
+    """Whether a site is what others make of it: deterministic, or a reparameterized one that kept a density."""
     return is_deterministic(site) or (bool(site["is_observed"]) and isinstance(innermost(site["fn"]), dist.Delta))
 
 

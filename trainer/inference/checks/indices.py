@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.inference.model.ragged import Column, Csr, Varying, parts
+from trainer.inference.model.ragged import Column, Csr, Jagged, parts
 
 _aten = torch.ops.aten
 _BY_PLACE = (_aten.index, _aten.index_put, _aten.index_put_)
@@ -69,7 +69,7 @@ class WatchIndices(TorchDispatchMode):
     def __init__(self, columns: dict[str, Column]):
         super().__init__()
         self.found: list[Lookup] = []
-        self.rows = {len(c.values): c.row_of_entry for c in columns.values() if isinstance(c, Varying)}
+        self.rows = {len(c.values): c.row_of_entry for c in columns.values() if isinstance(c, Jagged)}
         self.rows |= {len(c): torch.arange(len(c), device=c.device) for c in columns.values()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

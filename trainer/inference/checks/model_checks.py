@@ -200,7 +200,7 @@ def check_finite(terms: dict[str, Term]) -> None:
 
 
 def refuse_batch_norm(modules: torch.nn.Module) -> None:
-    """Raises UserError for a layer that normalises by the rows that come together."""
+    """Raises UserError for a layer that normalizes by the rows that come together."""
     for name, module in modules.named_modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None

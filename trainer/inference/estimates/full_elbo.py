@@ -18,7 +18,7 @@ from trainer.inference.estimates.many_draws import Antithetic, terms_together
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.plates import WEIGHT, Batch
 from trainer.inference.model.ragged import Column
-from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.step import Inference
 
 _FEWEST_PAIRS = 2  # per block: their difference gives the standard error
@@ -68,14 +68,14 @@ def full_elbo(
     num_blocks: int,
     seed: int,
     reduce: Reduce,
-    whitening: Whitening | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> ElboEstimate:
     """The ELBO over the ``num_blocks`` blocks of all ranks, of which ``blocks`` are this rank's.
 
-    ``reduce`` sums a tensor over the ranks; ``whitening`` gives a control variate for the draws.
+    ``reduce`` sums a tensor over the ranks; ``preconditioner`` gives a control variate for the draws.
     """
     at = _draws(inference, theta, seed)
-    likelihood, variance, rows, first = _likelihood(at, blocks, num_blocks, reduce, whitening)
+    likelihood, variance, rows, first = _likelihood(at, blocks, num_blocks, reduce, preconditioner)
     # A rank without a block takes the KL of those that have one; these agree.
     here = (0.0, 0.0) if first is None else _global_kl(at, first, math.sqrt(variance))
     kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
@@ -120,7 +120,11 @@ def rough_elbo_per_row(
 
 
 def _likelihood(
-    at: Antithetic, blocks: Iterable[Block], num_blocks: int, reduce: Reduce, whitening: Whitening | None = None
+    at: Antithetic,
+    blocks: Iterable[Block],
+    num_blocks: int,
+    reduce: Reduce,
+    preconditioner: Preconditioner | None = None,
 ) -> tuple[float, float, float, Block | None]:
     """What stands inside the data plate, over all ranks: mean, its variance, rows; and this rank's first block."""
     most, enough = max(_FEWEST_PAIRS, _PAIRS // num_blocks), _SE / math.sqrt(num_blocks)
@@ -128,7 +132,7 @@ def _likelihood(
     for block in blocks:
         if first is None:
             first = block
-        mean, se = _block_likelihood(at, block, most, enough, whitening)
+        mean, se = _block_likelihood(at, block, most, enough, preconditioner)
         likelihood, variance = likelihood + mean, variance + se**2
         rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
     likelihood, variance, total = _sum([likelihood, variance, rows], at.theta, reduce)
@@ -140,7 +144,7 @@ def _sum(numbers: list[float], theta: Tensor, reduce: Reduce) -> list[float]:
 
 
 def _block_likelihood(
-    at: Antithetic, block: Block, most: int, enough: float, whitening: Whitening | None = None
+    at: Antithetic, block: Block, most: int, enough: float, preconditioner: Preconditioner | None = None
 ) -> tuple[float, float]:
     """The terms inside the data plate, summed over a block's rows: mean and standard error over pairs.
 
@@ -152,8 +156,8 @@ def _block_likelihood(
     for stop in _stages(_FIRST_PAIRS, most):
         for pairs in at.pairs(batch, block.number, len(values), stop):
             found = pairs.inside
-            if whitening is not None and view is not None:
-                found = found + share * whitening.chance(view.sd(at.theta.double()), pairs.elements.double())
+            if preconditioner is not None and view is not None:
+                found = found + share * preconditioner.chance(view.sd(at.theta.double()), pairs.elements.double())
             values = torch.cat([values, found])
         se = float(values.std() / math.sqrt(len(values)))
         if se <= enough or not math.isfinite(se):

@@ -20,7 +20,7 @@ from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.estimates.many_draws import Normals, Together, normals_of
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.plates import Batch
-from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 
 
 class Draws(NamedTuple):
@@ -56,26 +56,26 @@ def full_gradient(
     together: Together,
     theta: Tensor,
     rows: Pass,
-    whitening: Whitening | None = None,
+    preconditioner: Preconditioner | None = None,
     draws: Draws = FEW,
 ) -> Tensor:
     """The gradient [P] of minus the ELBO in nats at ``theta`` over all rows.
 
     Each part of a block has its own antithetic pairs: S draws, each on 1/S of the rows, say as much as S draws on all
     of them; where there are fewer rows than ``draws`` asks for, they are gone through once for each draw.
-    ``whitening`` gives a control variate, without which the log scales' part is too noisy to judge them by.
+    ``preconditioner`` gives a control variate, without which the log scales' part is too noisy to judge them by.
     """
 
     def by_chance(elements: Tensor, count: int) -> Tensor:
         view, share = together.inference.gaussian, count / together.inference.num_obs
-        assert whitening is not None
+        assert preconditioner is not None
         assert view is not None
-        return view.by_log_sd(whitening.control_variate(view.sd(theta), elements[None], share), theta).double()
+        return view.by_log_sd(preconditioner.control_variate(view.sd(theta), elements[None], share), theta).double()
 
     def derivative(loss: Tensor, at: Tensor) -> Tensor:
         return torch.autograd.grad(loss, at)[0].double()
 
-    return _over_parts(together, theta, rows, draws, derivative, len(theta), whitening and by_chance)
+    return _over_parts(together, theta, rows, draws, derivative, len(theta), preconditioner and by_chance)
 
 
 def full_product(together: Together, theta: Tensor, along: Tensor, rows: Pass) -> Tensor:

@@ -96,7 +96,7 @@ class Guide(Protocol):
 
 
 class MeanField:
-    """u = loc + scale * eps, z = biject_to(support)(u), factorised over the D scalars; starts at u = 0.
+    """u = loc + scale * eps, z = biject_to(support)(u), factorized over the D scalars; starts at u = 0.
 
     Supports may depend on other latents: the transform is taken from the site as the model reaches it.
     """

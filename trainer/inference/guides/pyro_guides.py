@@ -1,6 +1,6 @@
 """Pyro's autoguides and users' own guides, under given noise.
 
-A guide is any callable with reparameterised sample sites: a function, one of `pyro.infer.autoguide` as a class or an
+A guide is any callable with reparameterized sample sites: a function, one of `pyro.infer.autoguide` as a class or an
 instance, or a function that calls such an instance beside sites of its own. Its random numbers are replaced by the
 given noise (:class:`NoiseMode`), so that antithetic pairs, ranks and resumed runs work as with the mean-field guide.
 
@@ -118,7 +118,7 @@ class PyroGuide:
             refuse_latent(site, self.plate, can_be_local=True)
             if not fn.has_rsample:
                 raise UserError(
-                    f'the guide\'s site "{name}" ({type(fn).__name__}) has no reparameterised gradient: use a '
+                    f'the guide\'s site "{name}" ({type(fn).__name__}) has no reparameterized gradient: use a '
                     "distribution with rsample."
                 )
         elif isinstance(fn, dist.Unit):
@@ -126,7 +126,7 @@ class PyroGuide:
                 raise UserError(f'pyro.factor "{name}" stands in model and guide: give the guide\'s another name.')
             if name not in nodes and not fn.has_rsample:
                 raise UserError(
-                    f'the guide\'s pyro.factor "{name}" has no reparameterised gradient: write '
+                    f'the guide\'s pyro.factor "{name}" has no reparameterized gradient: write '
                     f'pyro.factor("{name}", ..., has_rsample=True), if it is a function of draws that have one.'
                 )
 

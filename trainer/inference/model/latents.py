@@ -94,7 +94,7 @@ def is_discrete(fn: Any) -> bool:
 
 
 def is_deterministic(site: Site) -> bool:
-    """Whether a trace node has no density: a `pyro.deterministic` statement, or what a reparameterisation leaves."""
+    """Whether a trace node has no density: a `pyro.deterministic` statement, or what a reparameterization leaves."""
     if site["infer"].get("_deterministic"):
         return True
     fn = site["fn"]
@@ -107,7 +107,7 @@ def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
     name = str(site["name"])
     if is_discrete(site["fn"]):
         raise UserError(
-            f'latent site "{name}" is discrete, which a reparameterised gradient cannot pass: sum it out '
+            f'latent site "{name}" is discrete, which a reparameterized gradient cannot pass: sum it out '
             "(dist.MixtureSameFamily, or torch.logsumexp of the branches in a pyro.factor)."
         )
     for frame in site["cond_indep_stack"]:
@@ -124,7 +124,7 @@ def refuse_latent(site: Site, plate: str, can_be_local: bool) -> None:
             )
         raise UserError(
             f'latent site "{name}" stands inside plate "{plate}", one value per row, which this guide cannot hold: '
-            "integrate it out, or give an amortised guide with guide._target_=module.guide."
+            "integrate it out, or give an amortized guide with guide._target_=module.guide."
         )
 
 

@@ -101,7 +101,7 @@ def _key(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
 
 
 def mixed_seed(seed: int, step: int, draw: int) -> int:
-    """A 63-bit seed for torch's own generator at (seed, step, draw): splitmix64's finaliser (Steele et al. 2014)."""
+    """A 63-bit seed for torch's own generator at (seed, step, draw): splitmix64's finalizer (Steele et al. 2014)."""
     z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + draw * 0x94D049BB133111EB + 1) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = ((z ^ (z >> shift)) * factor) % 2**64

@@ -95,7 +95,7 @@ class DataPlate(Messenger):
                 if len(shape) >= -dim and shape[dim] != 1:
                     raise UserError(
                         f'pyro.param "{msg["name"]}" has one value per row of plate "{self.name}", which would be '
-                        "another row's at the next step: give the rows a network (an amortised guide), or index a "
+                        "another row's at the next step: give the rows a network (an amortized guide), or index a "
                         "table that is declared outside the plate by a column."
                     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 
-V = TypeVar("V", bound="Varying")
+V = TypeVar("V", bound="Jagged")
 
 
 def _of_values(name: str) -> Callable[..., Tensor]:
@@ -25,7 +25,7 @@ def _of_values(name: str) -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Varying:
+class Jagged:
     """Row i has the entries from ``offsets[i]`` to ``offsets[i + 1]``."""
 
     offsets: Tensor
@@ -126,7 +126,7 @@ class Varying:
 
 
 @dataclass(frozen=True, eq=False)
-class Csr(Varying):
+class Csr(Jagged):
     """Sparse rows: entry e is ``values[e]`` at ``indices[e]``, and those of a row at one index add up.
 
     ``x @ w``, ``len(x)``, ``x.shape``, ``x.dtype`` and ``x.new_zeros`` are those of the dense rows: a model that needs
@@ -163,7 +163,7 @@ class Csr(Varying):
 
 
 @dataclass(frozen=True, eq=False)
-class Ragged(Varying):
+class Ragged(Jagged):
     """Rows of lists: ``values`` [M, ...] one after another."""
 
 
@@ -173,12 +173,12 @@ Column: TypeAlias = Any
 
 def each_tensor(column: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A column with its tensors changed."""
-    return column.map(change) if isinstance(column, Varying) else change(column)
+    return column.map(change) if isinstance(column, Jagged) else change(column)
 
 
 def parts(column: Column) -> tuple[Tensor, ...]:
     """The tensors of a column, in a row."""
-    return tuple(column.tensors.values()) if isinstance(column, Varying) else (column,)
+    return tuple(column.tensors.values()) if isinstance(column, Jagged) else (column,)
 
 
 def maker(column: Column) -> tuple[int, Callable[..., Any]]:
@@ -199,7 +199,7 @@ def _itself(tensor: Tensor) -> Tensor:
 def cat(columns: Sequence[Any]) -> Any:
     """Columns one after another along the first axis."""
     first = columns[0]
-    if not isinstance(first, Varying):
+    if not isinstance(first, Jagged):
         return torch.cat(list(columns))
     if first.offsets.dim() > 1:
         joined = {name: torch.cat([each.tensors[name] for each in columns]) for name in first.tensors}
@@ -213,7 +213,7 @@ def cat(columns: Sequence[Any]) -> Any:
 
 def rolled(column: Any) -> Any:
     """The rows of a stack [K, A, B, ...], each slot's last one first."""
-    if not isinstance(column, Varying):
+    if not isinstance(column, Jagged):
         return column.roll(1, dims=2)
     most = column.values.shape[2]
 
@@ -226,7 +226,7 @@ def rolled(column: Any) -> Any:
 
 def plain(column: Column) -> Any:
     """As tensors and numbers alone, for a file."""
-    if not isinstance(column, Varying):
+    if not isinstance(column, Jagged):
         return column
     width = {"width": column.width} if isinstance(column, Csr) else {}
     return {**column.tensors, **width}

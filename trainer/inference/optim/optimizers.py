@@ -1,9 +1,9 @@
-"""Optimisers as pure functions of flat vectors, their updates equal to `torch.optim`'s (the tests' oracle).
+"""Optimizers as pure functions of flat vectors, their updates equal to `torch.optim`'s (the tests' oracle).
 
 The gradient is that of loss / N, so `eps` (given for the full-data loss, as in the papers) is divided by N: with
 Adam's usual 1e-8 against gradients of size 1/N, a latent known from its prior alone would hardly move.
 
-Every optimiser has the same three sections: `init(theta) -> slots`, `rates(...) -> rates` (what depends on the step
+Every optimizer has the same three sections: `init(theta) -> slots`, `rates(...) -> rates` (what depends on the step
 alone, so that a chunk's are computed at once and no power is taken for each element) and `update(...) -> (theta,
 slots)`. Shapes: theta, gradient and slots [P]; count is the number of this update, from 1 (int64 []); rates [m].
 """
@@ -18,7 +18,7 @@ Slots = tuple[Tensor, ...]
 
 
 class Optimizer(Protocol):
-    """What the step needs of an optimiser. ``lr`` is the scheduled rate, like ``rates`` a float64 tensor."""
+    """What the step needs of an optimizer. ``lr`` is the scheduled rate, like ``rates`` a float64 tensor."""
 
     lr: float
 

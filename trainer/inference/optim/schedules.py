@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions of the step, with the horizon of the whole run (in steps) known.
 
-`schedule(step, horizon)` gives the factor on the optimiser's lr for step 0, 1, ... as a float64 scalar tensor.
+`schedule(step, horizon)` gives the factor on the optimizer's lr for step 0, 1, ... as a float64 scalar tensor.
 """
 
 import math

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Whitening(NamedTuple):
+class Preconditioner(NamedTuple):
     """The curvature of the problem near its mode, from a sample of rows."""
 
     factor: Tensor
@@ -55,7 +55,7 @@ class Whitening(NamedTuple):
         return torch.minimum(sd, self.curvature.diagonal().to(sd.dtype).clamp(min=1e-30).rsqrt())
 
 
-class Anchor(NamedTuple):
+class Snapshot(NamedTuple):
     """A point whose gradient over all rows is known: the step's gradient is corrected by what the batch says of it.
 
     Johnson and Zhang, "Accelerating stochastic gradient descent using predictive variance reduction" (NeurIPS 2013):
@@ -70,7 +70,7 @@ class Anchor(NamedTuple):
     """[D] by the locations, of loss / N, over all rows and ranks."""
 
     @classmethod
-    def at(cls, theta: Tensor, locations: int) -> "Anchor":
+    def at(cls, theta: Tensor, locations: int) -> "Snapshot":
         """Where no gradient is known yet."""
         return cls(theta.clone(), theta.new_zeros(locations))
 

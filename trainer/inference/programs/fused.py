@@ -20,7 +20,7 @@ from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError, first_line
 from trainer.inference.model.noise import chunk_noise
 from trainer.inference.model.ragged import Column, cat, maker, parts, rolled
-from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.programs.compiling import Compilation
 from trainer.inference.programs.program import Chunk, ChunkResult, Eager, draw_numbers
 from trainer.inference.programs.replay import Replay, Section
@@ -191,12 +191,12 @@ class Fused:
         return _Layout(self.inference.guide.noise_size, makers, chunk.row_id is not None)
 
     def _compare(self, start: State, slot: Chunk) -> None:
-        """One step of both programs, by the optimiser's vectors: in theta Adam makes steps of lr of mere rounding.
+        """One step of both programs, by the optimizer's vectors: in theta Adam makes steps of lr of mere rounding.
 
         A posterior sd from the start where that is the mode: there the gradient may be nothing but rounding.
         """
-        whitening = self.update.split(start.slots)[1]
-        for state in (start if whitening is None else _off(start, whitening), start):
+        preconditioner = self.update.split(start.slots)[1]
+        for state in (start if preconditioner is None else _off(start, preconditioner), start):
             want, got = self.eager.run(state, slot, 1), self.run(state, slot, 1)
             if torch.isfinite(want.terms).all():
                 break
@@ -204,7 +204,7 @@ class Fused:
             return  # reported with its site, as after any chunk
         own = self.update.split(want.state.slots)[0]
         pairs = [(want.terms, got.terms), *zip(own, got.state.slots)]
-        error = max(float((a - b).norm() / self._size(a, whitening).clamp(min=1e-30)) for a, b in pairs)
+        error = max(float((a - b).norm() / self._size(a, preconditioner).clamp(min=1e-30)) for a, b in pairs)
         if not error <= _TOLERANCE[start.theta.dtype]:
             raise UserError(
                 f"the compiled step differs from the eager one by {error:.1g} of the norm on the same noise: "
@@ -212,21 +212,21 @@ class Fused:
             )
 
     @staticmethod
-    def _size(vector: Tensor, whitening: Whitening | None) -> Tensor:
+    def _size(vector: Tensor, preconditioner: Preconditioner | None) -> Tensor:
         """The norm that rounding is measured by: along a ridge, a whitened gradient is a small sum of large parts."""
-        if whitening is None or vector.dtype == torch.float64 or len(vector) < len(whitening.factor):
+        if preconditioner is None or vector.dtype == torch.float64 or len(vector) < len(preconditioner.factor):
             parts = vector
         else:
-            first = vector[: len(whitening.factor)]
-            plain = torch.linalg.solve_triangular(whitening.factor.T, first[:, None], upper=True)[:, 0]
-            parts = torch.cat([whitening.factor.abs().T @ plain.abs(), vector[len(first) :]])
+            first = vector[: len(preconditioner.factor)]
+            plain = torch.linalg.solve_triangular(preconditioner.factor.T, first[:, None], upper=True)[:, 0]
+            parts = torch.cat([preconditioner.factor.abs().T @ plain.abs(), vector[len(first) :]])
         size: Tensor = parts.norm()
         return size
 
 
-def _off(state: State, whitening: Whitening) -> State:
+def _off(state: State, preconditioner: Preconditioner) -> State:
     """The state a posterior sd away, in each of the whitened coordinates."""
-    way = whitening.factor.sum(1)
+    way = preconditioner.factor.sum(1)
     return state._replace(theta=state.theta + nn.functional.pad(way, (0, len(state.theta) - len(way))))
 
 

@@ -23,7 +23,7 @@ from trainer.inference.step import Inference, State, StepBatch, StepNoise, Updat
 
 @dataclass
 class LocalSteps:
-    """``program`` run by each rank alone, theta and the optimiser's vectors averaged at multiples of ``sync_every``."""
+    """``program`` run by each rank alone, theta and the optimizer's vectors averaged at multiples of ``sync_every``."""
 
     inference: Inference
     update: Update

@@ -13,7 +13,7 @@ Places = list[tuple[int, int]]
 """(lane group of this rank, row of it)."""
 
 
-def culprits(program: Reference, state: State, chunk: Chunk) -> tuple[int, Places]:
+def nan_rows(program: Reference, state: State, chunk: Chunk) -> tuple[int, Places]:
     """The slot of ``chunk`` at which a run from ``state`` ceases to be finite, and a few of this rank's rows of which
     each alone has a term or a gradient that is not.
 

@@ -1,7 +1,7 @@
 """The arrow in the Hessian of a hierarchy: a few top-level latents hang together with all, a group's with each other.
 
 Known from a few products with vectors, it gives the diagonal, and solved by blocks it leaves conjugate gradients little
-to do. Shapes: D latents, T of them in small sites; G groups of L neighbours.
+to do. Shapes: D latents, T of them in small sites; G groups of L neighbors.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,10 +54,10 @@ def knows_small_sites(view: GaussianView) -> bool:
 
 
 def arrow(view: GaussianView, product: Callable[[Tensor], Tensor], device: torch.device) -> Arrow | None:
-    """By ``product``, v -> H v [D], of T + L vectors where large sites have L neighbours; None: H has a diagonal <= 0.
+    """By ``product``, v -> H v [D], of T + L vectors where large sites have L neighbors; None: H has a diagonal <= 0.
 
     Of large sites, random signs z give the diagonal, z * (H z) (Bekas, Kokiopoulou and Saad 2007). What hangs together
-    most stands beside each other, as the coefficients of a group or the times of a walk do: so neighbours are never in
+    most stands beside each other, as the coefficients of a group or the times of a walk do: so neighbors are never in
     one probe (Tang and Saad 2012, "A probing method for computing the diagonal of a matrix inverse"), and each shows
     how it hangs together with the others of its group.
     """
@@ -83,21 +83,21 @@ def arrow(view: GaussianView, product: Callable[[Tensor], Tensor], device: torch
 
 
 def _of_groups(site: LatentSite, signs: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-    """The site's part of H as matrices [G, L, L], symmetric; L is 1 where neighbours are too many."""
+    """The site's part of H as matrices [G, L, L], symmetric; L is 1 where neighbors are too many."""
     last = site.shape[-1] if len(site.shape) > 1 else 2
-    colours = max(2, min(last, _LONGEST))
-    length = last if len(site.shape) > 1 and last == colours else 1
+    colors = max(2, min(last, _LONGEST))
+    length = last if len(site.shape) > 1 and last == colors else 1
     here = slice(site.start, site.start + site.size)
     own = signs[here]
     matrices = torch.zeros(site.size // length, length, length, dtype=signs.dtype, device=signs.device)
-    for colour in range(colours):
+    for color in range(colors):
         probe = torch.zeros_like(signs)
-        probe[here][colour::colours] = own[colour::colours]
+        probe[here][color::colors] = own[color::colors]
         image = product(probe)[here]
         if length == 1:
-            matrices[colour::colours, 0, 0] = (own * image)[colour::colours]
+            matrices[color::colors, 0, 0] = (own * image)[color::colors]
         else:
-            matrices[:, :, colour] = image.reshape(-1, length) * own[colour::colours, None]
+            matrices[:, :, color] = image.reshape(-1, length) * own[color::colors, None]
     return (matrices + matrices.mT) / 2
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.inference.guides.gaussian import GaussianView
-from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.step import Update
 
 SEGMENTS = 8
@@ -109,13 +109,13 @@ def _error_and_drift(means: Tensor) -> tuple[Tensor, Tensor]:
     return means.std(0) / len(means) ** 0.5, means[:half].mean(0) - means[half:].mean(0)
 
 
-def newton_step(view: GaussianView, theta: Tensor, gradient: Tensor, whitening: Whitening) -> Tensor:
+def newton_step(view: GaussianView, theta: Tensor, gradient: Tensor, preconditioner: Preconditioner) -> Tensor:
     """The step [P], float64, to where the ``gradient`` [P] of minus the ELBO (nats) vanishes.
 
     Locations: - L L' g. Log scales: by log s the gradient is s^2 h - 1 with h the mean curvature under the guide, which
     s = 1 / sqrt(h) makes zero. The other parameters stay.
     """
-    factor, log_sd = whitening.factor.double(), view.covariance.log_sd
+    factor, log_sd = preconditioner.factor.double(), view.covariance.log_sd
     step = torch.zeros_like(theta, dtype=torch.float64)
     step[view.loc] = -(factor @ (factor.T @ gradient[view.loc].double()))
     step[log_sd] = -0.5 * gradient[log_sd].double().clamp(min=-0.9).log1p()

@@ -2,7 +2,7 @@
 
 Laplace's approximation in unconstrained space (Kass and Raftery 1995, section 4.1): the location starts at the mode of
 the posterior given the sample (at scale N / n), the scale at 1 / sqrt(curvature), as a mean-field Gaussian has it. The
-optimiser steps in v, loc = L v, where L L' is the inverse of the Hessian there: a rate means the same for a
+optimizer steps in v, loc = L v, where L L' is the inverse of the Hessian there: a rate means the same for a
 coefficient of 80 and for one of 0.001, and along a ridge as across it.
 
 Shapes: P parameters, D latents.
@@ -21,7 +21,7 @@ from trainer.inference.estimates.derivatives import hessian
 from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.guides.mean_field import KL
 from trainer.inference.model.noise import element_noise
-from trainer.inference.optim.variance_reduction import Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.exact_fit import refuse_exact
 from trainer.inference.step import Inference, StepBatch, StepNoise, in_dtype
 
@@ -45,11 +45,11 @@ _NOT_FINITE = (
 
 def laplace_start(
     inference: Inference, theta: Tensor, rows: StepBatch, say: Callable[[str], None] = print
-) -> tuple[Tensor, Whitening] | None:
+) -> tuple[Tensor, Preconditioner] | None:
     """theta [P] at the mode given ``rows`` (one lane group), and the coordinates to step in from there.
 
     ``say`` is told where the problem is not one that a mean-field answer describes: no maximum, a ridge. Where there is
-    no mode to start at (centred hierarchies, separable data), theta stays and the coordinates are plain ones, until a
+    no mode to start at (centered hierarchies, separable data), theta stays and the coordinates are plain ones, until a
     round's end knows a curvature. None where there is none to take: another guide, other parameters beside it, more
     than 256 latents.
     """
@@ -73,13 +73,13 @@ def laplace_start(
         if mode is None:
             _tell_of_scales(rows, say)
             plain = torch.eye(view.size, dtype=theta.dtype, device=theta.device)
-            return theta, Whitening(PLAIN * plain, 0.0 * plain)
+            return theta, Preconditioner(PLAIN * plain, 0.0 * plain)
         loc, hessian = mode
         scale = hessian.diagonal().rsqrt()
         _tell_of_ridge(view, scale[:, None] * hessian * scale, say)
         made = view.theta(loc, scale.log())
-        whitening = Whitening(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
-    return made.to(theta.dtype), Whitening(*(each.to(theta.dtype) for each in whitening))
+        preconditioner = Preconditioner(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
+    return made.to(theta.dtype), Preconditioner(*(each.to(theta.dtype) for each in preconditioner))
 
 
 def latents_alone(inference: Inference) -> GaussianView | None:
@@ -115,7 +115,7 @@ def _settled(
     return loc, curvatures
 
 
-def whitening_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Whitening:
+def preconditioner_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Preconditioner:
     """The mean curvature under the guide at ``theta`` [P]; steps are in the guide's scales where it is not positive
     definite.
 
@@ -134,8 +134,8 @@ def whitening_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Whiten
         return torch.stack([joint(at + scale * each) for each in where]).mean()
 
     with _exact(inference):
-        made = Whitening(_factor(hessian(mean, loc), scale), _of_draws(inference, rows, loc, scale))
-    return Whitening(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
+        made = Preconditioner(_factor(hessian(mean, loc), scale), _of_draws(inference, rows, loc, scale))
+    return Preconditioner(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
 
 
 def _joint(inference: Inference, rows: StepBatch) -> Callable[[Tensor], Tensor]:

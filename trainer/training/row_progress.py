@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 _LINES = 10  # in a log file: about one for each tenth of the table
 
 
-class Watch:
+class RowProgress:
     """A bar with rows, rows/s and time left on a terminal, a line now and then in a log file; ``doing``: "packing"."""
 
     def __init__(self, console: Console, doing: str):
@@ -24,7 +24,7 @@ class Watch:
         )
         self.task = self.bar.add_task("reading", total=None, rate="")
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RowProgress":
         self.bar.start()
         return self
 

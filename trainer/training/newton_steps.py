@@ -1,14 +1,10 @@
-"""What training steers by, taken anew from where it is: the anchor at each epoch; at the end of each round its average,
-brought to the optimum by Newton steps where the curvature is known, and the curvature there.
+"""The end of a round: its average, brought to the optimum by Newton steps where the curvature is known, and the
+curvature there.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning import Callback
 from torch import Tensor
 
 from trainer.engine.module import ChunkModule
@@ -16,9 +12,9 @@ from trainer.engine.train_state import TrainState
 from trainer.inference.estimates.full_gradient import MANY, Draws
 from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.model.plates import Batch
-from trainer.inference.optim.variance_reduction import Anchor, Whitening
+from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.convergence import Rule, newton_step, step_to_go
-from trainer.inference.recipe.laplace import whitening_at
+from trainer.inference.recipe.laplace import preconditioner_at
 from trainer.inference.recipe.newton import NEAR, polished, step_by_products
 from trainer.inference.recipe.optimum import settled
 from trainer.inference.step import StepBatch
@@ -29,25 +25,10 @@ _AGAIN = 4  # times as many steps, before what failed is tried again
 _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 
 
-class MoveAnchor(Callback):
-    """Sets the state's `Anchor` before each step at which an epoch ``begins``, from a pass over all rows."""
-
-    def __init__(self, loss: FullLoss, begins: Callable[[int], bool]):
-        self.loss, self.begins = loss, begins
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, ChunkModule)
-        if self.begins(module.step):
-            theta = module.state.theta.clone()
-            gradient = self.loss.gradient(module.step, theta) / module.inference.num_obs
-            anchor = Anchor(theta, gradient[: module.update.anchored].to(theta.dtype))
-            module.state = module.state._replace(slots=(*module.state.slots[:-2], *anchor))
-
-
 class EndRound:
-    """Goes on from the round's average after Newton steps: with a `Whitening` by that curvature, which is then taken
-    anew at that place; without one by passes over all rows, after ``afford`` steps (None: never), and where they fail,
-    after four times as many.
+    """Goes on from the round's average after Newton steps: with a `Preconditioner` by that curvature, which is then
+    taken anew at that place; without one by passes over all rows, after ``afford`` steps (None: never), and where they
+    fail, after four times as many.
 
     A guide of Pyro's or the user's is brought to its optimum over all rows, what is left in nats for each parameter.
     ``sample``: the rows that give the curvature.
@@ -59,12 +40,12 @@ class EndRound:
     def __call__(self, module: ChunkModule) -> tuple[bool, float]:
         """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
         average, slots, left, record = module.theta, module.state.slots, math.nan, self.record
-        own, whitening, anchor = module.update.split(slots)
+        own, preconditioner, anchor = module.update.split(slots)
         theta = average
         view = module.inference.gaussian
-        if whitening is not None and view is not None:
-            theta, whitening, left = self._by_curvature(module, view, average, whitening)
-            slots = (*own, *whitening, *(anchor or ()))
+        if preconditioner is not None and view is not None:
+            theta, preconditioner, left = self._by_curvature(module, view, average, preconditioner)
+            slots = (*own, *preconditioner, *(anchor or ()))
         elif self.afford is not None and module.step > max(self.afford, _AGAIN * record.no_newton_at):
             if view is None:
                 theta, left = self._settled(module, average)
@@ -76,16 +57,16 @@ class EndRound:
         return theta is not average, left
 
     def _by_curvature(
-        self, module: ChunkModule, view: GaussianView, theta: Tensor, whitening: Whitening
-    ) -> tuple[Tensor, Whitening, float]:
+        self, module: ChunkModule, view: GaussianView, theta: Tensor, preconditioner: Preconditioner
+    ) -> tuple[Tensor, Preconditioner, float]:
         """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
         full, step = self.loss, module.step
 
         def gradient(theta: Tensor, draws: Draws = MANY, fresh: bool = True) -> Tensor:
-            return full.gradient(step, theta, whitening, draws, fresh)
+            return full.gradient(step, theta, preconditioner, draws, fresh)
 
         def solve(theta: Tensor, found: Tensor) -> Tensor:
-            return newton_step(view, theta, found, whitening)
+            return newton_step(view, theta, found, preconditioner)
 
         def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
             near = step_to_go(view, theta, solve(theta, found)) <= NEAR
@@ -99,13 +80,13 @@ class EndRound:
             )
 
         theta, found = moved(theta, gradient(theta))
-        made = whitening_at(module.inference, theta.cpu(), self.sample)
-        whitening = Whitening(*(module.comm.from_first(each.to(module.device)) for each in made))
+        made = preconditioner_at(module.inference, theta.cpu(), self.sample)
+        preconditioner = Preconditioner(*(module.comm.from_first(each.to(module.device)) for each in made))
         theta, found = moved(theta, found)
         left = step_to_go(view, theta, solve(theta, found))
         if left <= Rule().gradient:  # one of many readings may be so small by luck: four times the draws tell
             left = step_to_go(view, theta, solve(theta, gradient(theta, _LEVELS[1])))
-        return theta, whitening, left
+        return theta, preconditioner, left
 
     def _by_products(self, module: ChunkModule, view: GaussianView, theta: Tensor) -> tuple[Tensor, float]:
         full, step = self.loss, module.step
