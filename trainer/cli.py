@@ -42,6 +42,7 @@ Run = Callable[[Any, Path], float]
 """A verb: its record and the folder of its run, to the number that it returns."""
 _BARE = {"runs": "dir", "best": "sweep", "sync": "dir"}  # what a first word without a key says
 _FLAGS = {"--html": "html=runs.html"}
+_SPELLINGS = {"standardise=": "standardize="}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         print(import_module("trainer.options.help").text(config_folder(), verb, VERBS[verb], overrides), end="")
         return
     overrides = [_FLAGS.get(word, word) for word in overrides]
+    for other, ours in _SPELLINGS.items():
+        overrides = [ours + word.removeprefix(other) if word.startswith(other) else word for word in overrides]
     if verb in _BARE and overrides and not re.search("^-|=", overrides[0]):
         overrides[0] = f"{_BARE[verb]}={overrides[0]}"
     if _rank():  # the others take the folder of rank 0

@@ -177,7 +177,7 @@ def test_a_saved_posterior_comes_back(fitted, table, tmp_path):
         Posterior.load(tmp_path / "text", regression)
 
 
-def test_codes_and_standardising_are_those_of_the_fit(table):
+def test_codes_and_standardizing_are_those_of_the_fit(table):
     rng = np.random.default_rng(1)
     names = rng.choice(["low", "mid", "top"], 300)
     y = np.array([{"low": -1.0, "mid": 0.0, "top": 2.0}[name] for name in names])
@@ -186,7 +186,7 @@ def test_codes_and_standardising_are_those_of_the_fit(table):
     np.testing.assert_allclose(found.mean, [2.0, -1.0], atol=0.2)
     with pytest.raises(UserError, match="'group' holds 'new' in row 1"):
         posterior.predict({"group": np.array(["top", "new"])})
-    scaled = quick_fit(table * [100, 10, 1, 1], columns=COLUMNS, standardise=["x"])
+    scaled = quick_fit(table * [100, 10, 1, 1], columns=COLUMNS, standardise=["x"])  # as of 0.1
     far = scaled.predict((table * [100, 10, 1, 1]).drop(columns="y"), num_draws=20)["y"]
     assert np.corrcoef(far.mean, table["y"])[0, 1] > 0.9
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_is_said_in_a_sentence(data, more, message):
 def test_packing_options_of_what_is_packed_are_refused(table, tmp_path):
     pack(trainer.data.sources.memory.MemorySource(table), tmp_path / "shards", columns=COLUMNS)
     with pytest.raises(UserError, match="packed already"):
-        quick_fit(tmp_path / "shards", standardise=["x"])
+        quick_fit(tmp_path / "shards", standardize=["x"])
 
 
 def test_new_rows_that_lack_a_column_are_refused(fitted, table):

@@ -126,8 +126,8 @@ def test_a_synthetic_table_comes_with_its_truth(shard):
     assert len(rows_of("made")["y"]) == 10_000
 
 
-def test_groups_categories_and_standardising_by_one_name(shard, table):
-    done = shard("source=t.parquet", "columns.y=target", "group_by=id", "standardise=y", "out=packed")
+def test_groups_categories_and_standardizing_by_one_name(shard, table):
+    done = shard("source=t.parquet", "columns.y=target", "group_by=id", "standardise=y", "out=packed")  # as of 0.1
     assert done.code == 0, done.err
     assert summary(done.out).endswith("\ncolumns: y float32[10] · length int64")
     assert read_index(Path("packed/train")).meta["standardised"].keys() == {"y"}
@@ -194,7 +194,7 @@ BAD = {
     "source=t.csv out=packed split.held_out=1": "split.held_out=1 must be a number from 0 and below 1.",
     "source=t.csv out=packed missing=skip": "missing=skip must be error or drop.",
     "source=t.csv out=packed group_by=a": "group_by=a is no column of integers or text",
-    "source=t.csv out=packed standardise=team": "standardise=team names no column of floats",
+    "source=t.csv out=packed standardize=team": "standardize=team names no column of floats",
     "source=synthetic out=packed model=linear": "a synthetic table needs a size: add rows=1000000.",
     "source=synthetic out=packed rows=10": "no model was given",
     "source=synthetic out=packed rows=ten model=linear": "rows=ten must be a whole number from 1 up, or null.",
@@ -299,7 +299,7 @@ def test_a_full_disk_is_one_sentence_and_is_cleared(shard, small_disk):
 
 
 def test_parts_and_finish_give_what_one_command_does(shard, here):
-    common = ("source=t.parquet", "columns.x=[a,b,c]", "columns.y=target", "standardise=x", "seed=3")
+    common = ("source=t.parquet", "columns.x=[a,b,c]", "columns.y=target", "standardize=x", "seed=3")
     assert shard(*common, "out=one").code == 0
     early = shard(*common, "out=packed", "part=1/2")
     assert early.code == 0, early.err

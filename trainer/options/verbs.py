@@ -172,7 +172,7 @@ class Shard:
     split: Split
     group_by: str | None
     categories: Names
-    standardise: Names
+    standardize: Names
     missing: Missing
     block_rows: Count
     shard_bytes: Count

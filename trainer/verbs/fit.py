@@ -39,6 +39,7 @@ def fit(
     guide: Any = "mean_field",
     *,
     columns: ColumnMap | None = None,
+    standardize: Sequence[str] = (),
     standardise: Sequence[str] = (),
     categories: Sequence[str] = (),
     missing: str = "error",
@@ -60,8 +61,8 @@ def fit(
         `svi shard` reads, or a shard folder, or a list of several. A table is packed into a folder of its own that is
         removed at the end.
     ``guide``: "mean_field", one of `pyro.infer.autoguide`'s classes, or a guide of your own.
-    ``columns``, ``standardise``, ``categories``, ``missing``, ``held_out``: as for `svi shard` (not with a shard
-        folder, which is packed); without ``columns`` those of the data that the model takes.
+    ``columns``, ``standardize`` (or ``standardise``), ``categories``, ``missing``, ``held_out``: as for `svi shard`
+        (not with a shard folder, which is packed); without ``columns`` those of the data that the model takes.
     ``weight``: the column that says how many observations a row stands for; in a dict of arrays the key "weight" does
         without it (docs/data.md).
     ``seeds``: how many fits to make, from ``seed`` on; the one of the highest ELBO is returned, with ``rhat`` between
@@ -75,7 +76,7 @@ def fit(
     seed, seeds = option(Seed, seed, "seed"), option(Count, seeds, "seeds")
     weight, dtype = option(str | None, weight, "weight"), option(Precision, dtype, "dtype")
     packing = {
-        "standardise": option(Names, standardise, "standardise"),
+        "standardize": option(Names, standardize or standardise, "standardize"),
         "categories": option(Names, categories, "categories"),
         "missing": option(Missing, missing, "missing"),
         "held_out": option(Share, held_out, "held_out"),

@@ -102,7 +102,7 @@ def _options(cfg: Shard) -> dict[str, Any]:
         "shard_bytes": cfg.shard_bytes,
         "block_rows": cfg.block_rows,
         "missing": cfg.missing,
-        "standardise": cfg.standardise,
+        "standardize": cfg.standardize,
         "categories": cfg.categories,
         "group_by": cfg.group_by,
         "split_by": cfg.split.by,

@@ -141,7 +141,7 @@ def test_packed_rows_that_mean_something_else_are_refused(
 
 
 def test_packed_rows_of_another_shift_or_source_are_refused(tmp_path: Path) -> None:
-    table, options = {"a": np.arange(6.0), "b": np.arange(6.0) ** 2}, {"standardise": ["x"], "held_out": 0}
+    table, options = {"a": np.arange(6.0), "b": np.arange(6.0) ** 2}, {"standardize": ["x"], "held_out": 0}
     one, _ = pack(MemorySource(table), tmp_path / "one", columns={"x": ["a", "b"]}, **options)
     swapped, _ = pack(MemorySource(table), tmp_path / "two", columns={"x": ["b", "a"]}, **options)
     later = {**table, "a": table["a"] + 1}

@@ -243,11 +243,11 @@ def test_statistics_are_those_of_the_training_rows(parquet: Path, tmp_path: Path
         assert np.array_equal(said["max"], values.max(0))
 
 
-def test_standardise(tmp_path: Path) -> None:
+def test_standardize(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     a, b = generator.normal(1e9, 1, ROWS), generator.normal(-5, 1e-3, ROWS)  # in float32, `a` would be constant
     path = write(tmp_path, a=a, b=b, one=np.ones(ROWS))
-    train, _ = pack(path, tmp_path / "out", columns={"x": ["a", "b", "one"], "y": "a"}, standardise=["x"])
+    train, _ = pack(path, tmp_path / "out", columns={"x": ["a", "b", "one"], "y": "a"}, standardize=["x"])
     read, source = both(tmp_path / "out"), np.stack([a, b, np.ones(ROWS)], 1)
     kept = source[np.sort(rows(tmp_path / "out" / "train")["row_id"])]
     mean, sd = [*kept.mean(0)[:2], 0.0], [*kept.std(0)[:2], 1.0]
@@ -263,8 +263,8 @@ def test_standardise(tmp_path: Path) -> None:
         "max": pytest.approx([*((kept.max(0) - mean) / sd)[:2], 1.0]),
     }
     assert np.array_equal(read["y"], a)  # float64, or it would be constant
-    with pytest.raises(UserError, match="standardise=z names no column of floats"):
-        pack(path, tmp_path / "out2", columns={"x": ["a"]}, standardise=["z"])
+    with pytest.raises(UserError, match="standardize=z names no column of floats"):
+        pack(path, tmp_path / "out2", columns={"x": ["a"]}, standardize=["z"])
 
 
 def test_categories_of_many_kinds_of_text(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_what_cannot_become_the_same_is_refused(monday: Path, tmp_path: Path, ch
 
 @pytest.mark.parametrize(
     "option",
-    [{"columns": COLUMNS}, {"standardise": ["x"]}, {"group_by": "city"}, {"held_out": 0.3}, {"seed": 1}],
+    [{"columns": COLUMNS}, {"standardize": ["x"]}, {"group_by": "city"}, {"held_out": 0.3}, {"seed": 1}],
     ids=lambda option: next(iter(option)),
 )
 def test_options_that_say_otherwise_are_refused(monday: Path, tmp_path: Path, option: dict) -> None:

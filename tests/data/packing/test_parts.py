@@ -29,9 +29,9 @@ ROWS = 3000
 SMALL = {"block_rows": 100, "shard_bytes": 30_000, "held_out": 0.2}
 VARYING = ("words", "marks")
 OPTIONS: dict[str, dict[str, Any]] = {
-    "rows": {"standardise": ["x"]},
+    "rows": {"standardize": ["x"]},
     "values": {"split_by": "team"},
-    "groups": {"group_by": "team", "standardise": ["x"], "columns": {"x": "x", "row": "row", "word": "word"}},
+    "groups": {"group_by": "team", "standardize": ["x"], "columns": {"x": "x", "row": "row", "word": "word"}},
 }
 
 

@@ -276,7 +276,7 @@ def test_columns_made_of_others_and_other_shifts_are_named(tmp_path: Path) -> No
     for name, options in (
         ("first", {"columns": {"x": ["a", "b"]}}),
         ("turned", {"columns": {"x": ["b", "a"]}}),
-        ("shifted", {"columns": {"x": ["a", "b"]}, "standardise": ["x"]}),
+        ("shifted", {"columns": {"x": ["a", "b"]}, "standardize": ["x"]}),
     ):
         pack(MemorySource(table), tmp_path / name, held_out=0, **options)
     for name, sentence in (

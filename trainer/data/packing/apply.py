@@ -1,4 +1,4 @@
-"""New rows in the columns of a packed table: the same names, stacking, codes and standardising."""
+"""New rows in the columns of a packed table: the same names, stacking, codes and standardizing."""
 
 import contextlib
 import json

@@ -54,7 +54,7 @@ class Cut:
 
     def _dtype(self, recipe: Recipe) -> str:
         """As which a column is stored."""
-        if recipe.name in self.table.standardise:
+        if recipe.name in self.table.standardize:
             return self.table.float_dtype or "float32"
         if not recipe.follows:
             return recipe.dtype
@@ -66,16 +66,16 @@ class Cut:
         """The columns whose statistics are those of what the training shards hold."""
         numeric = [r.name for r in self.table.recipes if r.is_dense and (r.vocabulary is None)]
         return (
-            *(name for name in numeric if name not in self.table.standardise),
+            *(name for name in numeric if name not in self.table.standardize),
             *(("length",) if self.longest is not None else ()),
         )
 
     @cached_property
     def shifts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """What standardising subtracts and divides by."""
+        """What standardizing subtracts and divides by."""
         if self.table.shifts is not None:
             return {name: (np.array(each["mean"]), np.array(each["sd"])) for name, each in self.table.shifts.items()}
-        return {name: self.tally.moments[name].shift() for name in self.table.standardise}
+        return {name: self.tally.moments[name].shift() for name in self.table.standardize}
 
     @cached_property
     def dtypes(self) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Table:
     group: Recipe | None
     split: Split
     seed: int
-    standardise: tuple[str, ...]
+    standardize: tuple[str, ...]
     float_dtype: str | None
     drop: bool
     shard_bytes: int
@@ -50,7 +50,7 @@ class Table:
     entry_bytes: int = 0
     """Of the entries of all sparse and ragged columns, about."""
     shifts: dict[str, dict[str, Any]] | None = None
-    """What standardising subtracts ("mean") and divides by ("sd"), where it is that of another table."""
+    """What standardizing subtracts ("mean") and divides by ("sd"), where it is that of another table."""
     longest: int | None = None
     """T, where it is that of another table."""
     mixed: dict[str, str] = field(default_factory=dict)
@@ -86,9 +86,10 @@ class Table:
                 else Recipe(**{**made, "parts": tuple(made["parts"]), "shape": tuple(made["shape"])})
             )
 
+        content = {"standardize" if name == "standardise" else name: value for name, value in content.items()}  # of 0.1
         split = Split(**{**content["split"], "by": recipe(content["split"]["by"])})
         settled = {"recipes": [recipe(made) for made in content["recipes"]], "group": recipe(content["group"])}
-        return cls(**{**content, **settled, "split": split, "standardise": tuple(content["standardise"])})
+        return cls(**{**content, **settled, "split": split, "standardize": tuple(content["standardize"])})
 
 
 def describe(
@@ -96,7 +97,7 @@ def describe(
     *,
     columns: ColumnMap | None,
     group_by: str | None,
-    standardise: Sequence[str],
+    standardize: Sequence[str],
     float_dtype: str | None,
     categories: Sequence[str],
     spare: bool,
@@ -128,7 +129,7 @@ def describe(
     opened = as_words(opened, words) if like is None else words_like(like, opened)
     spared: dict[str, str] | None = {} if spare else None
     if like is None:
-        made = recipes(opened, columns, float_dtype, standardise, spared, categories)
+        made = recipes(opened, columns, float_dtype, standardize, spared, categories)
     else:
         made = recipes_like(like, opened)
     for name in (ROW_ID,) if group_by is None else (ROW_ID, "length"):
@@ -140,9 +141,9 @@ def describe(
     if not made and spared:
         raise UserError(next(iter(spared.values())))
     mixed = _mixed(opened, made, categories) if like is None else like.meta.get("mixed", {})
-    for name in standardise:
+    for name in standardize:
         if name not in {recipe.name for recipe in made if recipe.is_dense and recipe.dtype.startswith("float")}:
-            raise UserError(f"standardise={name} names no column of floats: name one of columns, or a list of numbers.")
+            raise UserError(f"standardize={name} names no column of floats: name one of columns, or a list of numbers.")
     if group_by is not None and not all(recipe.is_dense for recipe in made):
         raise UserError(f"group_by={group_by} has no place beside sparse or ragged columns: leave these out.")
     group = None if group_by is None else _key(opened, group_by, "group_by", "a group needs an exact key")
@@ -154,7 +155,7 @@ def describe(
     split = Split(held_out, seed, by, split_time, split_after)
     entry_bytes = sum(opened.fields[r.parts[0]].entries * ENTRY_BYTES for r in made if not r.is_dense)
     table = Table(
-        opened.name, opened.num_rows, made, group, split, seed, tuple(standardise), float_dtype,
+        opened.name, opened.num_rows, made, group, split, seed, tuple(standardize), float_dtype,
         entry_bytes=entry_bytes, mixed=mixed, weighted=weighted, spared=spared, **settled,
     )  # fmt: skip
     return opened, table
@@ -239,7 +240,7 @@ class Scatter:
     def piece(self, number: int) -> Tally:
         """The rows of one piece. Raises UserError for a missing value, unless these rows are dropped."""
         followed = (recipe.name for recipe in self.table.recipes if recipe.follows)
-        tally = Tally({name: RunningMoments() for name in (*self.table.standardise, *followed)})
+        tally = Tally({name: RunningMoments() for name in (*self.table.standardize, *followed)})
         first_row, stop = self._first_rows[number : number + 2].tolist()
         room = _Room(self.table, min(self._run_rows, stop - first_row))
         for batch in self.source.batches(self._batch_rows, self._names, number):

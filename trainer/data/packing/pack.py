@@ -97,6 +97,7 @@ def settle(
     shard_bytes: int = 1 << 27,
     block_rows: int = 8192,
     missing: str = "error",
+    standardize: Sequence[str] = (),
     standardise: Sequence[str] = (),
     group_by: str | None = None,
     split_by: str | None = None,
@@ -117,8 +118,8 @@ def settle(
         rows. ``split_time``: a column of numbers, times or text, of which the rows at ``split_after`` or later are held
         out, whatever ``held_out`` says.
     ``missing``: "error", or "drop" for rows with a null or NaN, counted in ``Index.meta["dropped"]``.
-    ``standardise``: float columns to store as (x - mean) / sd of the training rows, per element, from float64;
-        ``Index.meta["standardised"]`` keeps both. A constant element stays as it is (mean 0, sd 1).
+    ``standardize`` (or ``standardise``): float columns to store as (x - mean) / sd of the training rows, per element,
+        from float64; ``Index.meta["standardised"]`` keeps both. A constant element stays as it is (mean 0, sd 1).
     ``group_by``: a source column of integers or text. Rows that share its value become one row, in source order: row
         shape [...] becomes [T, ...], padded by repeating the group's last row; the int64 column "length" counts the
         real ones, and statistics are over these, per element of a source row.
@@ -147,7 +148,7 @@ def settle(
     settled: dict[str, Any] = {
         "columns": columns,
         "group_by": group_by,
-        "standardise": standardise,
+        "standardize": (*standardize, *standardise),
         "float_dtype": float_dtype,
         "categories": categories,
         "spare": spare,
@@ -169,7 +170,7 @@ def _like(place: Any, given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"like={place} is no shard folder.")
     index = folder.index
     found, usual = options_like(index), {"held_out": _HELD_OUT, "seed": 0}
-    for name in ("columns", "standardise", "categories", *found):
+    for name in ("columns", "standardize", "categories", *found):
         value = given[name]
         if value not in (None, (), [], {}, usual.get(name), found.get(name)):
             option = f"split.{name.removeprefix('split_')}" if name.startswith(("split_", "held")) else name
@@ -178,7 +179,7 @@ def _like(place: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {
         **found,
         "columns": None,
-        "standardise": tuple(index.meta.get("standardised", {})),
+        "standardize": tuple(index.meta.get("standardised", {})),
         "float_dtype": shifted[0] if shifted else given["float_dtype"],
         "like": replace(index, shards=()),
     }

@@ -75,7 +75,7 @@ class RunningMoments:
         return bool(((self.high > self.low) & far | np.isinf(self.rounding)).any()) if self.rows else False
 
     def shift(self) -> tuple[np.ndarray, np.ndarray]:
-        """What standardising subtracts and divides by: 0 and 1 where an element is constant, so an intercept stays."""
+        """What standardizing subtracts and divides by: 0 and 1 where an element is constant, so an intercept stays."""
         varies = self.high > self.low
         return np.where(varies, self.mean, 0.0), np.where(varies, self.sd, 1.0)
 

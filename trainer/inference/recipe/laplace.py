@@ -269,7 +269,7 @@ def _tell_of_scales(rows: StepBatch, say: Callable[[str], None]) -> None:
     if sizes and sizes[large] > _COLUMNS_APART * sizes[small]:
         say(
             f'the scales of columns "{small}" (sd {sizes[small]:.1g}) and "{large}" (sd {sizes[large]:.1g}) are too '
-            "far apart for steps of one size: give standardise=[...] when packing, or use other units."
+            "far apart for steps of one size: give standardize=[...] when packing, or use other units."
         )
 
 
