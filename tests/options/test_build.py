@@ -1,9 +1,14 @@
 """What a config's classes are given is what they take."""
 
 import pytest
+import torch
 from app_tools import config
+from omegaconf import OmegaConf
 
 from trainer.errors import UserError
+from trainer.inference.guides.mean_field import MeanField
+from trainer.inference.model.plates import Batch, PlatedModel
+from trainer.models.linear import LinearRegression
 from trainer.options import build
 
 
@@ -26,6 +31,29 @@ def test_an_option_that_a_model_does_not_take(words, sentence):
     with pytest.raises(UserError) as refused:
         build.model(config("train", "data.path=x", *words).model)
     assert sentence in str(refused.value)
+
+
+class Narrow(MeanField):
+    """A family of guides that no file of conf/ names."""
+
+    kind = "narrow"
+
+    def __init__(self, model, batch, width: float = 0.1):
+        super().__init__(model, batch, width)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "kind"),
+    [
+        ("trainer.inference.guides.mean_field.MeanField", {"init_scale": 0.3}, "mean-field"),
+        (f"{__name__}.Narrow", {"width": 0.3}, "narrow"),
+    ],
+)
+def test_a_family_of_guides_is_made_of_the_model(target, options, kind):
+    plated, x = PlatedModel(LinearRegression(noise_sd=1.0), ("x", "y"), "data"), torch.ones(4, 2)
+    factory = build.guide(OmegaConf.create({"_target_": target, **options}), plated.fn, ("x", "y"), "data")
+    guide = factory(plated, Batch({"x": x, "y": x[:, 0]}, torch.tensor(4), torch.tensor(1.0), None))
+    assert (guide.kind, guide.init_scale) == (kind, 0.3)
 
 
 def test_what_it_takes_is_bound():

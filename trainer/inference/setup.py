@@ -39,30 +39,41 @@ _NOTHING = (
 )
 
 
-def mean_field(plated: PlatedModel, batch: Batch, **options: Any) -> Guide:
-    """The default guide: mean-field, or the empty one where the model has no latent: maximum likelihood."""
+def is_family(guide: Any) -> bool:
+    """Whether ``guide`` is a class that keeps to `Guide`, and so is made of the plated model and a batch."""
+    return inspect.isclass(guide) and all(hasattr(guide, name) for name in ("setup", "draw", "gaussian", "ended"))
+
+
+def of_family(family: GuideFactory, plated: PlatedModel, batch: Batch) -> Guide:
+    """A guide of such a class, or the empty one where the model has no latent: maximum likelihood."""
     if has_latents(plated, batch):
-        return MeanField(plated, batch, **options)
+        return family(plated, batch)
     return PyroGuide(PlatedModel(no_guide, (), plated.plate), plated.plate)
 
 
+mean_field: GuideFactory = functools.partial(of_family, MeanField)
+"""Makes the default guide."""
+
+
 def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> GuideFactory:
-    """What makes the guide: "mean_field", a guide of Pyro's (a class or an instance), or the user's, any callable; also
-    one that makes a guide of the model, as ``lambda model: AutoNormal(model)``.
+    """What makes the guide: "mean_field", the class of a family, a guide of Pyro's (a class or an instance), or the
+    user's, any callable; also one that makes a guide of the model, as ``lambda model: AutoNormal(model)``.
 
     Raises UserError for another name.
     """
-    if guide in ("mean_field", MeanField):
+    if guide == "mean_field":
         return mean_field
     if isinstance(guide, str) or not callable(guide):
         raise UserError(f"guide={guide} is unknown: give mean_field, one of pyro.infer.autoguide, or your own guide.")
     made = guide.func if isinstance(guide, functools.partial) else guide
     guide = made if isinstance(guide, functools.partial) and not (guide.args or guide.keywords) else guide
+    if is_family(made):
+        return functools.partial(of_family, guide)
     if inspect.isclass(made) and is_autoguide(made):
-        return lambda plated, batch: _of_autoguide(guide(plated.fn), plated.fn, columns, plate)
+        return lambda plated, _: _of_autoguide(guide(plated.fn), plated.fn, columns, plate)
     if is_autoguide(guide):
-        return lambda plated, batch: _of_autoguide(guide, guide.model, columns, plate)
-    return lambda plated, batch: _of_callable(guide, plated.fn, tuple(columns), plate)
+        return lambda _plated, _batch: _of_autoguide(guide, guide.model, columns, plate)
+    return lambda plated, _: _of_callable(guide, plated.fn, tuple(columns), plate)
 
 
 def _of_callable(guide: Any, model: Any, columns: tuple[str, ...], plate: str) -> Guide:

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -17,7 +16,7 @@ from trainer.inference.optim.optimizers import Optimizer
 from trainer.inference.optim.schedules import Schedule
 from trainer.inference.programs.program import ProgramFactory
 from trainer.inference.recipe.convergence import Rule
-from trainer.inference.setup import GuideFactory, guide_factory, mean_field
+from trainer.inference.setup import GuideFactory, guide_factory, is_family
 from trainer.options.allowed import imported
 
 
@@ -111,8 +110,6 @@ def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...],
     if found is MeanField and owner is not None and _is_pair(owner):
         return guide_factory(owner.guide, columns, plate)
     made = make(node, partial=True)
-    if found is MeanField:
-        return partial(mean_field, **made.keywords)
-    if inspect.isclass(found) and not is_autoguide(found):
+    if inspect.isclass(found) and not is_autoguide(found) and not is_family(found):
         made = made()
     return guide_factory(made, columns, plate)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
 from svi_problems import F64, batch_of, noise_of, one_group
 
-from trainer.inference.guides.mean_field import Noise
+from trainer.inference.guides.mean_field import MeanField, Noise
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.setup import guide_factory, set_up
 
@@ -53,6 +54,22 @@ def own_beta(x):
     pyro.sample("p", dist.Beta(a, b))
 
 
+class SharedScale(MeanField):
+    """A family in ten lines: one log scale for all latents, which nobody outside knows as a Gaussian."""
+
+    kind = "mean field of one scale"
+
+    def init(self):
+        return {**super().init(), "guide.log_scale": torch.full((1,), math.log(self.init_scale), dtype=self.dtype)}
+
+    def draw(self, model, params, noise, batch, kl):
+        scales = {"guide.log_scale": params["guide.log_scale"].expand(self.size)}
+        return super().draw(model, params | scales, noise, batch, kl)
+
+    def gaussian(self, places):
+        return None
+
+
 class Member(NamedTuple):
     guide: Any
     wide: float = math.log(3.0)
@@ -63,6 +80,7 @@ class Member(NamedTuple):
 
 MEMBERS = {
     "mean field": Member("mean_field"),
+    "a family of ten lines": Member(SharedScale, math.log(3.0)),
     "AutoNormal": Member(AutoNormal, math.log(math.expm1(3.0))),
     "AutoMultivariateNormal": Member(AutoMultivariateNormal, math.log(math.expm1(3.0))),
     "AutoDelta": Member(AutoDelta),
@@ -98,6 +116,14 @@ def drawn(inference, theta, batch, normals, kl="monte_carlo"):
 def normals(inference, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(inference.guide.noise_size[0], dtype=F64, generator=generator)
+
+
+def test_a_family_takes_its_options_and_is_not_there_without_latents():
+    """Of a model that has none, maximum likelihood is left."""
+    made = guide_factory(partial(SharedScale, init_scale=0.5), ("x",))
+    inference, theta = materialise(level, made, batch_of(x=X), 3.0, Objective())
+    assert (inference.guide.kind, theta[1:].tolist()) == ("mean field of one scale", [math.log(0.5)])
+    assert materialise(maximum_likelihood, made, batch_of(x=X), 3.0, Objective())[0].guide.kind.startswith("none")
 
 
 def test_it_starts_where_every_number_is_finite(member):
