@@ -53,7 +53,7 @@ class Case:
 
 
 def python(program: str) -> Callable[[Path], list[str]]:
-    return lambda folder: [sys.executable, "-c", program]
+    return lambda _: [sys.executable, "-c", program]
 
 
 def svi(*words: str) -> Callable[[Path], list[str]]:

@@ -95,7 +95,7 @@ def main() -> None:
             folders = {"csr": Path(path) / "csr", "dense": Path(path) / "dense"}
             for name, stored in (("csr", rows), ("dense", dense(rows))):
                 pack(MemorySource({"x": stored}), folders[name], held_out=0, block_rows=1024)
-            ways = {name: epochs(folder, given.batch_size, lambda rows: None) for name, folder in folders.items()}
+            ways = {name: epochs(folder, given.batch_size, lambda _: None) for name, folder in folders.items()}
             ways["product"] = epochs(folders["csr"], given.batch_size, times_weights(torch.ones(given.width)))
             for way in ways.values():
                 next(way)

@@ -53,6 +53,7 @@ def visits(times: Any, y: Any = None) -> None:
 
 
 def own_guide(x: Any, y: Any = None) -> None:
+    del x, y
     loc = pyro.param("loc", lambda: torch.zeros(WIDTH))
     scale = pyro.param("scale", lambda: torch.full((WIDTH,), 0.1), constraint=constraints.positive)
     pyro.sample("w", dist.Normal(loc, scale).to_event(1))

@@ -54,6 +54,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """The text with its links as they are on the site."""
+    del config, files
     here = page.file.src_uri
     return LINK.sub(lambda found: f"]({site_link(found[1], here)})", markdown)
 
@@ -67,7 +68,8 @@ def site_link(target: str, page: str) -> str:
 
 def uri_of(target: str, page: str) -> str | None:
     """Where the site has the file that ``page`` links to as ``target``, in files/ where that is outside docs/; None
-    for what is no file of the checkout."""
+    for what is no file of the checkout.
+    """
     path, _, _ = target.partition("#")
     if "://" in target or not path or page == REFERENCE:
         return None

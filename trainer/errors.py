@@ -57,7 +57,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """ "1 block", "2,000 blocks": ``number`` of what is called ``one``."""
+    """Count ``number`` of what is called ``one``: "1 block", "2,000 blocks"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
@@ -68,7 +68,7 @@ def shortened(names: Iterable[str], most: int = 20) -> str:
 
 
 def meant(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """ "do you mean NAME?", the nearest to ``name`` of the ``known`` ones; ``otherwise`` where none is near."""
+    """Ask "do you mean NAME?", the nearest to ``name`` of the ``known`` ones; ``otherwise`` where none is near."""
     near = get_close_matches(name, list(known), n=1)
     return f"do you mean {near[0]}?" if near else otherwise
 

@@ -24,7 +24,7 @@ class Optimum(NamedTuple):
 
 
 def of_logistic(columns: dict[str, np.ndarray], prior_sd: np.ndarray) -> Optimum:
-    """Weights first and the intercept last, by Newton steps on the stationary equations
+    """Weights first and the intercept last, by Newton steps on the stationary equations.
 
         x' (y - E sigmoid(u)) - m / tau^2 = 0,     1 / s_d^2 = 1 / tau_d^2 + sum of x_d^2 E sigmoid'(u),
 

@@ -82,7 +82,8 @@ def model_of(setting: Setting) -> Callable[..., None]:
 
 class StockPyro:
     """``given``: the indices are drawn outside, by `torch.randint`. Validation is on, as Pyro has it, only where the
-    tutorial's form is measured."""
+    tutorial's form is measured.
+    """
 
     def __init__(self, setting: Setting, given: bool = False, jit: bool = False):
         torch.set_num_threads(setting.threads)

@@ -116,7 +116,7 @@ def nearly_collinear() -> Problem:
 
 
 def optimum(problem: Problem) -> Answer:
-    """Newton steps, halved until the ELBO grows, on the stationary equations of loc m and scale s,
+    """Newton steps, halved until the ELBO grows, on the stationary equations of loc m and scale s.
 
         x' E l'(u) = m / tau^2,     1 / s_d^2 = 1 / tau_d^2 - sum of x_d^2 E l''(u),
 
@@ -173,7 +173,7 @@ def case(name: str, make: Callable[[], Problem]) -> Case:
         with pyro.plate("data", len(x)):
             pyro.sample("y", problem().family(x @ torch.cat(each)), obs=y)
 
-    return Case(name, model, lambda root: {"x": problem().x, "y": problem().y}, lambda root: optimum(problem()))
+    return Case(name, model, lambda _: {"x": problem().x, "y": problem().y}, lambda _: optimum(problem()))
 
 
 CASES = (

@@ -103,7 +103,8 @@ _NUMPY_KINDS = {"f": "float", "i": "int", "u": "int", "b": "bool", "U": "text", 
 
 class Field(NamedTuple):
     """What a source column holds: "float", "int", "bool", "text", "csr" or "ragged" (rows come as `CsrRows` and
-    `RaggedRows`) or, when it is none of them, its type in words."""
+    `RaggedRows`) or, when it is none of them, its type in words.
+    """
 
     kind: str
     shape: tuple[int, ...] = ()  # of one row; csr: (width,); ragged: of one entry
@@ -134,7 +135,8 @@ def pieces_of(counts: Iterable[int], least: int = 1 << 18) -> list[Piece]:
 
 def choose(wanted: Iterable[str] | None, available: Sequence[str], where: object) -> list[str]:
     """``wanted`` (all ``available`` when None); raises UserError with close names for one that ``where`` lacks, and for
-    one that it has twice."""
+    one that it has twice.
+    """
     times = Counter(available)
     chosen = list(times if wanted is None else wanted)
     for name in chosen:

@@ -131,7 +131,8 @@ class Plan:
 
     def pieces_of(self, first: int, steps: int, lane: int) -> tuple[np.ndarray, Pieces]:
         """The runs of ``lane`` at ``steps`` global steps from ``first``, in order, and the global step of each,
-        int64 [runs]."""
+        int64 [runs].
+        """
         found, at = [], first
         while at < first + steps:
             stage = self._stage(at)
@@ -237,7 +238,8 @@ class Plan:
     def _page_runs(self, first_step: int, lane: int, number: int, page: int) -> np.ndarray:
         """The runs of a page of pools in part ``number`` of a lane, in the stage that begins at ``first_step``,
         permuted within each pool, cut where steps end, int64 [4, runs]: global step, block, first row in it, number of
-        rows."""
+        rows.
+        """
         stage = self._stage(first_step)
         parts, lane_rows = stage.parts[lane], int(stage.rows[lane])
         part = parts[number]

@@ -42,6 +42,11 @@ def explained(error: BaseException) -> BaseException:
         if first is None or first.decode().split()[0] == str(rank):
             return error
         return RankLost("", int(first.decode().split()[1]), faultless=isinstance(error, Stopped))
+    return _of_the_others(store, rank, error)
+
+
+def _of_the_others(store: Store, rank: int, error: BaseException) -> RankLost:
+    """What this rank raises for an ``error`` of a collective, which tells that others are gone."""
     found = _asked(lambda: _who(store, rank, dist.get_world_size()), _GRACE + _ANSWER)
     if found is None:
         return RankLost(_sentence("rank 0 no longer answers", error))

@@ -139,7 +139,8 @@ def spans(
 ) -> Iterator[tuple[int, int]]:
     """(first step, number of steps) of each chunk: at most what ``slots`` gives when it is asked for, none across any
     of ``ends`` (of rounds) or, for each (n, place) in ``every`` (checkpoints, epochs), across a step that is a multiple
-    of n from ``place``."""
+    of n from ``place``.
+    """
     while first < last:
         cuts = (first + n - (first - place) % n for n, place in every)
         steps = min(first + slots(), last, *cuts, *(end for end in ends if end > first)) - first

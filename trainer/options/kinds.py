@@ -78,7 +78,8 @@ class Filled:
 @dataclass(frozen=True)
 class PartOf:
     """Marks a node that takes options that are not ours: the arguments of a class that its ``_target_`` names, or what
-    ``record`` (whose options it has to have) does not know; ``several``: such nodes, each below a name of its own."""
+    ``record`` (whose options it has to have) does not know; ``several``: such nodes, each below a name of its own.
+    """
 
     record: type | None = None
     several: bool = False

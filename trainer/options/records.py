@@ -45,7 +45,8 @@ def bound(kind: Any, value: Any, key: str) -> Any:
 
 def record(kind: type[Record], node: Any, key: str = "") -> Record:
     """The record of a node. Raises UserError for a key that is unknown, one that is missing, and a value that no option
-    of the name may have."""
+    of the name may have.
+    """
     if not isinstance(node, Mapping):
         below = ", ".join(f"{key}.{field.name}=" for field in fields(kind))  # type: ignore[arg-type]
         raise UserError(f"{key}={shown(node)} must have its options given one by one: {below}.")

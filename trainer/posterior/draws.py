@@ -64,7 +64,8 @@ def latent_draws(
     inference: Inference, theta: Tensor, batch: Batch, seed: int, numbers: range, signs: Sequence[float] = (1.0,)
 ) -> dict[str, Tensor]:
     """[S, ...] of every latent outside the data plate, and of what the model derives from these alone: at the draws
-    ``numbers``, each with each of the ``signs``, one after the other."""
+    ``numbers``, each with each of the ``signs``, one after the other.
+    """
     first = _values(inference, draw(inference, theta, batch, seed, numbers[0], signs[0]))
     sizes = [value.numel() for value in first.values()]
 
@@ -154,7 +155,7 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
     with dtype_of(theta), torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
         seed_generators(mixed_seed(seed, number, first_row))
         trace = inference.parameters.call(
-            inference.parameters.unflatten(theta), lambda values: poutine.trace(free).get_trace(batch)
+            inference.parameters.unflatten(theta), lambda _: poutine.trace(free).get_trace(batch)
         )
     nodes = {name: trace.nodes[name] for name in inference.sites if name in observed}
     return {name: node for name, node in nodes.items() if not isinstance(node["fn"], dist.Unit)}

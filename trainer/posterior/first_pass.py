@@ -16,7 +16,8 @@ from trainer.inference.programs.program import Chunk
 
 class FirstPass:
     """Refuses wrong rows by ``check``: in chunks of ``folder`` before step ``until``, in blocks of any folder that is
-    not `done`."""
+    not `done`.
+    """
 
     def __init__(self, check: RowCheck, folder: ShardFolder, until: int):
         self.check, self.folder, self.until = check, folder, until

@@ -11,7 +11,8 @@ from trainer.inference.model.plates import Batch
 @contextmanager
 def refusing_fractions(index: Index, batch: Batch) -> Iterator[None]:
     """Raises UserError, with the row and its value, where the model fails on a column of ``batch`` that has a fraction
-    and was packed as integers."""
+    and was packed as integers.
+    """
     try:
         yield
     except (IndexError, RuntimeError, TypeError, ValueError) as error:

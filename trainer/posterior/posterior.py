@@ -77,7 +77,8 @@ class Posterior:
     @own_state()
     def parameters(self) -> dict[str, np.ndarray]:
         """The model's own trained parameters (point estimates), as the model sees them: of its modules, and of
-        `pyro.param`."""
+        `pyro.param`.
+        """
         found = parameters_of(self.inference, self.theta, self.rows)
         return {name: value.detach().cpu().numpy() for name, value in found.items()}
 
@@ -85,7 +86,8 @@ class Posterior:
         self, data: Any, num_draws: int = 200, quantiles: Sequence[float] = _LEVELS, seed: int = 0
     ) -> dict[str, Prediction]:
         """Every observed site at the rows of ``data`` (as for `fit`; it need not have the observed columns where the
-        model's arguments have defaults). Raises UserError for data that lack a column or hold what was never packed."""
+        model's arguments have defaults). Raises UserError for data that lack a column or hold what was never packed.
+        """
         parts: dict[str, list[Prediction]] = {}
         for _, found in self.predictions(data, num_draws, quantiles, seed):
             for name, each in found.items():

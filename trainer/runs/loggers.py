@@ -49,7 +49,7 @@ def make_loggers(cfg: Train, run_dir: Path) -> list[Logger] | bool:
     return loggers or False
 
 
-def _plain(node: DictConfig, run_dir: Path) -> Logger:
+def _plain(node: DictConfig, _run_dir: Path) -> Logger:
     logger: Logger = build.make(node)
     return logger
 
@@ -87,7 +87,8 @@ def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
 
 def _wandb(node: DictConfig, run_dir: Path) -> Logger:
     """A W&B logger whose run has begun, the one of this folder before: online where the server takes it within some
-    seconds, else offline."""
+    seconds, else offline.
+    """
     import wandb
 
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # telemetry: it waits 10 s for a silent server, at exit

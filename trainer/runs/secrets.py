@@ -20,7 +20,8 @@ _VARIABLE = "SVI_SECRETS"
 
 def redacted(value: Any, key: str = "") -> Any:
     """Plain ``value`` (dicts, lists, strings) without its secrets; `key=value` strings, several with commas
-    between them too, are settings of that key."""
+    between them too, are settings of that key.
+    """
     if isinstance(value, dict):
         return {name: redacted(each, str(name)) for name, each in value.items()}
     if isinstance(value, list):

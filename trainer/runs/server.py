@@ -14,7 +14,7 @@ WAIT = 5  # seconds for a server to answer, and for W&B's to take a run
 def unreachable(address: str) -> str | None:
     """Why no server answers at ``address``, if none does."""
     try:
-        urllib.request.urlopen(address, timeout=WAIT).close()
+        urllib.request.urlopen(address, timeout=WAIT).close()  # noqa: S310  an address that the user gave
     except urllib.error.HTTPError:
         pass  # an answer all the same
     except (OSError, ValueError) as error:

@@ -123,7 +123,7 @@ def _close(study: optuna.Study, folder: Path, n_trials: int, console: Console) -
         return
     done = sorted((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: -(t.value or 0.0))
     if done:
-        console.print(_table(done[:_SHOWN], folder))
+        console.print(_table(done[:_SHOWN]))
     counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     console.print(f"{len(trials)} of {counted(n_trials, 'trial')}: {said} · {folder}")
@@ -132,7 +132,7 @@ def _close(study: optuna.Study, folder: Path, n_trials: int, console: Console) -
         _plot(study, folder, console)
 
 
-def _table(trials: Sequence[FrozenTrial], folder: Path) -> Table:
+def _table(trials: Sequence[FrozenTrial]) -> Table:
     table = Table("trial", "ELBO per row", *(names := sorted({key for t in trials for key in t.params})), "seconds")
     for trial in trials:
         values = (trial.params.get(name) for name in names)

@@ -36,7 +36,7 @@ def _opened(data: Data, split: str) -> ShardFolder | None:
     several, began = places(data.path), time.monotonic()
     timeout, check = (data.timeout, data.on_corrupt == "error") if isinstance(data, TrainData) else (TIMEOUT, True)
 
-    def reading(thread: int) -> Reading:
+    def reading(_thread: int) -> Reading:
         return Reading(f"data.path={shown(data.path)}", time.monotonic() - began)
 
     folder = within(timeout, reading, lambda: open_split(several, split, cache_of(data), check))

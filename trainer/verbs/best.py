@@ -13,6 +13,7 @@ _OF_THE_SWEEP = ("trial=", "run_dir=", "sweep_dir=", "ckpt_path=last")
 
 def run(cfg: Best, run_dir: Path) -> float:
     """Prints the command, alone on standard output, and returns the winner's ELBO per row."""
+    del run_dir
     if (cfg.sweep is None) == (cfg.storage is None or cfg.study is None):
         raise UserError("say which: sweep=DIR, or storage=ADDRESS study=NAME.")
     words, value, place = _of_folder(Path(cfg.sweep)) if cfg.sweep else _of_study(str(cfg.storage), str(cfg.study))

@@ -19,6 +19,7 @@ _WIDE = 220  # characters, where nobody's terminal says
 
 def run(cfg: Runs, run_dir: Path) -> float:
     """Prints the table, writes the page where one is asked for, and returns the number of runs."""
+    del run_dir
     folder = Path(cfg.dir)
     if not folder.is_dir():
         raise UserError(f"dir={folder} is no folder.")

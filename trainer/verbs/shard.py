@@ -85,7 +85,7 @@ def _part(cfg: Shard, parts: Parts, console: Console) -> float:
 
 
 def _part_of(text: str) -> tuple[int, int]:
-    """ "3/16" as 3 and 16."""
+    """Read "3/16" as 3 and 16."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None:
         raise UserError(f"part={text} is no part: write part=1/16 for the first of 16.")
@@ -121,7 +121,7 @@ def _resources(cfg: Shard) -> dict[str, Any]:
 def _stopping_on_signals(left: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM unwind the stack, which clears what is half-written, and exit with 128 + n."""
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the clearing up
         print(f"svi shard: stopped by {signal.Signals(number).name}; {left}.", file=sys.stderr)
         sys.exit(128 + number)

@@ -18,6 +18,7 @@ def run(cfg: Verify, run_dir: Path) -> float:
 
     Raises UserError for several folders that are intact but do not go together.
     """
+    del run_dir
     console, rows, damaged = Console(highlight=False, soft_wrap=True), 0, 0
     several = places(cfg.data.path)
     for files in (each for place in several for each in split_files(place, cache_of(cfg.data))):

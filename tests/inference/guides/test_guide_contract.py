@@ -121,9 +121,9 @@ def normals(inference, seed=0):
 def test_a_family_takes_its_options_and_is_not_there_without_latents():
     """Of a model that has none, maximum likelihood is left."""
     made = guide_factory(partial(SharedScale, init_scale=0.5), ("x",))
-    inference, theta = materialise(level, made, batch_of(x=X), 3.0, Objective())
+    inference, theta = set_up(level, made, batch_of(x=X), 3.0, Objective())
     assert (inference.guide.kind, theta[1:].tolist()) == ("mean field of one scale", [math.log(0.5)])
-    assert materialise(maximum_likelihood, made, batch_of(x=X), 3.0, Objective())[0].guide.kind.startswith("none")
+    assert set_up(maximum_likelihood, made, batch_of(x=X), 3.0, Objective())[0].guide.kind.startswith("none")
 
 
 def test_it_starts_where_every_number_is_finite(member):

@@ -77,7 +77,8 @@ def words_like(index: Index, source: Source) -> Source:
 
 def check_packed(index: Index, other: Index, names: Iterable[str]) -> None:
     """Raises UserError where a column of ``names`` of the packed rows ``other`` means something else than in ``index``:
-    another kind or shape, other codes, other source columns, another shift."""
+    another kind or shape, other codes, other source columns, another shift.
+    """
     for name in names:
         ours, theirs = index.column(name), other.column(name)
         same = [

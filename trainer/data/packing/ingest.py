@@ -5,24 +5,21 @@ Shapes: B rows of a batch, F rows of a run.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from trainer.data.fields import VARYING, Rows, VaryingRows, choose, concatenate
-from trainer.data.packing.apply import recipes_like, words_like
-from trainer.data.packing.columns import ColumnMap, Recipe, check_categories, recipes, source_columns
+from trainer.data.fields import Rows, VaryingRows, concatenate
+from trainer.data.packing.columns import Recipe
 from trainer.data.packing.running_moments import RunningMoments
 from trainer.data.packing.runs import Runs
 from trainer.data.packing.shuffle import PLACE, scramble
 from trainer.data.packing.split import Split
-from trainer.data.shards.index import ROW_ID, Index
-from trainer.data.sources.mixed import as_words, mixed_columns, number_like
-from trainer.data.sources.source import Source, open_source
+from trainer.data.shards.index import ROW_ID
+from trainer.data.sources.source import Source
 from trainer.errors import UserError
 
 ENTRY_BYTES = 12  # of a csr column, about: an index and a value
@@ -90,104 +87,6 @@ class Table:
         split = Split(**{**content["split"], "by": recipe(content["split"]["by"])})
         settled = {"recipes": [recipe(made) for made in content["recipes"]], "group": recipe(content["group"])}
         return cls(**{**content, **settled, "split": split, "standardize": tuple(content["standardize"])})
-
-
-def describe(
-    source: Source | str | Path,
-    *,
-    columns: ColumnMap | None,
-    group_by: str | None,
-    standardize: Sequence[str],
-    float_dtype: str | None,
-    categories: Sequence[str],
-    spare: bool,
-    held_out: float,
-    seed: int,
-    split_by: str | None,
-    split_time: str | None,
-    split_after: Any,
-    like: Index | None = None,
-    **settled: Any,
-) -> tuple[Source, Table]:
-    """Opens ``source`` and settles what its columns become; columns to be standardised are carried in float64.
-
-    ``like``: a packed table that says it.
-    """
-    weighted = columns is not None and WEIGHT in columns if like is None else bool(like.meta.get(WEIGHT))
-    if like is not None:
-        columns = like.meta.get("columns", {})
-        settled |= {"shifts": like.meta.get("standardised", {}), "longest": _longest(like)}
-    opened: Source
-    if isinstance(source, str | Path):
-        keys = [key for key in (group_by, split_by, split_time) if key is not None]
-        opened = open_source(source, None if columns is None else source_columns(columns) + keys)
-    else:
-        opened = source
-    check_categories(categories, columns, opened)
-    named = [*categories, *(parts for name, parts in (columns or {}).items() if name in categories)]
-    words = {part for part in named if isinstance(part, str) and part in opened.fields}
-    opened = as_words(opened, words) if like is None else words_like(like, opened)
-    spared: dict[str, str] | None = {} if spare else None
-    if like is None:
-        made = recipes(opened, columns, float_dtype, standardize, spared, categories)
-    else:
-        made = recipes_like(like, opened)
-    for name in (ROW_ID,) if group_by is None else (ROW_ID, "length"):
-        if any(recipe.name == name for recipe in made):
-            sentence = f"the shards keep the column '{name}' for themselves: give yours another name."
-            if spared is None:
-                raise UserError(sentence)
-            made, spared[name] = [recipe for recipe in made if recipe.name != name], sentence
-    if not made and spared:
-        raise UserError(next(iter(spared.values())))
-    mixed = _mixed(opened, made, categories) if like is None else like.meta.get("mixed", {})
-    for name in standardize:
-        if name not in {recipe.name for recipe in made if recipe.is_dense and recipe.dtype.startswith("float")}:
-            raise UserError(f"standardize={name} names no column of floats: name one of columns, or a list of numbers.")
-    if group_by is not None and not all(recipe.is_dense for recipe in made):
-        raise UserError(f"group_by={group_by} has no place beside sparse or ragged columns: leave these out.")
-    group = None if group_by is None else _key(opened, group_by, "group_by", "a group needs an exact key")
-    by = None if split_by is None else _key(opened, split_by, "split.by", "what is held out needs an exact key")
-    if split_time is not None:
-        choose([split_time], list(opened.fields), opened.name)
-        if opened.fields[split_time].kind in VARYING:
-            raise UserError(f"split.time={split_time} is no column of one time per row.")
-    split = Split(held_out, seed, by, split_time, split_after)
-    entry_bytes = sum(opened.fields[r.parts[0]].entries * ENTRY_BYTES for r in made if not r.is_dense)
-    table = Table(
-        opened.name, opened.num_rows, made, group, split, seed, tuple(standardize), float_dtype,
-        entry_bytes=entry_bytes, mixed=mixed, weighted=weighted, spared=spared, **settled,
-    )  # fmt: skip
-    return opened, table
-
-
-def _mixed(source: Source, made: Sequence[Recipe], categories: Sequence[str]) -> dict[str, str]:
-    """What is wrong with columns of codes of numbers, and of text that is numbers in part, none of ``categories``."""
-    coded = [r for r in made if r.is_dense and r.vocabulary and not {r.name, r.parts[0]} & set(categories)]
-    text = {r.name: r.parts[0] for r in coded if number_like(r.vocabulary or ())}
-    sentences = mixed_columns(source, text.values())
-    found = {name: sentences[part] for name, part in text.items() if part in sentences}
-    for name, part, words in ((r.name, r.parts[0], r.vocabulary or []) for r in coded):
-        if not isinstance(words[0], str) and words != list(range(len(words))):
-            found[name] = (
-                f"column '{part}' of '{source.name}' holds categories of numbers, and the model gets their codes (0 "
-                f"stands for {words[0]}): give it as numbers, or pack it with categories=[{name}] if codes are meant."
-            )
-    return found
-
-
-def _longest(like: Index) -> int | None:
-    """T of a table packed in groups."""
-    dense = [column for column in like.columns if column.name not in (ROW_ID, "length")]
-    return dense[0].shape[0] if like.meta.get("group_by") and dense else None
-
-
-def _key(source: Source, name: str, option: str, because: str) -> Recipe:
-    """The recipe of a column whose values are told apart exactly."""
-    found = recipes(source, {"key": name}, "float32")[0]
-    if found.dtype != "int64" or found.shape or not found.is_dense:
-        raise UserError(f"{option}={name} is no column of integers or text: {because}.")
-    return found
 
 
 @dataclass

@@ -26,12 +26,12 @@ from trainer.data.packing.pack import (
     cut_of,
     memory_share,
     scatter,
-    settle,
     write_indexes,
 )
 from trainer.data.packing.partial import check_out, disk_of, is_whole
 from trainer.data.packing.running_moments import RunningMoments
 from trainer.data.packing.runs import ReadRuns, RunsFile, RunsTail, read_tail
+from trainer.data.packing.settle import Packing, settle
 from trainer.data.packing.workers import Progress, default_workers
 from trainer.data.shards.files import read_index
 from trainer.data.shards.index import Index, Shard
@@ -77,7 +77,7 @@ class Parts:
             known = self._plan()
             if known is not None and known["given"] == given and self._tail(part, known) is not None:
                 return None
-            opened, table = settle(source, **options)
+            opened, table = settle(source, Packing(**options))
             plan = {"given": given, "table": table.content()}
             if known is None:
                 with atomic_write(self.folder / "plan.json") as file:
@@ -90,12 +90,12 @@ class Parts:
             pieces = _share(opened.piece_rows, part, parts)
             rows = sum(opened.piece_rows[piece] for piece in pieces)
             workers = workers or default_workers(rows * table.row_bytes)
-            shown, share = Progress(progress, rows, passes=1), memory_share(memory_bytes, workers, table)
+            shown, share = Progress(progress, rows, workers, passes=1), memory_share(memory_bytes, workers, table)
             with self._temporary(f"part-{part}-of-{parts}") as path:
                 runs = RunsFile(table.recipes, path)
                 whole = None
                 try:
-                    tallies = scatter(opened, table, runs, pieces, share, workers, shown)
+                    tallies = scatter(opened, table, runs, pieces, share, shown)
                     about = {"plan": _digest(plan), "tallies": [tally.state() for tally in tallies]}
                     whole = self._part(part, parts)
                 finally:
@@ -198,7 +198,7 @@ class Parts:
         runs = ReadRuns(table.recipes, tails)
         try:
             yield (
-                cut_of(table, tally, runs, memory_share(memory_bytes, workers, table), workers, Progress(None, 0)),
+                cut_of(table, tally, runs, memory_share(memory_bytes, workers, table), Progress(None, 0, workers)),
                 workers,
             )
         finally:
@@ -208,7 +208,7 @@ class Parts:
         """Makes those of ``tasks`` that are not there."""
         left = [task for task in tasks if not self._record(*task).exists()]
         rows = cut.tally.training + cut.tally.held_out
-        shown = Progress(progress, rows * len(left) // max(1, len(cut.tasks)), passes=1)
+        shown = Progress(progress, rows * len(left) // max(1, len(cut.tasks)), workers, passes=1)
 
         def make(task: tuple[int, int]) -> None:
             side, number = task
@@ -222,7 +222,7 @@ class Parts:
                 record = {"shard": asdict(shard), "moments": {name: each.state() for name, each in moments.items()}}
                 file.write(json.dumps(record).encode())
 
-        shown.run(make, left, workers)
+        shown.run(make, left)
         return len(left)
 
     def _record(self, side: int, number: int) -> Path:

@@ -82,7 +82,7 @@ class RunningMoments:
     def statistics(
         self, subtract: np.ndarray | float = 0.0, divide: np.ndarray | float = 1.0
     ) -> dict[str, list[Any] | float]:
-        """ "mean", "sd", "min" and "max" of the values less ``subtract``, over ``divide``, as nested lists."""
+        """The "mean", "sd", "min" and "max" of the values less ``subtract``, over ``divide``, as nested lists."""
         centered = {
             "mean": self.mean - subtract,
             "sd": self.sd,

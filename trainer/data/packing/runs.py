@@ -31,7 +31,8 @@ _KEYS = (Recipe(PLACE, (), False, (), "uint64"), Recipe(ROW_ID, (), False, (), "
 
 class Run(Protocol):
     """The rows of one run: their cells, uint16 [B] in order, and their arrays: of rows, of entries, or of where each
-    row's entries begin (a value more than rows)."""
+    row's entries begin (a value more than rows).
+    """
 
     cells: np.ndarray
 

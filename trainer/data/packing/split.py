@@ -24,7 +24,8 @@ _BIT = np.uint64(1)
 @dataclass(frozen=True)
 class Split:
     """``share`` of the rows is held out by a hash at ``seed``; of the values of ``by``, with all their rows; or, with
-    ``time``, the rows at ``after`` or later (a number, or a date for a column of times or of text)."""
+    ``time``, the rows at ``after`` or later (a number, or a date for a column of times or of text).
+    """
 
     share: float
     seed: int

@@ -21,10 +21,10 @@ class Stopped(Exception):
 
 
 class Progress:
-    """Counts rows of all workers, each of them ``passes`` times in all, and reports its share of them."""
+    """Has ``workers`` threads work; counts and reports their rows, each of them ``passes`` times in all."""
 
-    def __init__(self, report: Callable[[int, int | None], None] | None, total: int, passes: int = 2):
-        self._report, self._total, self._passes, self._done = report, total, passes, 0
+    def __init__(self, report: Callable[[int, int | None], None] | None, total: int, workers: int, passes: int = 2):
+        self._report, self._total, self._workers, self._passes, self._done = report, total, workers, passes, 0
         self._lock, self._stopping = threading.Lock(), threading.Event()
 
     def tick(self, rows: int) -> None:
@@ -36,14 +36,14 @@ class Progress:
             if self._report is not None and rows:
                 self._report(min(self._done // self._passes, self._total), self._total)
 
-    def run(self, work: Callable[[T], R], tasks: Sequence[T], workers: int) -> list[R]:
-        """``work`` of each task, in order, on ``workers`` threads (1: on this one).
+    def run(self, work: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
+        """``work`` of each task, in order, on the workers' threads (one worker: on this one).
 
         Raises the error of the first task that fails, in their order; the others end at their next `tick`.
         """
-        if workers == 1 or len(tasks) < 2:
+        if self._workers == 1 or len(tasks) < 2:
             return [work(task) for task in tasks]
-        pool = ThreadPoolExecutor(min(workers, len(tasks)), thread_name_prefix="pack")
+        pool = ThreadPoolExecutor(min(self._workers, len(tasks)), thread_name_prefix="pack")
         futures = [pool.submit(work, task) for task in tasks]
         try:
             return [future.result() for future in futures]

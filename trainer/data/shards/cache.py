@@ -103,7 +103,8 @@ class ShardCache:
 
     def _make_room(self, needed: int, part: Path) -> None:
         """Removes what was used least recently, and is not in use, until ``needed`` bytes more are within the limit,
-        and takes them, as ``part``."""
+        and takes them, as ``part``.
+        """
         with FileLock(self.folder / "room.lock"):
             for other in self.folder.glob("*.part"):  # of processes that were killed
                 with suppress(Timeout), FileLock(other.with_suffix(".lock"), timeout=0):

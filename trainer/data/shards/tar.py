@@ -171,7 +171,8 @@ class ShardWriter:
 
 def widest_of(offsets: np.ndarray, before: Sequence[int] = ()) -> list[int]:
     """[j]: the most entries of 2^j rows that follow each other, over the block of ``offsets`` [rows + 1] and those
-    that gave ``before``."""
+    that gave ``before``.
+    """
     rows, found = len(offsets) - 1, []
     for j in range(max((rows - 1).bit_length() + 1, len(before))):
         span = min(2**j, rows)

@@ -83,7 +83,7 @@ def _triples(text: bytes) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _docword(file: Place, changed: object) -> tuple[dict[str, Field], list[Piece]]:
+def _docword(file: Place, _changed: object) -> tuple[dict[str, Field], list[Piece]]:
     with opened(file) as stream:
         documents, words, entries = _header(stream, file)
         starts = [(stream.tell(), 0)]  # of the pieces: the byte, the document (from 0)
@@ -123,7 +123,7 @@ def read_ldac(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece)
 
 
 @lru_cache(maxsize=64)
-def _ldac(file: Place, changed: object) -> tuple[dict[str, Field], list[Piece]]:
+def _ldac(file: Place, _changed: object) -> tuple[dict[str, Field], list[Piece]]:
     pieces, width, most, entries = [], 0, 0, 0
     with opened(file) as stream:
         for at, text in texts(stream):

@@ -68,7 +68,8 @@ def _read_ipc(file: Place, fields: Mapping[str, Field], rows: int, piece: Piece)
 
 def open_dataset(place: str) -> "ds.Dataset":
     """The Parquet files below a folder, or at an address of pyarrow's file systems or of fsspec's; partitions are
-    columns."""
+    columns.
+    """
     import pyarrow.dataset as ds  # loads pandas
     import pyarrow.fs as fs
 

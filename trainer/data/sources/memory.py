@@ -125,6 +125,11 @@ def _column(name: str, column: Any) -> Rows | pa.ChunkedArray:
             return np.asarray(column)
     if hasattr(column, "tocsr") or all(hasattr(column, part) for part in ("indptr", "indices", "data", "shape")):
         return _sparse(name, column)
+    return _array(name, column)
+
+
+def _array(name: str, column: Any) -> np.ndarray | pa.ChunkedArray:
+    """What NumPy makes of it, with its missing values."""
     try:
         array = np.asarray(column)
     except Exception as error:

@@ -145,7 +145,8 @@ def _csv_table(text: bytes, header: Sequence[str], types: Mapping[str, pa.DataTy
 
 def _codes(text: bytes, header: Sequence[str], table: pa.Table) -> set[str]:
     """The columns of ``table``, read from ``text``, whose numbers are not what is written: 007, and integers beyond 64
-    bits. Those are names, not numbers."""
+    bits. Those are names, not numbers.
+    """
     zeros = _has_leading_zeros(text)
     doubtful = [
         name
@@ -294,7 +295,7 @@ def read_svmlight(file: Place, fields: Mapping[str, Field], rows: int, piece: Pi
 
 
 @lru_cache(maxsize=64)
-def _svmlight_shape(file: Place, changed: object) -> tuple[int, int, bool, list[Piece]]:
+def _svmlight_shape(file: Place, _changed: object) -> tuple[int, int, bool, list[Piece]]:
     """D, the lowest index (1, or 0 where one is used), whether the labels are whole numbers, and the pieces."""
     pieces, highest, base, whole = [], 0, 1, True
     with opened(file) as stream:

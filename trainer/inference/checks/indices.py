@@ -64,7 +64,8 @@ class Lookup:
 
 class WatchIndices(TorchDispatchMode):
     """Notes each `Lookup` by rows of ``columns`` in ``found``, and takes 0 for what is out of range, so that the model
-    is evaluated to its end."""
+    is evaluated to its end.
+    """
 
     def __init__(self, columns: dict[str, Column]):
         super().__init__()

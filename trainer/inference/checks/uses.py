@@ -16,7 +16,7 @@ def calculates_with(inference: Inference, theta: torch.Tensor, batch: Batch, nam
     floats = batch._replace(columns={**batch.columns, name: batch.columns[name].to(batch.dtype)})
     found: list[poutine.Trace] = []
 
-    def run(values: dict[str, torch.Tensor]) -> None:
+    def run(_values: dict[str, torch.Tensor]) -> None:
         with AtZero(batch.dtype, batch.valid.device):
             found.append(poutine.trace(inference.model).get_trace(floats))
 

@@ -119,7 +119,8 @@ def _over_parts(
     by_chance: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
     """The sum [size] of the derivatives of all parts, less what a part's draws [pairs, E] add on so many rows
-    ``by_chance``."""
+    ``by_chance``.
+    """
     of_block, total = math.ceil(draws.pairs / rows.num_blocks), theta.new_zeros(size, dtype=torch.float64)
     for block in rows.blocks:
         parts = min(of_block, max(1, len(block.row_id) // draws.part_rows))
@@ -173,7 +174,8 @@ def _of_part(
 
 def even_normals(size: int, seed: int, first: int, count: int) -> Tensor:
     """float64 [count, size]: points ``first`` to ``first + count`` of the sequence that ``seed`` scrambles, each axis
-    a standard normal."""
+    a standard normal.
+    """
     points = SobolEngine(size, scramble=True, seed=seed).fast_forward(first).draw(count, dtype=torch.float64)
     normals: Tensor = torch.special.ndtri(points + 2.0**-31)  # the middle of a point's cell, which is 2^-30 wide
     return normals

@@ -109,7 +109,7 @@ class Together:
         for way in (self._mapped, self._traced):
             try:
                 got = of(way(theta, batch, two))
-            except Exception:  # whatever vmap or the trace say of what they cannot run
+            except Exception:  # noqa: S112  whatever vmap or the trace say of what they cannot run
                 continue
             largest = float(want.nan_to_num().abs().max()) if want.numel() else 0.0
             if torch.allclose(got, want, rtol=tolerance, atol=tolerance * (1 + largest), equal_nan=True):
@@ -166,7 +166,8 @@ class Together:
 
 def terms_together(inference: Inference, kl: KL | None = None) -> Together:
     """The sums of the ELBO's terms inside and outside the data plate, float64 [2] of each draw, nats at the scale of
-    the batch; ``kl``: another than the objective's."""
+    the batch; ``kl``: another than the objective's.
+    """
 
     def evaluate(values: dict[str, Tensor], noise: Noise, batch: Batch) -> Tensor:
         terms = elbo_terms(inference.model, inference.guide, values, noise, batch, kl or inference.objective.kl)

@@ -30,7 +30,8 @@ _MOST_NAMED = 3
 
 class Laplace:
     """u = loc + L eps; a row of zeros in L is a point, whose entropy counts as 0. ``auto``: Pyro's guide, which starts
-    it."""
+    it.
+    """
 
     kind, callables, log_q_of_a_draw = "AutoLaplaceApproximation (normal by the curvature at the mode)", (), None
 
@@ -72,7 +73,8 @@ class Laplace:
 
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         """The parameters that the ``hessian`` [D, D] of minus the log joint changes. Raises UserError where it has no
-        inverse that is a covariance."""
+        inverse that is a covariance.
+        """
         curvature = hessian.diagonal()
         scale = torch.where(curvature > 0, curvature, 1.0).rsqrt()
         scaled = scale[:, None] * hessian * scale

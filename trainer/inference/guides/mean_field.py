@@ -71,7 +71,8 @@ class Guide(Protocol):
     @property
     def log_q_of_a_draw(self) -> Callable[[Batch], Tensor] | None:
         """log q [] of a draw from torch's own generator, as a function of the parameters alone; None where draws are
-        smooth functions of their noise, so that nobody needs it."""
+        smooth functions of their noise, so that nobody needs it.
+        """
         ...
 
     @property
@@ -91,7 +92,8 @@ class Guide(Protocol):
 
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         """The parameters of the answer that training leaves open, by the ``hessian`` [curved, curved] of minus the ELBO
-        over all rows."""
+        over all rows.
+        """
         ...
 
 

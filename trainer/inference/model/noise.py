@@ -76,7 +76,8 @@ def chunk_noise(
 
 def element_noise(seed: int | Tensor, step: Tensor, draws: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Standard normals [R, count] for the elements of the global latents at ``step`` (0-d, or [K, 1, 1] for
-    [K, R, count]) of ``draws`` [R]."""
+    [K, R, count]) of ``draws`` [R].
+    """
     quad = torch.arange(-(-count // 4), device=draws.device)
     words = philox4x32((quad, step >> 32, step & _MASK, draws[:, None]), _key(seed))
     return _normals(words, count, dtype)

@@ -203,7 +203,7 @@ def _recording_modules(modules: nn.ModuleDict) -> AbstractContextManager[None]:
     return _module_statement(module)
 
 
-def _known_module(name: str, nn_module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+def _known_module(name: str, nn_module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:  # noqa: ARG001  Pyro's
     """`pyro.module` for a module that is swapped already (Pyro's own warns of tensors that want no gradient)."""
     return nn_module
 

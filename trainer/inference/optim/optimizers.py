@@ -69,7 +69,8 @@ class Adam:
 @dataclass(frozen=True)
 class ClippedAdam(Adam):
     """Adam on a gradient clipped element by element at ``clip`` (in full-data nats), as `pyro.optim.ClippedAdam`,
-    which adds eps before the bias correction (the end of Kingma and Ba's section 2)."""
+    which adds eps before the bias correction (the end of Kingma and Ba's section 2).
+    """
 
     clip: float = 10.0
 

@@ -45,7 +45,8 @@ class Preconditioner(NamedTuple):
 
     def chance(self, sd: Tensor, elements: Tensor) -> Tensor:
         """What draws [..., E] and their antitheses add to a quadratic loss by chance, in nats: (z'Hz - its mean) / 2
-        [...]."""
+        [...].
+        """
         scale = self._bounded(sd)
         z, curvature = scale * elements[..., : len(scale)], self.curvature.to(sd.dtype)
         return 0.5 * ((z @ curvature * z).sum(-1) - (scale**2 * curvature.diagonal()).sum())

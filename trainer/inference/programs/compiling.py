@@ -139,7 +139,8 @@ def _ended(process: "subprocess.Popen[bytes]", folder: Path, path: Path, parent:
 
 def key(recipe: Recipe) -> str:
     """Names what ``recipe`` compiles to on this machine: the same in every process, and after every change of what it
-    does not depend on."""
+    does not depend on.
+    """
     code = [_code(_HERE / name) for name in ("scan.py", "compiler.py", "side_by_side.py", "normals.cpp")]
     parts = [asdict(recipe), _settings(), _libraries(), _processor(), *code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

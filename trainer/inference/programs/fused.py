@@ -140,7 +140,8 @@ class Fused:
 
     def flat(self, state: State, chunk: Chunk) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
         """The pure step as a function of tensors in a row (carry, noise, data, rates, numbers), and these for each
-        slot."""
+        slot.
+        """
         layout, carry = self._layout(chunk), _carry(state)
         data, numbers = layout.data(chunk), self._numbers(state)
         rates = torch.stack([self._rates(state.step + k, *numbers) for k in range(len(chunk.batch_rows))])

@@ -48,13 +48,14 @@ def shapes_of(tensors: Sequence[Tensor]) -> Shapes:
 def called(code: str) -> Function:
     """The function that a graph's ``code`` defines."""
     names: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
-    exec(code, names)
+    exec(code, names)  # noqa: S102  of a graph that was traced here
     return lambda *tensors: names["forward"](None, *tensors)
 
 
 class Scan(nn.Module):
     """``step(*carry, *slot, *numbers, *constants)`` gives (*carry, terms, norm); ``rates(step, *numbers, *constants)``
-    the optimizer's rates at a step. What is fixed are the numbers, the constants of the rates and those of the step."""
+    the optimizer's rates at a step. What is fixed are the numbers, the constants of the rates and those of the step.
+    """
 
     def __init__(self, step: Function, rates: Function, rate_constants: int):
         super().__init__()

@@ -14,7 +14,8 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 class SideBySide:
     """While it is entered, what Inductor compiles ahead of time for the CPU is compiled side by side, and linked with
-    ``source``, a file of C++, which is compiled at once."""
+    ``source``, a file of C++, which is compiled at once.
+    """
 
     def __init__(self, source: Path, folder: Path):
         self.began = 0.0

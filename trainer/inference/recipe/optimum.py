@@ -55,7 +55,8 @@ class Optimum(NamedTuple):
 
 def can_be_settled(inference: Inference) -> bool:
     """Whether all that is learnt is a guide of Pyro's or the user's with global latents alone, and draws enough are to
-    be had."""
+    be had.
+    """
     guide = inference.guide
     of_rows = guide.noise_size[1] or any(kind == "kl_local" for kind in inference.kinds)
     return bool(inference.gaussian is None and not of_rows and _levels(inference))
@@ -63,7 +64,8 @@ def can_be_settled(inference: Inference) -> bool:
 
 def problem_of(inference: Inference) -> Inference:
     """With the gradient whose noise vanishes where the guide is the posterior (Roeder, Wu and Duvenaud 2017), where it
-    need not be that of a function."""
+    need not be that of a function.
+    """
     if inference.guide.log_q_of_a_draw is None:
         return inference
     return replace(inference, objective=replace(inference.objective, kl="sticking_the_landing"))
@@ -170,7 +172,8 @@ def by_natural_gradient(theta: Tensor, loss: Loss, information: Callable[[Tensor
 
 def _natural(gradient: Tensor, information: Tensor) -> tuple[Tensor, float]:
     """The natural-gradient step [P] and the nats that it would gain, g' F^-1 g / 2; nan where the guide's distribution
-    does not tell how far a parameter may go (a point's, or one of the model's own)."""
+    does not tell how far a parameter may go (a point's, or one of the model's own).
+    """
     if ((information.diagonal() == 0) & (gradient != 0)).any():
         return torch.zeros_like(gradient), math.nan
     scale = information.diagonal().clamp(min=1e-300).rsqrt()
