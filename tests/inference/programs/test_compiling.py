@@ -175,7 +175,8 @@ def test_a_compilation_ends_with_its_parent(tmp_path):
         "    while not Path('begun').exists(): time.sleep(0.1)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "TMPDIR": str(tmp_path),
+    places = f"{HERE.parents[1]}:{HERE}:{Path(__file__).parent}"
+    environment = {**os.environ, "PYTHONPATH": places, "TMPDIR": str(tmp_path),
                    "XDG_CACHE_HOME": str(tmp_path / "cache")}  # fmt: skip
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
