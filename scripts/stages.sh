@@ -1,4 +1,4 @@
-# Sourced by scripts that run in stages: each says what it does and how many seconds it took.
+# Sourced by scripts that run in stages, each of which says what it does and how many seconds it took.
 
 # stage WHAT COMMAND ...: shows what the command prints.
 stage() {
@@ -23,4 +23,18 @@ quiet_stage() {
   fi
   rm -f "$said"
   echo "   $((SECONDS - began)) s"
+}
+
+# missing COMMAND ...: whether one of them is not installed.
+missing() {
+  for each; do
+    command -v "$each" >/dev/null || return 0
+  done
+  return 1
+}
+
+# install_packages PACKAGE ...: Debian's, without those they only recommend.
+install_packages() {
+  quiet_stage "apt: $*" sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends "$@"' sh "$@"
 }
