@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def seen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[s
         rows.append((re.sub(r"at step \d+(,\d{3})*", "at step N", text), str(code)))
 
     yield record
-    if request.node.rep_call.passed:
+    if getattr(request.node, "rep_call", None) and request.node.rep_call.passed:
         (row,) = rows
         row = failure_table.Row(marker.kwargs["what"], *row, marker.kwargs["lost"])
         if request.config.getoption("--write-table", False):
@@ -48,3 +49,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     if report.when == "call":
         item.rep_call = report  # type: ignore[attr-defined]
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts the skipped tests by what they need."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    for reason, count in Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped).most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")

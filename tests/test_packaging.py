@@ -50,7 +50,7 @@ def installed(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     if request.param == "editable":
         svi = Path(sys.executable).parent / "svi"
         if not svi.exists():
-            pytest.skip("this Python has no editable install: ./scripts/setup makes one")
+            pytest.skip("needs an editable install, which ./scripts/setup makes")
         return svi, {"PYTHONPATH": ""}, ROOT
     site = tmp_path_factory.mktemp("site")
     options = ("-q", "--no-deps", "--no-index", "--disable-pip-version-check", "--target", site)

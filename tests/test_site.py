@@ -19,7 +19,6 @@ GROUPS = sorted(path.relative_to(ROOT / "conf") for path in ROOT.glob("conf/[!h]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built site."""
-    pytest.importorskip("mkdocs", reason="pip install 'svi-trainer[docs]'")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

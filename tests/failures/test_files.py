@@ -100,7 +100,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("needs root, to mount a small disk")
+        pytest.skip("needs root that may mount a small disk")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 

@@ -1,6 +1,7 @@
 """Two machines, as network namespaces with a cable between them: cut for a moment, and cut for good."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -24,8 +25,8 @@ def ip(*arguments: str) -> bool:
 def hosts() -> Iterator[list[str]]:
     """The namespace and the address of each of two machines, as "NAME=ADDRESS"."""
     names = [f"svi-{os.getpid()}-{each}" for each in "ab"]
-    if os.geteuid() or not all(ip("netns", "add", name) for name in names):
-        pytest.skip("needs root and ip netns, to make two machines of one")
+    if os.geteuid() or not shutil.which("ip") or not all(ip("netns", "add", name) for name in names):
+        pytest.skip("needs root that may make network namespaces, and ip (apt-get install iproute2)")
     ip("link", "add", "host", "netns", names[0], "type", "veth", "peer", "name", "host", "netns", names[1])
     addresses = [f"10.213.77.{number}" for number in (1, 2)]
     for name, address in zip(names, addresses):

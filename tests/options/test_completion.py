@@ -47,7 +47,7 @@ def test_files_where_no_choice_is_known(tmp_path):
     assert offered(f"svi train data.path={tmp_path}/sh") == [f"{tmp_path}/shards"]
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh (apt-get install zsh)")
 def test_zsh_takes_it():
     text = script(cli.config_folder(), cli.VERBS)
     subprocess.run(["zsh", "-f", "-c", f"autoload -Uz compinit && compinit -D\n{text}"], check=True)

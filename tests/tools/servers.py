@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3fs import S3FileSystem
 
 
 class Faulty:
@@ -83,7 +85,7 @@ def nginx(folder: Path, work: Path) -> Iterator[str]:
     """The address of an nginx that serves ``folder``."""
     binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if binary is None:
-        pytest.skip("nginx is not installed (apt-get install nginx-light)")
+        pytest.skip("needs nginx (apt-get install nginx-light)")
     port = free_port()
     (work / "nginx.conf").write_text(
         f"daemon off; pid {work}/pid; error_log {work}/error.log; user root;\n"
@@ -99,21 +101,19 @@ def nginx(folder: Path, work: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def s3() -> Iterator[Any]:
     """fsspec's file system of an S3 API, which `s3://` means within the block."""
-    pytest.importorskip("moto")
-    kind = pytest.importorskip("s3fs").S3FileSystem
-    binary = shutil.which("moto_server")
-    if binary is None:
-        pytest.skip("moto_server is not on the path")
     port = free_port()
-    with _running([binary, "-H", "127.0.0.1", "-p", str(port)], port), pytest.MonkeyPatch.context() as patch:
+    with (
+        _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL"):
             patch.setenv(name, f"http://127.0.0.1:{port}")
-        kind.clear_instance_cache()
-        yield kind(endpoint_url=f"http://127.0.0.1:{port}")
-        kind.clear_instance_cache()  # they would ask this server again in another test
+        S3FileSystem.clear_instance_cache()
+        yield S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}")
+        S3FileSystem.clear_instance_cache()  # they would ask this server again in another test
 
 
 def free_port() -> int:

@@ -211,7 +211,6 @@ def test_of_an_address_what_is_not_there_is_left_out_and_what_cannot_be_reached_
     fit, folders, tmp_path, monkeypatch
 ):
     """It may be intact, and there again tomorrow."""
-    pytest.importorskip("aiohttp")
     monkeypatch.setattr(remote, "_PAUSE", 0.0)
     copy = Path(shutil.copytree(folders[2], tmp_path / "copy"))
     first, second, *_ = read_index(copy / "train").shards

@@ -2,6 +2,7 @@
 
 import json
 
+import arviz
 import numpy as np
 import pandas as pd
 import pyro
@@ -10,14 +11,12 @@ import pytest
 import torch
 from app_tools import config
 from pyro.infer.autoguide import AutoNormal
+from safetensors.torch import load_file
 
 from trainer import fit as fit_here
 from trainer.errors import UserError
 from trainer.posterior.export import save_guide, to_inference_data
 from trainer.verbs import export
-
-arviz = pytest.importorskip("arviz")
-safetensors = pytest.importorskip("safetensors.torch")
 
 
 def by_group(x, group, y):
@@ -53,7 +52,7 @@ def test_dimensions_have_the_names_of_the_columns(posterior):
 
 def test_the_guides_parameters(posterior, tmp_path):
     save_guide(posterior, tmp_path / "guide.safetensors")
-    found = safetensors.load_file(tmp_path / "guide.safetensors")
+    found = load_file(tmp_path / "guide.safetensors")
     facts = json.loads((tmp_path / "guide.json").read_text())
     assert facts["sites"] == {"w": [2], "spread": [], "level": [3]}
     assert facts["columns"] == {"group": ["north", "south", "west"]}
@@ -70,7 +69,7 @@ def test_the_command(fit, tmp_path):
     export.run(config("export", f"run={run_dir}", f"out={tmp_path / 'draws.nc'}", "draws=9"), run_dir)
     assert arviz.from_netcdf(tmp_path / "draws.nc")["posterior"]["w"].shape == (1, 9, 3)
     export.run(config("export", f"run={run_dir}", f"out={tmp_path / 'guide.safetensors'}"), run_dir)
-    assert set(safetensors.load_file(tmp_path / "guide.safetensors")) == {
+    assert set(load_file(tmp_path / "guide.safetensors")) == {
         "w.loc", "w.scale", "sigma.loc", "sigma.scale",
     }  # fmt: skip
     for out, message in (("a.txt", "of no known format"), ("no/a.nc", "make it first")):

@@ -285,7 +285,7 @@ def small_disk(here: Path):
     disk.mkdir()
     mount = shutil.which("mount")
     if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk]).returncode:
-        pytest.skip("a small disk can be mounted by root only")
+        pytest.skip("needs root that may mount a small disk")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 

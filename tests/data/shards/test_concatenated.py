@@ -184,7 +184,6 @@ def test_damage_names_the_folder(days: list[Path], tmp_path: Path) -> None:
 
 
 def test_at_addresses_too(days: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
     with faulty(days[0].parent) as server:
         there = open_split([f"{server.url}/{day.name}" for day in days[:2]] + [days[2]], "train", ShardCache(tmp_path))
         assert there is not None

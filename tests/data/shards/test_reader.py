@@ -26,7 +26,7 @@ from trainer.errors import UserError
 
 BLOCKS = [7, 1, 30, 2, 19, 30, 11, 8, 24, 5]
 TABLE = all_dtypes(sum(BLOCKS))
-linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux, whose /proc lists open files")
 STARTS = np.cumsum([0, *BLOCKS])
 
 

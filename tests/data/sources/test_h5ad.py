@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from scipy import sparse
@@ -15,7 +16,6 @@ from trainer.data.sources import h5ad
 from trainer.data.sources.source import open_source
 from trainer.errors import UserError
 
-h5py = pytest.importorskip("h5py")
 CELLS, GENES = 100, 12
 
 

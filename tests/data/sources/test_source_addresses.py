@@ -13,8 +13,6 @@ from trainer.data.packing.pack import pack
 from trainer.data.sources.source import open_source
 from trainer.errors import UserError
 
-pytest.importorskip("fsspec")
-pytest.importorskip("aiohttp")
 FORMS = ["parquet", "csv", "npz", "arrow", "jsonl"]
 
 

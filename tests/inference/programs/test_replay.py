@@ -14,7 +14,7 @@ from trainer.inference.programs.scan import Scan
 from trainer.inference.programs.tracing import trace
 from trainer.inference.step import Update
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
 
 
 def replayed(fused, state, chunk):
