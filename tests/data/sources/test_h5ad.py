@@ -6,6 +6,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
@@ -13,6 +14,7 @@ from trainer.data.fields import concatenate
 from trainer.data.packing.pack import pack
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.sources import h5ad
+from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import open_source
 from trainer.errors import UserError
 
@@ -95,6 +97,27 @@ def test_cells_are_packed(tmp_path: Path) -> None:
     )
     assert np.array_equal(folder.read_block(0, "pca")[:, 0], 2.0 * rows)
     assert np.array_equal(folder.read_block(0, "good"), counts()[rows, 0] > 0)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(
+    "categories", [["low", "mid", "high"], [10, 2, 7, 1], [0.5, 0.25], [True, False], ["a", "b", "never"]]
+)
+def test_categories_are_those_of_a_data_frame(tmp_path: Path, categories: list[Any], ordered: bool) -> None:
+    kinds = pd.Categorical.from_codes(np.arange(CELLS) % 2, categories, ordered=ordered)  # type: ignore[arg-type]
+    with h5py.File(write(tmp_path / "t.h5ad"), "r+") as root:
+        group = root["obs/kind"]
+        group.attrs["ordered"] = ordered
+        group["codes"][:] = kinds.codes
+        del group["categories"]
+        words = isinstance(categories[0], str)
+        group.create_dataset("categories", data=categories, dtype=h5py.string_dtype() if words else None)
+        group["categories"].attrs["encoding-type"] = "string-array" if words else "array"
+    file, _ = pack(tmp_path / "t.h5ad", tmp_path / "file", columns={"kind": "kind"})
+    frame, _ = pack(MemorySource(pd.DataFrame({"kind": kinds})), tmp_path / "frame")
+    assert file.column("kind") == frame.column("kind")
+    codes = [ShardFolder(tmp_path / name / "train").read_block(0, "kind") for name in ("file", "frame")]
+    assert np.array_equal(*codes)
 
 
 def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

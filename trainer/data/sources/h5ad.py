@@ -4,6 +4,7 @@ Layers are "layers/NAME", embeddings "obsm/NAME". Source of the format: anndata.
 `trainer.data.sources.formats`. Shapes: B rows of a batch.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -102,9 +103,10 @@ def _rows(item: Any, first: int, stop: int) -> Raw:
     if kind == "array":
         return item[first:stop]
     if kind == "categorical":
-        codes, of = item["codes"][first:stop], item["categories"]
-        kinds = _words(of, 0, None) if _kind(of) == "string-array" else of[:].tolist()
-        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array([str(each) for each in kinds]))
+        codes, kinds = item["codes"][first:stop], pa.array(_rows(item["categories"], 0, sys.maxsize))
+        kinds = pa.array(map(str, kinds.to_pylist())) if pa.types.is_boolean(kinds.type) else kinds
+        ordered = bool(item.attrs.get("ordered", False))
+        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), kinds, ordered=ordered)
     if kind == "string-array":
         return pa.array(_words(item, first, stop), pa.string())
     values, mask = item["values"], item["mask"][first:stop].astype(bool)
