@@ -29,7 +29,9 @@ PAGES = [
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("examples/*/README.md")),
 ]
-NOT_OURS = {"weights_only=True"}  # torch.load's
+NOT_OURS = {  # of torch.load, TarWriter, Lightning's trainer and our Python classes
+    *("weights_only=True", "mtime=0", "mode=0o644", 'devices=2, strategy="ddp"', "options=", "num_obs="),
+}
 OVERRIDE = re.compile(r"[a-z_]+(\._?[a-z_]+)*=[^ ]*")
 SVI = """#!/usr/bin/env bash
 # The command on a smaller scale.
@@ -218,7 +220,7 @@ def written(text: str) -> list[str]:
     """What a source has between quotes, "…" for what is filled in."""
     found = []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ConcatenatedStr):
+        if isinstance(node, ast.JoinedStr):
             found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(re.sub(r"\{.*?\}", "…", node.value))

@@ -29,7 +29,7 @@ VERBS = {
     "shard": "pack a table into shards",
     "verify": "check every hash of a shard folder",
     "inspect": "what a shard folder holds",
-    "train": "fit a model to a shard folder",
+    "train": "fit a model to a table or its shards",
     "predict": "new observations at the rows of a table",
     "export": "the answer for ArviZ, or as safetensors",
     "runs": "the runs and sweeps below a folder, as a table or a page",
