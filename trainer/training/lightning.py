@@ -92,6 +92,7 @@ class VariationalModule(ChunkModule):
         self._trains = stage == "fit"
         if not self._trains:
             return
+        self._saved = self._final = self._loader = None
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ShardData):
             self._set_up(data)
@@ -260,6 +261,10 @@ class _Steering(Callback):
                 each.on_train_batch_end(trainer, module, *args)
         if module.step >= module.update.horizon:
             trainer.should_stop = True
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(module, VariationalModule) and hasattr(module, "program"):
+            module.program.abandon()  # what compiles meanwhile
 
 
 @contextmanager
