@@ -14,7 +14,8 @@ import torch
 
 from scripts.benchmark.problems import MODELS, Setting, load
 from trainer import fit
-from trainer.data.plan import Plan, default_lanes
+from trainer.data.lanes import default_lanes
+from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import Column
 from trainer.engine.datamodule import ChunkData, Ranks

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from trainer.data import plan as planning
-from trainer.data.plan import Pieces, Plan, _permutation, default_lanes
+from trainer.data.lanes import default_lanes
+from trainer.data.plan import Pieces, Plan, _permutation
 from trainer.data.remainder import EpochRemainder, Part
 from trainer.engine.datamodule import Ranks
 from trainer.errors import UserError

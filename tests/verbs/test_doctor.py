@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
 
 
 def test_a_task_that_srun_did_not_start_is_wrong(monkeypatch):
-    monkeypatch.setattr(doctor, "_job_facts", lambda job: {"TimeLimit": "01:00:00", "Requeue": "0"})
+    monkeypatch.setattr(doctor, "job_facts", lambda job: {"TimeLimit": "01:00:00", "Requeue": "0"})
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "4")
     alone = World(1, 1, 0, False)

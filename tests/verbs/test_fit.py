@@ -23,8 +23,7 @@ from trainer.data.packing.pack import pack
 from trainer.engine.progress import _can_show
 from trainer.inference.estimates.full_gradient import FEW, MANY
 from trainer.inference.recipe.newton import Polished
-from trainer.posterior.posterior import between_seeds
-from trainer.posterior.summary import SiteSummary
+from trainer.posterior.summary import SiteSummary, between_seeds
 
 N, NOISE = 256, 0.5
 FOUR = {"x": np.ones((4, 3)), "y": np.ones(4)}

@@ -285,22 +285,3 @@ def _permutation(n: int, seed: int, epoch: int, stream: int, lane: int, pool: in
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, stream], dtype=np.uint64)
     counter = np.array([0, epoch, lane, pool], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(n), kind="stable")
-
-
-def default_lanes(batch_size: int, world_size: int, num_rows: int) -> int:
-    """Eight lanes, or the fewest more that the ranks share evenly; fewer where eight cannot share ``batch_size``.
-
-    So one, two, four and eight ranks read the same lanes. Raises UserError where the ranks cannot share the batch.
-    """
-    batch_size = min(batch_size, num_rows)
-    if num_rows < world_size:
-        raise UserError(f"rows({num_rows}) < ranks({world_size}): use fewer ranks.")
-    for least in (8, 4, 2, 1):
-        lanes = math.lcm(least, world_size)
-        if batch_size % lanes == 0 or (least == 1 and batch_size == num_rows):
-            return lanes
-    near = batch_size // world_size * world_size
-    raise UserError(
-        f"batch_size({batch_size}) % ranks({world_size}) != 0: "
-        f"use batch_size={near + world_size}{f' or {near}' if near else ''}."
-    )

@@ -17,8 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from trainer.data.packing.apply import available, check_columns, check_packed, rows_like
-from trainer.data.shards.folder import ShardFolder, is_packed, open_split
+from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import ROW_ID, Column, Index
+from trainer.data.shards.splits import is_packed
 from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
@@ -278,19 +279,6 @@ class Posterior:
             if self.inference.guide.kind != MEAN_FIELD:
                 console.print(f"guide: {self.inference.guide.kind}")
         return captured.get()
-
-
-def between_seeds(summaries: Sequence[list[SiteSummary]]) -> dict[str, np.ndarray]:
-    """sqrt(1 + B / W) of every latent: B the variance of its mean between fits, W the mean of its variance within them.
-
-    1 where all seeds found the same; Gelman and Rubin (1992) with the fits in place of chains.
-    """
-    found = {}
-    for every in zip(*summaries):
-        within = np.mean([site.sd**2 for site in every], axis=0)
-        between = np.var([site.mean for site in every], axis=0, ddof=1)
-        found[every[0].name] = np.sqrt(1 + between / np.maximum(within, np.finfo(float).tiny))
-    return found
 
 
 def _packed(folder: ShardFolder, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:

@@ -12,6 +12,7 @@ Shapes: u and z of a site, or [draws, ...] of them.
 import csv
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,3 +179,16 @@ def _moments(transform: transforms.Transform, loc: Tensor, scale: Tensor) -> tup
         off = transform(loc + scale * node) - middle
         first, second = first + weight * off, second + weight * off**2
     return middle + first, (second - first**2).clamp(min=0).sqrt()
+
+
+def between_seeds(summaries: Sequence[list[SiteSummary]]) -> dict[str, np.ndarray]:
+    """sqrt(1 + B / W) of every latent: B the variance of its mean between fits, W the mean of its variance within them.
+
+    1 where all seeds found the same; Gelman and Rubin (1992) with the fits in place of chains.
+    """
+    found = {}
+    for every in zip(*summaries):
+        within = np.mean([site.sd**2 for site in every], axis=0)
+        between = np.var([site.mean for site in every], axis=0, ddof=1)
+        found[every[0].name] = np.sqrt(1 + between / np.maximum(within, np.finfo(float).tiny))
+    return found

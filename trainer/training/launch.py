@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 _NO_STEP = 0xFFFFFFF0  # from here on: the batch script, the interactive step and their kin (slurm.h)
@@ -55,3 +56,14 @@ def die_with_parent() -> None:
     if prctl is not None:
         set_parent_death_signal = 1
         prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def job_facts(job: str) -> dict[str, str]:
+    """What Slurm knows of a job; nothing where it cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.data.address import is_address
-from trainer.data.plan import default_lanes
+from trainer.data.lanes import default_lanes
 from trainer.data.shards.files import AHEAD
 from trainer.data.shards.folder import ShardFolder
 from trainer.engine import checkpoint

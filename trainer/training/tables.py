@@ -13,8 +13,8 @@ from trainer.data.fields import choose
 from trainer.data.packing.ingest import WEIGHT
 from trainer.data.packing.pack import pack
 from trainer.data.shards.cache import ShardCache
-from trainer.data.shards.folder import is_packed
 from trainer.data.shards.index import INDEX_NAME
+from trainer.data.shards.splits import is_packed
 from trainer.data.sources.source import open_source
 from trainer.errors import UserError
 from trainer.training.columns_line import columns_line

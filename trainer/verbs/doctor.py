@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -26,7 +25,7 @@ from trainer.cache import cache_folder
 from trainer.errors import counted, first_line
 from trainer.options.verbs import Doctor
 from trainer.runs.server import why_offline
-from trainer.training.launch import usable_cores
+from trainer.training.launch import job_facts, usable_cores
 from trainer.training.ranks import World, agree_on, of_all, on_cuda, world
 
 _SKEW = 2.0  # seconds between clocks, beyond which times of files mislead
@@ -264,7 +263,7 @@ def _slurm(here: World) -> list[Finding]:
         ]
     if here.rank:
         return []
-    facts = _job_facts(job)
+    facts = job_facts(job)
     found = [Finding("Slurm", "ok", f"job {job}, time limit {facts.get('TimeLimit', 'not known')}")]
     if facts.get("Requeue") == "0":
         found.append(Finding("requeue", "note", "off: the job ends with its time; sbatch --requeue has it go on"))
@@ -275,16 +274,6 @@ def _slurm(here: World) -> list[Finding]:
         )
         found.append(Finding("srun", "wrong", said))
     return found
-
-
-def _job_facts(job: str) -> dict[str, str]:
-    try:
-        done = subprocess.run(
-            ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(part.split("=", 1) for part in done.stdout.split() if "=" in part)
 
 
 def _tracking() -> Finding:

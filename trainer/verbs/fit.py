@@ -11,7 +11,8 @@ from rich.console import Console
 
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.pack import pack
-from trainer.data.shards.folder import ShardFolder, is_packed
+from trainer.data.shards.folder import ShardFolder
+from trainer.data.shards.splits import is_packed
 from trainer.data.sources.memory import MemorySource, MemoryTable
 from trainer.data.sources.source import open_source
 from trainer.engine.signals import StopOnSignal
@@ -22,7 +23,8 @@ from trainer.options.allowed import typed
 from trainer.options.entrance import of_call, option
 from trainer.options.kinds import Count, Names, Seed, Share
 from trainer.options.verbs import Missing, Precision, Train
-from trainer.posterior.posterior import Posterior, between_seeds
+from trainer.posterior.posterior import Posterior
+from trainer.posterior.summary import between_seeds
 from trainer.training.columns import columns_taken
 from trainer.training.columns_line import columns_line
 from trainer.training.prepare import Context, Given

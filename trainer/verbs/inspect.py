@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.data.shards.files import Files
-from trainer.data.shards.folder import ShardFolder, split_files
+from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import Column, Index
+from trainer.data.shards.splits import split_files
 from trainer.errors import counted
 from trainer.options.verbs import Inspect
 from trainer.training.data import cache_of, places, training_split

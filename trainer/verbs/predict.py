@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from trainer.data.shards.folder import is_packed
+from trainer.data.shards.splits import is_packed
 from trainer.data.table import table_writer
 from trainer.errors import UserError, counted
 from trainer.options.verbs import Predict

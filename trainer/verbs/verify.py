@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.data.shards.folder import open_split, split_files
+from trainer.data.shards.folder import open_split
+from trainer.data.shards.splits import split_files
 from trainer.data.shards.verify import verify
 from trainer.errors import counted
 from trainer.options.verbs import Verify

@@ -17,9 +17,10 @@ from trainer.data.plan import Plan
 from trainer.data.shards import remote
 from trainer.data.shards.cache import RemoteFiles, ShardCache
 from trainer.data.shards.files import AHEAD
-from trainer.data.shards.folder import ShardFolder, is_packed, open_split
+from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.reader import Reader
 from trainer.data.shards.remote import Store
+from trainer.data.shards.splits import is_packed
 from trainer.errors import UserError
 
 BLOCKS = [4, 7, 5, 6, 2, 8, 3, 5]

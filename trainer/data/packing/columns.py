@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.data.fields import NOT_UTF8, NUMERIC, TWICE, VARYING, Field, Raw, VaryingRows, choose
+from trainer.data.packing.values import as_codes, as_numbers, as_words, in_row
 from trainer.data.shards.index import DTYPES
 from trainer.data.sources.source import Source
 from trainer.errors import UserError, meant, shortened
@@ -64,13 +65,13 @@ class Recipe:
                 )
         absent = np.zeros(len(rows), bool)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            infinite = _in_row(np.isinf(values))
+            infinite = in_row(np.isinf(values))
             if infinite.any():
                 raise UserError(
                     f"column '{part}' is infinite, or too large for {self.dtype}, in row "
                     f"{first_row + of_row[infinite.argmax()]} (counted from 0): mend it in the source."
                 )
-            absent[of_row[_in_row(np.isnan(values))]] = True
+            absent[of_row[in_row(np.isnan(values))]] = True
         return replace(rows, values=values), {part: absent} if absent.any() else {}
 
     def fill(self, out: np.ndarray, batch: Mapping[str, Raw], first_row: int) -> dict[str, np.ndarray]:
@@ -81,18 +82,18 @@ class Recipe:
         missing: dict[str, np.ndarray] = {}
         for place, part in enumerate(self.parts):
             if self.vocabulary is None:
-                values, absent = _numbers(batch[part], part, self.dtype, first_row)
+                values, absent = as_numbers(batch[part], part, self.dtype, first_row)
             else:
-                values, absent = _codes(batch[part], part, self.vocabulary, first_row)
+                values, absent = as_codes(batch[part], part, self.vocabulary, first_row)
             if values.dtype.kind == "f" and not np.isfinite(values).all():
-                infinite = _in_row(np.isinf(values))
+                infinite = in_row(np.isinf(values))
                 if infinite.any():
                     row = first_row + int(infinite.argmax())
                     raise UserError(
                         f"column '{part}' is infinite, or too large for {self.dtype}, in row {row} (counted from 0): "
                         "mend it in the source."
                     )
-                absent = absent | _in_row(np.isnan(values))
+                absent = absent | in_row(np.isnan(values))
             (out[:, place] if self.stacked else out)[...] = values
             if absent.any():
                 missing[part] = absent
@@ -251,87 +252,5 @@ def vocabularies(source: Source, names: Sequence[str]) -> dict[str, list[Any]]:
                 ordered.add(name)
                 values.update(dict.fromkeys(raw.dictionary.drop_null().to_pylist()))
             else:
-                values.update(dict.fromkeys(_text(raw).unique().drop_null().to_pylist()))
+                values.update(dict.fromkeys(as_words(raw).unique().drop_null().to_pylist()))
     return {name: list(values) if name in ordered else sorted(values) for name, values in found.items()}
-
-
-def _in_row(flags: np.ndarray) -> np.ndarray:
-    """Whether any of ``flags`` [B, ...] is set, [B]."""
-    found: np.ndarray = np.any(flags.reshape(len(flags), -1), axis=1)
-    return found
-
-
-def _text(raw: Raw) -> pa.Array:
-    assert not isinstance(raw, VaryingRows)
-    if isinstance(raw, np.ndarray):
-        return pa.array(np.char.decode(raw, "utf-8") if raw.dtype.kind == "S" else raw, from_pandas=True)
-    raw = raw.dictionary_decode() if pa.types.is_dictionary(raw.type) else raw
-    if not pa.types.is_floating(raw.type):
-        return raw
-    import pyarrow.compute as pc  # here and below: numbers are packed without it, and it takes 0.1 s to load
-
-    return pc.if_else(pc.is_nan(raw), None, raw)
-
-
-def _codes(raw: Raw, part: str, vocabulary: list[Any], first_row: int) -> tuple[np.ndarray, np.ndarray]:
-    import pyarrow.compute as pc
-
-    text = _text(raw)
-    text, known = _comparable(text, pa.array(vocabulary))
-    codes = pc.index_in(text, value_set=known)
-    if codes.null_count != text.null_count:
-        row = pc.index(pc.and_(codes.is_null(), text.is_valid()), True).as_py()
-        raise UserError(
-            f"column '{part}' holds {text[row].as_py()!r} in row {first_row + row} (counted from 0), which the packed "
-            "table had not when its categories were numbered: leave such rows out, or pack a table that has it."
-        )
-    return codes.fill_null(0).to_numpy().astype(np.int64), text.is_null().to_numpy(zero_copy_only=False)
-
-
-def _comparable(words: pa.Array, known: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Both as one type: 7 and 7.0 are the category "7"."""
-    import pyarrow.compute as pc
-
-    is_float, is_int = pa.types.is_floating, pa.types.is_integer
-    if is_float(words.type) and not is_float(known.type) and pc.all(pc.equal(words, pc.floor(words))).as_py():
-        words = words.cast(pa.int64())
-    if (is_int(words.type) and is_int(known.type)) or (is_float(known.type) and not pa.types.is_string(words.type)):
-        return words.cast(known.type), known
-    return (words, known) if words.type == known.type else (words.cast(pa.string()), known.cast(pa.string()))
-
-
-def _numbers(raw: Raw, part: str, dtype: str, first_row: int) -> tuple[np.ndarray, np.ndarray]:
-    """``raw`` as ``dtype`` [B, ...], and which rows [B] hold a null."""
-    if isinstance(raw, pa.Array):
-        values, absent = _from_arrow(raw)
-    else:
-        assert isinstance(raw, np.ndarray)
-        values, absent = raw, np.zeros(len(raw), bool)
-    if dtype == "int64" and values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
-        row = first_row + int(_in_row(values > np.iinfo(np.int64).max).argmax())
-        raise UserError(
-            f"column '{part}' holds an integer above 2**63 - 1 in row {row} (counted from 0): store it as text or as a "
-            "float."
-        )
-    with np.errstate(over="ignore"):  # becomes infinite, which is refused
-        return values.astype(dtype, copy=False), absent
-
-
-def _from_arrow(raw: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers [B, ...] with 0 for a null, and which rows [B] hold a null."""
-    if pa.types.is_dictionary(raw.type):
-        raw = raw.dictionary_decode()
-    nulls = raw.null_count > 0 and not pa.types.is_null(raw.type)
-    absent = raw.is_null().to_numpy(zero_copy_only=False) if nulls else np.zeros(len(raw), bool)
-    if pa.types.is_fixed_size_list(raw.type):
-        inner, lacks = _from_arrow(raw.drop_null().flatten())
-        row = (raw.type.list_size, *inner.shape[1:])
-        values = np.zeros((len(raw), *row), inner.dtype)
-        values[~absent] = inner.reshape(-1, *row)
-        absent[~absent] = lacks.reshape(-1, raw.type.list_size).any(axis=1)
-        return values, absent
-    if pa.types.is_decimal(raw.type):
-        raw = raw.cast(pa.float64())
-    if raw.null_count:
-        raw = raw.fill_null(pa.scalar(0).cast(raw.type))
-    return raw.to_numpy(zero_copy_only=False), absent

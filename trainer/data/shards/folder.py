@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from trainer.data.address import Place, is_address
+from trainer.data.address import Place
 from trainer.data.fields import Rows
 from trainer.data.plan import Plan
-from trainer.data.shards.cache import RemoteFiles, ShardCache
+from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.concatenated import ConcatenatedFiles, first_ids_of
-from trainer.data.shards.files import AHEAD, Files, LocalFiles, OpenFile, files_of, read_index, reading
-from trainer.data.shards.index import INDEX_NAME, ROW_ID, Column, Index, Shard
+from trainer.data.shards.files import AHEAD, Files, OpenFile, files_of, read_index, reading
+from trainer.data.shards.index import ROW_ID, Column, Index, Shard
 from trainer.data.shards.ragged import most_entries, rows_of
 from trainer.data.shards.read_thread import Reading
-from trainer.data.shards.remote import Store
+from trainer.data.shards.splits import split_of
 from trainer.data.shards.tar import RECORD, member_name, npy_header, padding, payload_bytes, tar_header
 from trainer.errors import CorruptDataError, UserError
 
@@ -281,55 +281,14 @@ def open_split(
     where one is no shard folder at all, its ``split`` has lost its index, or they do not go together.
     """
     if isinstance(place, str | Path):
-        files = _split_of(place, split, cache)
+        files = split_of(place, split, cache)
         return None if files is None else ShardFolder(files, check)
-    found = [_split_of(each, split, cache) for each in place]
+    found = [split_of(each, split, cache) for each in place]
     folders = [files for files in found if files is not None]
     if len(found) == 1 or not folders:
         return ShardFolder(folders[0], check) if folders else None
-    before = [files or _split_of(each, "train", cache) for files, each in zip(found, place)]
+    before = [files or split_of(each, "train", cache) for files, each in zip(found, place)]
     indexes = [files.index() for files in before if files is not None]
     here = [(first, index) for files, first, index in zip(found, first_ids_of(indexes), indexes) if files is not None]
     joined = ConcatenatedFiles(folders, [first for first, _ in here])
     return ShardFolder(joined, check, index=joined.join([index for _, index in here]))
-
-
-def _split_of(place: Place, split: str, cache: ShardCache | None) -> Files | None:
-    files = {name: _files(place, name, cache) for name in (split, "", "train")}
-    if files[split].exists() or Path(place, split).is_dir():
-        return files[split]
-    if files[""].exists():
-        # A split's own folder, given by itself, is what is asked for: to train on, or (in `train`) nothing held out.
-        return files[""] if split == "train" or files[""].index().split == split else None
-    if not files["train"].exists():
-        if "://" not in str(place) and not Path(place).exists():
-            raise UserError(f"there is no shard folder at {place}: make one by svi shard source=TABLE out={place}")
-        raise UserError(
-            f"{place} is no shard folder (it holds no {INDEX_NAME}): svi shard source=TABLE out=DIR packs one"
-        )
-    return None
-
-
-def split_files(place: Place, cache: ShardCache | None = None) -> list[Files]:
-    """The files of each split of a folder or an address, or its own. Raises UserError where there is no index."""
-    own = _files(place, "", cache)
-    if own.exists():
-        return [own]
-    splits = [(name, _files(place, name, cache)) for name in ("train", "held_out")]
-    if not any(files.exists() for _, files in splits):
-        raise UserError(f"data.path={place} is no shard folder: it holds no {INDEX_NAME}.")
-    return [files for name, files in splits if files.exists() or Path(place, name).is_dir()]
-
-
-def is_packed(place: Place, cache: ShardCache | None = None) -> bool:
-    """Whether a folder or an address holds an index, for itself or for its training split."""
-    return any(_files(place, name, cache).exists() for name in ("train", ""))
-
-
-def _files(place: Place, name: str, cache: ShardCache | None) -> Files:
-    """Those of the folder ``name`` of ``place``, or of itself."""
-    if not is_address(place):
-        return LocalFiles(Path(place) / name)
-    cache = cache or ShardCache()
-    store = Store(str(place), cache.timeout)
-    return RemoteFiles(store / name if name else store, cache)
