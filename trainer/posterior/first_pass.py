@@ -42,7 +42,8 @@ class FirstPass:
             return [int(row_ids(step + k)[a, b]) for k, a, b in each if b < int(chunk.valid[k, a])]
 
         try:
-            self.check.refuse(_batch(columns, chunk.valid.new_tensor(count), None), of_places)
+            one = torch.ones((), dtype=torch.float64, device=chunk.valid.device)
+            self.check.refuse(Batch(columns, chunk.valid.new_tensor(count), one), of_places)
         except UserError as error:
             return error
         return None
@@ -52,8 +53,7 @@ class FirstPass:
         if any(each is folder for each in self._done) or (folder is self.folder and step >= self.until):
             return
         if folder is not self.folder or not self.check.is_right(block.columns):  # bounds are those of this folder
-            count = torch.tensor(len(block.row_id), device=block.row_id.device)
-            self.check.refuse(_batch(block.columns, count, block.row_id))
+            self.check.refuse(block.batch)
 
 
 def _flat(column: Column, slots: int, groups: int) -> Column:
@@ -61,7 +61,3 @@ def _flat(column: Column, slots: int, groups: int) -> Column:
     if isinstance(column, Jagged):
         return cat([column[k][a] for k in range(slots) for a in range(groups)])
     return column.flatten(0, 2)
-
-
-def _batch(columns: dict[str, Column], count: torch.Tensor, row_id: torch.Tensor | None) -> Batch:
-    return Batch(columns, count, torch.ones((), dtype=torch.float64, device=count.device), row_id)

@@ -158,7 +158,7 @@ class Posterior:
         for columns in tables:
             tensors = {name: to_tensor(values, dtype) for name, values in columns.items()}
             row_id = tensors.pop(ROW_ID)
-            yield Batch(tensors, torch.tensor(len(row_id)), torch.ones((), dtype=torch.float64), row_id)
+            yield Batch.whole(tensors, row_id)
 
     def _columns(self, data: Any, say: Callable[[str], None]) -> tuple[int, Iterator[dict[str, np.ndarray]]]:
         """How many rows there are, and the rows, in tables of a few thousand; ``say`` is told of columns they lack."""

@@ -30,7 +30,7 @@ def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:
         for name in (*names, ROW_ID)
     }
     row_id = columns.pop(ROW_ID)
-    return Batch(columns, torch.tensor(count), torch.ones((), dtype=torch.float64), row_id)
+    return Batch.whole(columns, row_id)
 
 
 def one_group(rows: Batch) -> StepBatch:

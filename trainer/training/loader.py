@@ -160,12 +160,8 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
 def _rows(batch: Mapping[str, Any], rank: int) -> Batch:
     """A batch of rank ``rank``, whose rows get numbers that are their own within a step."""
     columns = {name: _column(torch.as_tensor(values)) for name, values in batch.items()}
-    count = len(next(iter(columns.values())))
-    device = next(iter(columns.values())).device
-    row_id = torch.arange(count, device=device) + rank * 2**32
-    return Batch(
-        columns, torch.tensor(count, device=device), torch.ones((), dtype=torch.float64, device=device), row_id
-    )
+    first = next(iter(columns.values()))
+    return Batch.whole(columns, torch.arange(len(first), device=first.device) + rank * 2**32)
 
 
 def _column(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from trainer.engine.datamodule import ChunkData
 from trainer.engine.module import ChunkModule
@@ -83,8 +84,6 @@ class _Rows:
     def __iter__(self) -> Iterator[Batch]:
         theta, comm = self.module.theta, self.data.comm
         for number in range(comm.rank, len(self.data.folder.block_rows), comm.size):
-            block = self.data.block(number, theta)
-            count = len(block.row_id)
-            rows = Batch(block.columns, block.row_id.new_tensor(count), theta.new_ones(()).double(), block.row_id)
-            for first in range(0, count, _ROWS):
-                yield rows.at(block.row_id.new_tensor(range(first, min(first + _ROWS, count))))
+            rows = self.data.block(number, theta).batch
+            for some in torch.arange(rows.size, device=rows.valid.device).split(_ROWS):
+                yield rows.at(some)

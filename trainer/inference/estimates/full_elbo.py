@@ -57,6 +57,11 @@ class Block(NamedTuple):
     row_id: Tensor
     """int64 [B]."""
 
+    @property
+    def batch(self) -> Batch:
+        """All of its rows, at scale 1."""
+        return Batch.whole(self.columns, self.row_id)
+
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -110,7 +115,7 @@ def rough_elbo_per_row(
     likelihood, kl, rows, count = 0.0, 0.0, 0.0, 0
     at = _draws(inference, theta, seed)
     for block in blocks:
-        for pairs in at.pairs(_batch(block, theta), block.number, 0, _FEWEST_PAIRS):
+        for pairs in at.pairs(block.batch, block.number, 0, _FEWEST_PAIRS):
             likelihood += float(pairs.inside.sum()) / _FEWEST_PAIRS
             kl -= float(pairs.outside.sum()) / _FEWEST_PAIRS
         rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
@@ -150,7 +155,7 @@ def _block_likelihood(
 
     Of ``most`` pairs, or of fewer once the standard error is ``enough``.
     """
-    batch, share = _batch(block, at.theta), len(block.row_id) / at.together.inference.num_obs
+    batch, share = block.batch, len(block.row_id) / at.together.inference.num_obs
     view = at.together.inference.gaussian
     values = torch.zeros(0, dtype=torch.float64, device=at.theta.device)
     for stop in _stages(_FIRST_PAIRS, most):
@@ -174,7 +179,7 @@ def _stages(first: int, most: int) -> list[int]:
 def _global_kl(at: Antithetic, block: Block, likelihood_se: float) -> tuple[float, float]:
     """Minus the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
     one = Block(-1, {name: column[:1] for name, column in block.columns.items()}, block.row_id[:1])
-    batch, most = _batch(one, at.theta), _KL_DRAWS // 2
+    batch, most = one.batch, _KL_DRAWS // 2
     values = torch.zeros(0, dtype=torch.float64, device=at.theta.device)
     for stop in [*(n for n in (4, 64) if n < most), *range(500, most, 500), most]:
         found = [-pairs.outside for pairs in at.pairs(batch, _KL_BLOCK, len(values), stop)]
@@ -185,12 +190,6 @@ def _global_kl(at: Antithetic, block: Block, likelihood_se: float) -> tuple[floa
         if exact or close or not math.isfinite(spread):
             break
     return float(values.mean()), 0.0 if exact else spread / math.sqrt(len(values))
-
-
-def _batch(block: Block, theta: Tensor) -> Batch:
-    """All rows of a block, the scale of the data plate 1."""
-    valid = torch.tensor(len(block.row_id), device=theta.device)
-    return Batch(block.columns, valid, torch.ones((), dtype=torch.float64, device=theta.device), block.row_id)
 
 
 def _draws(inference: Inference, theta: Tensor, seed: int) -> Antithetic:

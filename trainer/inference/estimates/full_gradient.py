@@ -19,7 +19,6 @@ from trainer.inference.estimates.derivatives import second_derivative
 from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.estimates.many_draws import Normals, Together, normals_of
 from trainer.inference.model.noise import mixed_seed
-from trainer.inference.model.plates import Batch
 from trainer.inference.optim.variance_reduction import Preconditioner
 
 
@@ -157,9 +156,7 @@ def _of_part(
     together: Together, theta: Tensor, block: Block, normals: Normals, share: float, derivative: Derivative
 ) -> Tensor:
     """Of the mean loss over the draws, in slices that fit memory."""
-    valid = torch.tensor(len(block.row_id), device=theta.device)
-    one = torch.ones((), dtype=torch.float64, device=theta.device)  # the data plate's scale
-    batch, count, at = Batch(block.columns, valid, one, block.row_id), len(normals.seeds), theta.detach()
+    batch, count, at = block.batch, len(normals.seeds), theta.detach()
     size, found = together.fitting(at, batch, normals), []
     for first in range(0, count, size):
         at = theta.detach().requires_grad_()

@@ -39,6 +39,12 @@ class Batch(NamedTuple):
     row_id: Tensor | None = None
     """int64 [B]: the rows' numbers in the source, where the guide has local latents."""
 
+    @classmethod
+    def whole(cls, columns: dict[str, Column], row_id: Tensor) -> "Batch":
+        """The rows of ``columns``, all of which count, at scale 1."""
+        one = torch.ones((), dtype=torch.float64, device=row_id.device)
+        return cls(columns, torch.tensor(len(row_id), device=row_id.device), one, row_id)
+
     @property
     def size(self) -> int:
         """Rows, padding included."""
