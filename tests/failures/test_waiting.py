@@ -5,22 +5,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from app_tools import _environment
 from failure_tools import _LIMIT, ARGUMENTS, Fault, free_port, start
-from pytorch_lightning.plugins.environments import LightningEnvironment
-
-from trainer.engine.signals import StopOnSignal
-from trainer.engine.strategy import _Launcher
-from trainer.errors import Stopped
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 _AT_ONCE = 5.0
-_popen = subprocess.Popen
 
 
 def until_it_listens(port: int) -> None:
@@ -86,25 +79,3 @@ def test_while_the_ranks_that_it_has_launched_start(shards, tmp_path):
     finally:
         run.kill()
         run.wait()
-
-
-def test_a_rank_that_has_started_as_the_signal_comes_is_ended(monkeypatch):
-    """The handler of the signal runs between the start of a child and the note that it is there."""
-    started = []
-
-    def start_and_be_told(command, **kwargs):
-        child = _popen(command)
-        started.append(child)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-        time.sleep(0.2)
-        return child
-
-    monkeypatch.setattr(subprocess, "Popen", start_and_be_told)
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # the launcher writes there who the ranks are
-    launcher = _Launcher(LightningEnvironment(), 3, 1)
-    launcher.command = ["sleep", "600"]
-    with StopOnSignal(), pytest.raises(Stopped):
-        launcher._call_children_scripts()
-    launcher.end_children(0.0)
-    assert len(started) == 2
-    assert all(child.returncode == -signal.SIGKILL for child in started)

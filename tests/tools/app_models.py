@@ -8,6 +8,8 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroSample
 
+from trainer.models.linear import LinearRegression
+
 _calls = 0
 
 
@@ -139,3 +141,16 @@ def luck(x, y=None, prior_sd=1.0):
     if prior_sd > 1:
         return exploding(x, y)
     return with_arguments(x, y, prior_sd)
+
+
+class Dying(LinearRegression):
+    """The linear model, which gets signal ``number`` where row ``at`` would be made."""
+
+    def __init__(self, number: int, at: int):
+        super().__init__()
+        self.number, self.at = number, at
+
+    def rows(self, truth, generator, first, count):
+        if first <= self.at < first + count:
+            os.kill(os.getpid(), self.number)
+        return super().rows(truth, generator, first, count)

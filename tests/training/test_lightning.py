@@ -1,5 +1,6 @@
 """A `VariationalModule` in your own Lightning trainer: the result of `svi train`, and stock tools of Lightning."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import pytorch_lightning as pl
 import torch
-from app_tools import HERE, final_state
+from app_tools import HERE, final_state, svi
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset
@@ -66,12 +67,8 @@ if own.is_global_zero:
 
 @pytest.mark.slow
 def test_theta_on_two_devices_is_that_of_svi_train(shards, tmp_path):
-    from app_tools import svi
-
     script, out = tmp_path / "own.py", tmp_path / "theta.pt"
     script.write_text(SCRIPT)
-    import os
-
     env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, str(script), str(shards), str(out)], env=env, capture_output=True, text=True,
                           timeout=240, check=False)  # fmt: skip
@@ -106,8 +103,8 @@ def test_a_checkpoint_gives_the_posterior(shards, tmp_path):
     one, other = made.posterior(), loaded.posterior()
     assert torch.equal(one.theta, other.theta)
     assert {site.name for site in other.summary()} == {site.name for site in one.summary()}
-    assert np.array_equal(one.sample(5)["weights" if "weights" in one.sample(1) else next(iter(one.sample(1)))],
-                          other.sample(5)[next(iter(other.sample(1)))])  # fmt: skip
+    drawn, again = one.sample(5), other.sample(5)
+    assert all(np.array_equal(drawn[name], again[name]) for name in drawn)
     with pytest.raises(UserError, match=r"no posterior yet: call trainer\.fit"):
         module().posterior()
 
@@ -177,6 +174,18 @@ def test_any_loader_of_dicts_works(tmp_path):
     assert "val_elbo_per_row" in own.callback_metrics
     parts = own.predict(made, held_out)
     assert sum(len(part["y"].mean) for part in parts) == 500
+
+
+def test_options_of_the_guide_hold_over_a_loader(tmp_path):
+    made = VariationalModule(
+        regression,
+        num_obs=200,
+        progress=False,
+        options={"guide.init_scale": 0.25, "start": "zero", "optimizer.lr": 1e-9},
+    )
+    stock(tmp_path, max_epochs=1).fit(made, DataLoader(Rows(200), 100))
+    (site,) = made.posterior().summary()
+    assert np.allclose(site.sd, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """`svi shard` as a user runs it: every kind of table, what it reports, bad input, killed and run again."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -22,19 +21,6 @@ from trainer.data.shards.folder import open_split
 from trainer.models.linear import LinearRegression
 
 ROWS = 2000
-
-
-class Dying(LinearRegression):
-    """The linear model, which gets signal ``number`` where row ``at`` would be made."""
-
-    def __init__(self, number: int, at: int):
-        super().__init__()
-        self.number, self.at = number, at
-
-    def rows(self, truth, generator, first, count):
-        if first <= self.at < first + count:
-            os.kill(os.getpid(), self.number)
-        return super().rows(truth, generator, first, count)
 
 
 class Done(NamedTuple):
@@ -253,7 +239,7 @@ def test_debug_shows_the_traceback(shard):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_stopped_in_the_middle_it_clears_up_and_says_so(shard, here, number):
-    common = ("source=synthetic", "rows=50000", "out=packed", "model._target_=test_shard.Dying")
+    common = ("source=synthetic", "rows=50000", "out=packed", "model._target_=app_models.Dying")
     before, handler = sorted(here.iterdir()), signal.getsignal(number)
     died = shard(*common, f"model.number={int(number)}", "model.at=30000")
     assert died.code == 128 + number
@@ -266,7 +252,7 @@ def test_stopped_in_the_middle_it_clears_up_and_says_so(shard, here, number):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_leaves_nothing_that_looks_packed_and_runs_again(here, shard):
-    common = ("source=synthetic", "rows=50000", f"out={here}/packed", "model._target_=test_shard.Dying")
+    common = ("source=synthetic", "rows=50000", f"out={here}/packed", "model._target_=app_models.Dying")
     before = {path.name for path in here.iterdir()}
     died = svi("shard", *common, f"model.number={int(signal.SIGKILL)}", "model.at=30000")
     assert died.returncode == -signal.SIGKILL
@@ -334,7 +320,7 @@ def test_a_synthetic_table_in_parts_keeps_its_truth(shard, here):
 
 
 def test_a_part_that_gets_a_signal_says_what_to_do_and_leaves_the_others(shard, here):
-    common = ("source=synthetic", "rows=50000", "out=packed", "model._target_=test_shard.Dying")
+    common = ("source=synthetic", "rows=50000", "out=packed", "model._target_=app_models.Dying")
     assert shard(*common, "part=1/2", "model.number=0", "model.at=-1").code == 0
     died = shard(*common, "part=2/2", f"model.number={int(signal.SIGTERM)}", "model.at=30000")
     assert died.code == 128 + signal.SIGTERM

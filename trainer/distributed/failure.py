@@ -28,8 +28,16 @@ Answer = TypeVar("Answer")
 def explained(error: BaseException) -> BaseException:
     """What this rank raises in place of ``error``: itself where it is the cause and the first, else a RankLost.
 
-    An error that all ranks raise alike is told by the first.
+    An error that all ranks raise alike is told by the first. Asked again, also once the group has ended, it answers
+    as it did.
     """
+    if "explained" not in vars(error):
+        told = _explained(error)
+        vars(error)["explained"] = None if told is error else told
+    return vars(error)["explained"] or error
+
+
+def _explained(error: BaseException) -> BaseException:
     if not dist.is_available() or isinstance(error, RankLost):
         return error
     if not dist.is_initialized():

@@ -20,6 +20,7 @@ import torch
 from pytorch_lightning import Callback
 
 from trainer.data.store import atomic_write
+from trainer.distributed.failure import explained
 from trainer.engine.module import ChunkModule, flat_state, state_from_flat
 from trainer.engine.train_state import TrainState
 from trainer.errors import RankLost, Stopped, UserError
@@ -31,8 +32,8 @@ FORMAT = 1
 def save(path: Path, state: State, record: dict[str, Any]) -> None:
     """Writes ``state`` and ``record`` (plain values) to ``path`` and its manifest beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors, memory = [tensor.detach().cpu().clone() for tensor in flat_state(state)], io.BytesIO()
-    torch.save({"format": FORMAT, "state": tensors, "facts": record}, memory)
+    memory = io.BytesIO()
+    torch.save(packed(state, record), memory)
     content = memory.getbuffer()
     manifest_of(path).unlink(missing_ok=True)
     with atomic_write(path) as file:
@@ -52,10 +53,20 @@ def load(path: Path) -> tuple[State, dict[str, Any]]:
         raise UserError(
             f"checkpoint {path} {problem}: resume from another one, or ckpt_path=last for the newest good one."
         )
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    return unpacked(torch.load(path, map_location="cpu", weights_only=True), f"checkpoint {path}")
+
+
+def packed(state: State, record: dict[str, Any]) -> dict[str, Any]:
+    """``state`` and ``record`` as plain tensors and values."""
+    tensors = [tensor.detach().cpu().clone() for tensor in flat_state(state)]
+    return {"format": FORMAT, "state": tensors, "facts": record}
+
+
+def unpacked(content: dict[str, Any], name: str) -> tuple[State, dict[str, Any]]:
+    """From `packed`. Raises UserError, in which it is called ``name``, for one of another version."""
     if content.get("format") != FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {content.get('format')} where this version reads {FORMAT}: "
+            f"{name} has format {content.get('format')} where this version reads {FORMAT}: "
             "resume it with the version that wrote it."
         )
     return state_from_flat(content["state"]), content["facts"]
@@ -165,7 +176,8 @@ class Checkpoints(Callback):
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """What ended the run says nothing against the state of the last chunk, if it was a signal or another rank."""
         assert isinstance(module, ChunkModule)
-        if isinstance(exception, Stopped) or (isinstance(exception, RankLost) and exception.faultless):
+        cause = explained(exception)
+        if isinstance(cause, Stopped) or (isinstance(cause, RankLost) and cause.faultless):
             self._write(trainer, module)
 
     def _save(self, trainer: pl.Trainer, module: ChunkModule, last: bool = False) -> None:

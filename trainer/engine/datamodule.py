@@ -142,7 +142,12 @@ def spans(
     of n from ``place``.
     """
     while first < last:
-        cuts = (first + n - (first - place) % n for n, place in every)
+        cuts = (next_cut(first, n, place) for n, place in every)
         steps = min(first + slots(), last, *cuts, *(end for end in ends if end > first)) - first
         yield first, steps
         first += steps
+
+
+def next_cut(step: int, n: int, place: int) -> int:
+    """The first step after ``step`` that is a multiple of ``n`` from ``place``."""
+    return step + n - (step - place) % n

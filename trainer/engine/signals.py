@@ -66,13 +66,24 @@ class StopOnSignal(Callback):
         finally:
             self.waits = before
 
+    @contextmanager
+    def at_the_end(self) -> Iterator[None]:
+        """Signals wait for the end of this, which they do not cut in two."""
+        before, self.waits = self.waits, True
+        try:
+            yield
+        finally:
+            self.waits = before
+        self.check()
+
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         assert isinstance(module, ChunkModule)
         module.interruptible = self.at_once
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.waits = True
+        for number in self._previous:  # in place of Lightning's, which call ours and more
+            signal.signal(number, self._handle)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, ChunkModule)

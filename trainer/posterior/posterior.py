@@ -34,14 +34,13 @@ from trainer.inference.setup import GuideFactory, guide_factory, set_up
 from trainer.inference.step import Inference
 from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
-from trainer.posterior.predictive import Prediction, joined, levels_of, predicted, rows_together
+from trainer.posterior.predictive import DRAWS, LEVELS, Prediction, joined, levels_of, predicted, rows_together
 from trainer.posterior.summary import SiteSummary, summarize
 from trainer.posterior.table import closing_table
 from trainer.posterior.tensors import to_tensor
 
 FORMAT = 1
 _ROWS = 2048  # predicted at a time
-_LEVELS = (0.05, 0.5, 0.95)
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +83,7 @@ class Posterior:
         return {name: value.detach().cpu().numpy() for name, value in found.items()}
 
     def predict(
-        self, data: Any, num_draws: int = 200, quantiles: Sequence[float] = _LEVELS, seed: int = 0
+        self, data: Any, num_draws: int = DRAWS, quantiles: Sequence[float] = LEVELS, seed: int = 0
     ) -> dict[str, Prediction]:
         """Every observed site at the rows of ``data`` (as for `fit`; it need not have the observed columns where the
         model's arguments have defaults). Raises UserError for data that lack a column or hold what was never packed.
@@ -98,8 +97,8 @@ class Posterior:
     def predictions(
         self,
         data: Any,
-        num_draws: int = 200,
-        quantiles: Sequence[float] = _LEVELS,
+        num_draws: int = DRAWS,
+        quantiles: Sequence[float] = LEVELS,
         seed: int = 0,
         progress: Callable[[int, int | None], None] | None = None,
         say: Callable[[str], None] = warnings.warn,

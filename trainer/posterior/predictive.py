@@ -25,6 +25,9 @@ MOST_NUMBERS = 2**24
 draws are seeded by the first of the rows that are drawn together."""
 _SORTED = 2**20  # numbers that are sorted at a time
 
+DRAWS, LEVELS = 200, (0.05, 0.5, 0.95)
+"""Of a prediction for which nobody gives others."""
+
 
 class Prediction(NamedTuple):
     """An observed site at new rows."""

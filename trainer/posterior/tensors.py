@@ -25,10 +25,11 @@ def to_tensor(rows: Rows, dtype: torch.dtype) -> Any:
         rows = CsrRows(rows.offsets, rows.indices.astype(np.int64), rows.values.astype(np.float64), rows.width)
     elif isinstance(rows, np.ndarray):
         rows = np.ascontiguousarray(rows)
+    return each_tensor(shared(rows), lambda tensor: as_type(tensor, dtype))
 
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype == torch.bool:
-            return tensor
-        return tensor.to(dtype if tensor.is_floating_point() else torch.int64)
 
-    return each_tensor(shared(rows), cast)
+def as_type(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Floats as ``dtype``; truth values as they are; other numbers as int64."""
+    if tensor.dtype == torch.bool:
+        return tensor
+    return tensor.to(dtype if tensor.is_floating_point() else torch.int64)

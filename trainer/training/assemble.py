@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from inspect import signature
@@ -14,13 +15,15 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from trainer.data.plan import Plan
+from trainer.distributed.local_ranks import LocalRanks
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.datamodule import ChunkData
 from trainer.engine.metrics import MetricsFile
 from trainer.engine.module import ChunkModule
 from trainer.engine.progress import ProgressBar
 from trainer.engine.row_log import RowLog
-from trainer.engine.strategy import RankStrategy, SlurmStep
+from trainer.engine.signals import StopOnSignal
+from trainer.engine.strategy import FailTogether, RankStrategy, SlurmStep
 from trainer.engine.train_state import TrainState
 from trainer.errors import UserError
 from trainer.inference.programs.program import Program
@@ -49,9 +52,10 @@ class Assembled(NamedTuple):
     data: ChunkData
     full: FullData
     held: FullData | None
+    snapshots: list[pl.Callback]
+    """Of the control variate, where there is one."""
     stop: Stop
-    steering: list[pl.Callback]
-    """What a run needs to be right: the anchor of the control variate, the ends of rounds and the stop rule."""
+    """Rounds end in it."""
     program: Program
 
 
@@ -92,8 +96,8 @@ def assembled(
     by_passes = afford if latents_alone(inference) or can_be_settled(inference) else None
     end_round = EndRound(loss, sample, by_passes, record)
     stop = Stop(build.rule(cfg.stop), end_round, plan.steps_per_epoch, record, context.console.print, doubts)
-    steering = [*([TakeSnapshot(loss, plan.begins)] if update.anchored else []), stop]
-    return Assembled(data, full, held, stop, steering, program)
+    snapshots: list[pl.Callback] = [TakeSnapshot(loss, plan.begins)] if update.anchored else []
+    return Assembled(data, full, held, snapshots, stop, program)
 
 
 def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModule, Finish]:
@@ -102,7 +106,7 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModu
     run_dir, here, _, console, signals = context
     say, bar = console.print, ProgressBar(console, update.horizon)
     every = cfg.checkpoint.every_n_steps or 0
-    data, full, held, stop, steering, program = assembled(prepared, context, every, passed=bar.on_pass)
+    data, full, held, snapshots, stop, program = assembled(prepared, context, every, passed=bar.on_pass)
     _refuse_between_syncs(cfg, program)
     module = ChunkModule()
     module.begin(update, program, state, data, record.seconds, say, checked)
@@ -111,10 +115,11 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModu
     figures = MetricsFile(run_dir / "metrics.csv", say)
     final = FinalEvaluation(full, held, plan, cfg.seed, stop)
     finish = Finish(run_dir, final, console, figures, f" · {run_dir}" if keep else "")
-    *anchor, _ = steering
+    others = LocalRanks()
     callbacks = [
+        FailTogether(others),
         signals,
-        *anchor,
+        *snapshots,
         *([RowLog(Path(cfg.data.log_rows))] if cfg.data.log_rows else []),
         bar,
         figures,
@@ -129,8 +134,10 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModu
         data.last = data.first  # what was cut short at the end, if anything, is all there is to do
     if data.first < data.last or not is_finished(run_dir, data.first):
         try:
-            _trainer(cfg, run_dir, here, callbacks).fit(module, data)
+            _launch(others, here, run_dir, signals)
+            _trainer(cfg, run_dir, here, callbacks, others).fit(module, data)
         finally:
+            others.end()
             module.program.abandon()
     elif record.stopped:
         say(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
@@ -157,7 +164,18 @@ def _cuts(plan: Plan, every: int, by_epoch: bool) -> tuple[tuple[int, int], ...]
     return (*([(every, 0)] if every else []), *([epochs] if by_epoch else []))
 
 
-def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _launch(others: LocalRanks, here: World, run_dir: Path, signals: StopOnSignal | None) -> None:
+    """Starts the other ranks of this machine from the saved config, unless something has started this process as one.
+
+    Lightning, which finds LOCAL_RANK set, starts none.
+    """
+    if here.size == 1 or here.external or "LOCAL_RANK" in os.environ:
+        return
+    with nullcontext() if signals is None else signals.at_the_end():
+        others.start([sys.executable, "-m", "trainer", "child", str(run_dir)], here.local_size, here.size)
+
+
+def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback], others: LocalRanks) -> pl.Trainer:
     """A Lightning trainer that runs our chunks once through; checkpoints, progress and stopping are our callbacks."""
     options: dict[str, Any] = plain(cfg.trainer)
     timeout = timedelta(seconds=options.pop("timeout"))
@@ -168,8 +186,7 @@ def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback
     elif "TORCHELASTIC_RUN_ID" not in os.environ:
         plugins.append(SlurmStep(here.size))
     if here.size > 1:
-        child = [sys.executable, "-m", "trainer", "child", str(run_dir)]
-        options["strategy"] = RankStrategy(child, timeout=timeout)
+        options["strategy"] = RankStrategy(others, timeout=timeout)
     ours: dict[str, Any] = {
         "plugins": plugins or None,
         "callbacks": callbacks,

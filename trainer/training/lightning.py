@@ -1,7 +1,6 @@
 """`VariationalModule`: a Pyro model and its guide in your own Lightning trainer, with the recipe of `svi train`."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from pytorch_lightning import Callback
 from rich.console import Console
 from torch import Tensor
 
-from trainer.engine.checkpoint import FORMAT
-from trainer.engine.module import ChunkModule, flat_state, state_from_flat
+from trainer.distributed.comm import ALONE
+from trainer.engine.checkpoint import packed, unpacked
+from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.errors import UserError
 from trainer.inference.estimates.full_elbo import rough_elbo_per_row
@@ -23,7 +23,7 @@ from trainer.options.allowed import typed
 from trainer.options.entrance import of_call
 from trainer.options.verbs import Train
 from trainer.posterior.posterior import Posterior
-from trainer.posterior.predictive import Prediction, predicted
+from trainer.posterior.predictive import DRAWS, LEVELS, Prediction, predicted
 from trainer.training.assemble import assembled
 from trainer.training.final_evaluation import FinalEvaluation
 from trainer.training.loader import AverageRounds, LoaderRun, begun
@@ -93,16 +93,13 @@ class VariationalModule(ChunkModule):
         if not self._trains:
             return
         self._saved = self._final = self._loader = None
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, ShardData):
-            self._set_up(data)
-        elif self._num_obs is None:
+        if self._shards is None and self._num_obs is None:
             raise UserError("num_obs= is missing: a loader cannot tell how many rows there are in all, so give it.")
 
-    def _set_up(self, data: ShardData) -> None:
+    def _begin_on_shards(self, data: ShardData) -> None:
         """Prepares the run that `svi train` would make of the same options."""
         context = self._context()
-        with _default_type():
+        with in_dtype(torch.get_default_dtype()):  # a run chooses its own
             cfg, splits = opened_splits(self._config(data.chosen), context)
             prepared = prepare(cfg, context, splits, self._takers, self._saved)
             self._float_type = torch.get_default_dtype()
@@ -112,7 +109,7 @@ class VariationalModule(ChunkModule):
                 update, made.program, state, made.data, record.seconds, context.console.print, prepared.first_pass
             )
         made.data.trainer = self.trainer
-        self._progress, self.steering = record, made.steering
+        self._progress, self.steering = record, [*made.snapshots, made.stop]
         self._final = FinalEvaluation(made.full, made.held, prepared.plan, cfg.seed, made.stop)
         data.serve(self, made.data, made.full, made.held)
 
@@ -131,8 +128,15 @@ class VariationalModule(ChunkModule):
         made: Train = of_call("train", {"allow": names, **chosen})
         return made
 
+    @property
+    def _shards(self) -> ShardData | None:
+        """The trainer's data, where they are shards."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, ShardData) else None
+
     def on_fit_start(self) -> None:
-        if self._loader is None and self._final is not None:
+        if self._shards is not None:  # a checkpoint, which may change the plan, has been read
+            self._begin_on_shards(self._shards)
             with in_dtype(self._float_type):
                 super().on_fit_start()
 
@@ -145,7 +149,7 @@ class VariationalModule(ChunkModule):
         """Prepares a run on the trainer's own loader, which is not to be had before."""
         assert self._num_obs is not None
         context, steps = self._context(), int(self.trainer.estimated_stepping_batches)
-        with _default_type():
+        with in_dtype(torch.get_default_dtype()):  # a run chooses its own
             cfg = self._config({"data.path": "a loader", "max_steps": steps})
             run = begun(self.trainer, cfg, context, self._takers, self._num_obs, self._saved)
             self._float_type = torch.get_default_dtype()
@@ -171,14 +175,14 @@ class VariationalModule(ChunkModule):
                 rows = 1
             else:
                 block = self._run_of_loader().block(batch, batch_idx)
-                blocks, total, rows = iter([block]), _alone, len(block.row_id)
+                blocks, total, rows = iter([block]), ALONE.sum, len(block.row_id)
             found = rough_elbo_per_row(self.inference, self.theta, blocks, self._seed, total)
         self.log("val_elbo_per_row", found, batch_size=rows, sync_dist=self._final is None, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Prediction]:
         with in_dtype(self._float_type), torch.enable_grad():
             rows = batch if isinstance(batch, Batch) else self._run_of_loader().rows(batch)
-            return predicted(self.inference, self._result, rows, 200, (0.05, 0.5, 0.95), self._seed)
+            return predicted(self.inference, self._result, rows, DRAWS, LEVELS, self._seed)
 
     def on_train_end(self) -> None:
         self.program.abandon()
@@ -208,21 +212,19 @@ class VariationalModule(ChunkModule):
         if self._progress is None:
             return
         self._progress.seconds = self.seconds
-        checkpoint[_ENTRY] = {
-            "format": FORMAT,
-            "state": [each.detach().cpu().clone() for each in flat_state(self.state)],
-            "facts": self._progress.state_dict(),
-            "posterior": self.posterior().content(),
-        }
+        content = packed(self.state, self._progress.state_dict())
+        checkpoint[_ENTRY] = {**content, "posterior": self.posterior().content()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not self._trains:
-            self._posterior = _entry(checkpoint)["posterior"]
-            return
-        self._saved = _saved(checkpoint)
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, ShardData):
-            self._set_up(data)  # anew: the plan of the rows is the checkpoint's
+        if _ENTRY not in checkpoint:
+            raise UserError(
+                "the checkpoint is not one of a VariationalModule that has trained: give another ckpt_path=."
+            )
+        if self._trains:
+            state, facts = unpacked(checkpoint[_ENTRY], "the checkpoint")
+            self._saved = state, TrainState.of(facts)
+        else:
+            self._posterior = checkpoint[_ENTRY]["posterior"]
 
     @property
     def _result(self) -> Tensor:
@@ -243,22 +245,14 @@ class _Steering(Callback):
     """Has the recipe's callbacks see what the trainer's see, before those that save."""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, VariationalModule)
-        with in_dtype(module._float_type):
-            for each in module.steering:
-                each.on_train_start(trainer, module)
+        _pass_on("on_train_start", trainer, module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        assert isinstance(module, VariationalModule)
-        with in_dtype(module._float_type):
-            for each in module.steering:
-                each.on_train_batch_start(trainer, module, *args)
+        _pass_on("on_train_batch_start", trainer, module, *args)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, VariationalModule)
-        with in_dtype(module._float_type):
-            for each in module.steering:
-                each.on_train_batch_end(trainer, module, *args)
+        _pass_on("on_train_batch_end", trainer, module, *args)
         if module.step >= module.update.horizon:
             trainer.should_stop = True
 
@@ -267,24 +261,8 @@ class _Steering(Callback):
             module.program.abandon()  # what compiles meanwhile
 
 
-@contextmanager
-def _default_type() -> Iterator[None]:
-    """Puts torch's default type back, which setting up a run chooses."""
-    with in_dtype(torch.get_default_dtype()):
-        yield
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _entry(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    if _ENTRY not in checkpoint:
-        raise UserError("the checkpoint is not one of a VariationalModule that has trained: give another ckpt_path=.")
-    found: dict[str, Any] = checkpoint[_ENTRY]
-    return found
-
-
-def _saved(checkpoint: Mapping[str, Any]) -> Saved:
-    found = _entry(checkpoint)
-    return state_from_flat(found["state"]), TrainState.of(found["facts"])
+def _pass_on(hook: str, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+    assert isinstance(module, VariationalModule)
+    with in_dtype(module._float_type):
+        for each in module.steering:
+            getattr(each, hook)(trainer, module, *args)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,23 +13,23 @@ from torch import Tensor
 from trainer.data.shards.index import Column as StoredColumn
 from trainer.data.shards.index import Index
 from trainer.engine.module import ChunkModule, flat_state, state_from_flat
-from trainer.engine.train_state import PlanChoice, Problem, TrainState
+from trainer.engine.train_state import PlanChoice, TrainState
 from trainer.errors import UserError
 from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.model.plates import Batch, arguments
 from trainer.inference.programs.program import Chunk, Eager
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.setup import guide_factory, set_up
+from trainer.inference.setup import set_up
 from trainer.inference.step import Inference, State, Update
 from trainer.options import build
-from trainer.options.records import plain
 from trainer.options.verbs import Train
 from trainer.posterior.posterior import Posterior
+from trainer.posterior.tensors import as_type
 from trainer.training import resume
 from trainer.training.budget import optimizer_of, update_of
 from trainer.training.first_rows import one_group
 from trainer.training.precision import in_its_precision
-from trainer.training.prepare import Context, Given
+from trainer.training.prepare import Context, Given, guide_of, problem_of
 
 _FEW_ROWS = 64
 
@@ -95,23 +94,11 @@ def begun(
     batches = trainer.num_training_batches
     plan = _Steps(int(batches) if math.isfinite(batches) else int(cfg.max_steps or 1))
     update = update_of(cfg, plan, start is not None, 0, resume.begun(saved))
-    state = fresh = update.init(theta) if start is None else update.init(*start)
+    fresh = update.init(theta) if start is None else update.init(*start)
     size = context.world.size
-    problem = Problem(
-        plan=PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader"),
-        shapes={name: list(shape) for name, shape in inference.parameters.shapes.items()},
-        sites=list(inference.sites),
-        optimizer=plain(cfg.optimizer),
-        horizon=update.horizon,
-        rounds=[each.horizon for each in update.rounds],
-        version=version("svi-trainer"),
-        world_size=size,
-    )
-    record = TrainState(problem)
-    if saved is not None:
-        state, old = saved
-        resume.check_same(old.problem, problem, state, fresh)
-        record.resumed(old)
+    choice = PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader")
+    record = TrainState(problem_of(cfg, choice, inference, update, context.world))
+    state = resume.taken_over(saved, record, fresh)
     comm = context.world.comm
     device = trainer.strategy.root_device
     state = state_from_flat([comm.from_first(each.to(device)) for each in flat_state(state)])
@@ -147,7 +134,7 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
     rows = rows._replace(scale=torch.tensor(num_obs / rows.size, dtype=torch.float64))
     return set_up(
         given.model,
-        guide_factory(given.guide, columns, cfg.plate),
+        guide_of(cfg, given, given.model, columns),
         rows,
         num_obs,
         build.objective(cfg.objective, cfg.objective.pairs or 1),
@@ -159,15 +146,10 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
 
 def _rows(batch: Mapping[str, Any], rank: int) -> Batch:
     """A batch of rank ``rank``, whose rows get numbers that are their own within a step."""
-    columns = {name: _column(torch.as_tensor(values)) for name, values in batch.items()}
+    dtype = torch.get_default_dtype()
+    columns = {name: as_type(torch.as_tensor(values), dtype) for name, values in batch.items()}
     first = next(iter(columns.values()))
     return Batch.whole(columns, torch.arange(len(first), device=first.device) + rank * 2**32)
-
-
-def _column(values: Tensor) -> Tensor:
-    if values.dtype == torch.bool:
-        return values
-    return values.to(torch.get_default_dtype() if values.is_floating_point() else torch.int64)
 
 
 def _described(name: str, column: Any) -> StoredColumn:

@@ -13,13 +13,13 @@ from rich.console import Console
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.engine.signals import StopOnSignal
-from trainer.engine.train_state import Problem, TrainState
+from trainer.engine.train_state import PlanChoice, Problem, TrainState
 from trainer.errors import UserError, counted
 from trainer.inference.guides.mean_field import MEAN_FIELD
 from trainer.inference.guides.pyro_guides import NO_LATENT
 from trainer.inference.model.plates import Batch
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.setup import guide_factory, set_up
+from trainer.inference.setup import GuideFactory, guide_factory, set_up
 from trainer.inference.step import Inference, State, StepBatch, Update
 from trainer.options import build
 from trainer.options.records import plain
@@ -109,8 +109,20 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
     update = update_of(cfg, plan, start is not None, _anchored(cfg, inference), resume.begun(saved))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=replace(inference.objective, pairs=2))
-    fresh = state = update.init(theta) if start is None else update.init(*start)
-    problem = Problem(
+    fresh = update.init(theta) if start is None else update.init(*start)
+    record = TrainState(problem_of(cfg, choice, inference, update, context.world), time.monotonic() - began)
+    state = resume.taken_over(saved, record, fresh)
+    if saved is not None:
+        say(f"continuing from step {int(state.step):,}{resume.changes(saved[1].problem.plan, choice)}")
+    prepared = Prepared(cfg, splits, plan, inference, update, state, record, sample, checked, doubts)
+    for line in _described(prepared, context):
+        say(line)
+    return prepared
+
+
+def problem_of(cfg: Train, choice: PlanChoice, inference: Inference, update: Update, world: World) -> Problem:
+    """What a checkpoint says of the run."""
+    return Problem(
         plan=choice,
         shapes={name: list(shape) for name, shape in inference.parameters.shapes.items()},
         sites=list(inference.sites),
@@ -118,18 +130,8 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
         horizon=update.horizon,
         rounds=[each.horizon for each in update.rounds],
         version=version("svi-trainer"),
-        world_size=context.world.size,
+        world_size=world.size,
     )
-    record = TrainState(problem, time.monotonic() - began)
-    if saved is not None:
-        state, old = saved
-        resume.check_same(old.problem, problem, state, fresh)
-        record.resumed(old)
-        say(f"continuing from step {int(state.step):,}{resume.changes(old.problem.plan, choice)}")
-    prepared = Prepared(cfg, splits, plan, inference, update, state, record, sample, checked, doubts)
-    for line in _described(prepared, context):
-        say(line)
-    return prepared
 
 
 def _described(prepared: Prepared, context: Context) -> list[str]:
@@ -156,9 +158,7 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
     user_model = build.model(cfg.model) if given is None else given.model
     present = [column.name for column in folder.index.columns if column.name != "row_id"]
     columns = tuple(weights.shown_to_model(cfg.weight, folder.index, user_model, present))
-    factory = build.guide(cfg.guide, user_model, columns, cfg.plate)
-    if given is not None and given.guide != "mean_field":
-        factory = guide_factory(given.guide, columns, cfg.plate)
+    factory = guide_of(cfg, given, user_model, columns)
     pairs = cfg.objective.pairs or 1
     objective = build.objective(cfg.objective, pairs)
     dtype = torch.get_default_dtype()
@@ -183,6 +183,14 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
     )
     refuse_mixed_numbers(folder.index, inference, theta, batch)
     return inference, theta
+
+
+def guide_of(cfg: Train, given: Given | None, model: Callable[..., Any], columns: tuple[str, ...]) -> GuideFactory:
+    """What makes the guide: the one that a caller has given, else that of the config."""
+    factory = build.guide(cfg.guide, model, columns, cfg.plate)
+    if given is not None and given.guide != "mean_field":
+        factory = guide_factory(given.guide, columns, cfg.plate)
+    return factory
 
 
 def _anchored(cfg: Train, inference: Inference) -> int:

@@ -134,6 +134,19 @@ def _refuse_uneven(lanes: int, draws: int, ranks: int) -> None:
         )
 
 
+def taken_over(saved: Saved | None, record: TrainState, fresh: State) -> State:
+    """The state to begin at: ``fresh``, or the ``saved`` one, whose progress ``record`` takes over.
+
+    Raises UserError where the checkpoint belongs to another problem.
+    """
+    if saved is None:
+        return fresh
+    state, old = saved
+    check_same(old.problem, record.problem, state, fresh)
+    record.resumed(old)
+    return state
+
+
 def check_same(old: Problem, new: Problem, state: State, fresh: State) -> None:
     """Raises UserError where a checkpoint belongs to another model, guide or optimizer."""
     for what in ("sites", "shapes"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from trainer.engine.datamodule import ChunkData
+from trainer.engine.datamodule import ChunkData, next_cut
 from trainer.engine.module import ChunkModule
 from trainer.errors import UserError
 from trainer.inference.model.plates import Batch
@@ -69,8 +69,7 @@ class _Epochs:
 
     def __iter__(self) -> Iterator[Chunk | UserError]:
         chunks, plan, step = self.chunks, self.chunks.plan, self.module.step
-        late = step - plan.first_whole
-        epoch_ends = plan.first_whole + (late // plan.steps_per_epoch + 1) * plan.steps_per_epoch
+        epoch_ends = next_cut(step, plan.steps_per_epoch, plan.first_whole)
         chunks.first, chunks.last = step, min(epoch_ends, self.module.update.horizon)
         return iter(chunks)
 

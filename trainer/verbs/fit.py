@@ -78,7 +78,10 @@ def fit(
     seed, seeds = option(Seed, seed, "seed"), option(Count, seeds, "seeds")
     weight, dtype = option(str | None, weight, "weight"), option(Precision, dtype, "dtype")
     packing = {
-        "standardize": option(Names, standardize or standardise, "standardize"),
+        "standardize": (
+            *option(Names, standardize, "standardize"),
+            *option(Names, standardise, "standardise"),
+        ),
         "categories": option(Names, categories, "categories"),
         "missing": option(Missing, missing, "missing"),
         "held_out": option(Share, held_out, "held_out"),

@@ -35,7 +35,7 @@ class Recipe:
     parts: tuple[str, ...]
     stacked: bool
     shape: tuple[int, ...]  # of one row
-    dtype: str  # as carried through the packer: float64 for a column that is to be standardised
+    dtype: str  # as carried through the packer: float64 for a column that is to be standardized
     vocabulary: list[Any] | None = None
     kind: str = "dense"
     follows: bool = False

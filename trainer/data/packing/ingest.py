@@ -91,7 +91,7 @@ class Table:
 
 @dataclass
 class Tally:
-    """What the first pass saw: the moments of what is to be standardised, and the rows of each fate."""
+    """What the first pass saw: the moments of what is to be standardized, and the rows of each fate."""
 
     moments: dict[str, RunningMoments] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)

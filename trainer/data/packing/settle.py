@@ -100,7 +100,7 @@ class Packing:
 
 
 def settle(source: Source | str | Path, packing: Packing) -> tuple[Source, Table]:
-    """Opens ``source`` and settles what its columns become; columns to be standardised are carried in float64.
+    """Opens ``source`` and settles what its columns become; columns to be standardized are carried in float64.
 
     Raises UserError for options that do not fit it, and all that `open_source` and `recipes` refuse.
     """
@@ -200,7 +200,7 @@ def _unreserved(made: list[Recipe], packing: Packing, spared: dict[str, str] | N
 
 
 def _check_kinds(made: Sequence[Recipe], packing: Packing) -> None:
-    """Raises UserError for a column that cannot be standardised, and for one that has no place in groups."""
+    """Raises UserError for a column that cannot be standardized, and for one that has no place in groups."""
     for name in packing.standardize:
         if name not in {recipe.name for recipe in made if recipe.is_dense and recipe.dtype.startswith("float")}:
             raise UserError(f"standardize={name} names no column of floats: name one of columns, or a list of numbers.")
