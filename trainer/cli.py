@@ -112,13 +112,13 @@ def _with_typed(chosen: Any, words: Sequence[str]) -> Any:
 
 def _rank() -> int:
     """That of this process among those that a launcher made."""
-    rank: int = import_module("trainer.training.launch").launched_rank()
+    rank: int = import_module("trainer.distributed.launch").launched_rank()
     return rank
 
 
 def _child(run_dir: Path) -> float:
     """A rank that Lightning launched: it starts from the run's saved config."""
-    import_module("trainer.training.launch").die_with_parent()
+    import_module("trainer.distributed.launch").die_with_parent()
     cfg = OmegaConf.load(run_dir / ".hydra" / "resolved.yaml")
     assert isinstance(cfg, DictConfig)
     run: Run = import_module("trainer.verbs.train").run

@@ -23,9 +23,9 @@ from trainer.data.shards import remote
 from trainer.data.shards.files import read_index
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import ROW_ID
+from trainer.distributed.ranks import World
 from trainer.errors import UserError
 from trainer.training.quarantine import without_damage
-from trainer.training.ranks import World
 from trainer.verbs import inspect, verify
 
 TRAIN = ("train", "model._target_=app_models.linear", "batch_size=256", "max_steps=40", "threads=1", "program=eager",

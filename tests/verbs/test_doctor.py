@@ -5,7 +5,7 @@ import socket
 import pytest
 from app_tools import config, svi
 
-from trainer.training.ranks import World
+from trainer.distributed.ranks import World
 from trainer.verbs import doctor
 from trainer.verbs.doctor import Finding, Node
 

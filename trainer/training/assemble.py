@@ -15,7 +15,9 @@ import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from trainer.data.plan import Plan
+from trainer.distributed.launch import memory_share
 from trainer.distributed.local_ranks import LocalRanks
+from trainer.distributed.ranks import World
 from trainer.engine.checkpoint import Checkpoints
 from trainer.engine.datamodule import ChunkData
 from trainer.engine.metrics import MetricsFile
@@ -38,10 +40,8 @@ from trainer.posterior.full_data import FullData, FullLoss
 from trainer.runs.loggers import make_loggers
 from trainer.runs.tracking import Tracked
 from trainer.training.final_evaluation import FinalEvaluation, Finish, is_finished
-from trainer.training.launch import memory_share
 from trainer.training.newton_steps import EndRound
 from trainer.training.prepare import Context, Prepared
-from trainer.training.ranks import World
 from trainer.training.stop import Stop
 from trainer.training.svrg import TakeSnapshot
 

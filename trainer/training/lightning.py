@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from trainer.distributed.comm import ALONE
+from trainer.distributed.ranks import World
 from trainer.engine.checkpoint import packed, unpacked
 from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
@@ -28,7 +29,6 @@ from trainer.training.assemble import assembled
 from trainer.training.final_evaluation import FinalEvaluation
 from trainer.training.loader import AverageRounds, LoaderRun, begun
 from trainer.training.prepare import Context, Given, prepare
-from trainer.training.ranks import World
 from trainer.training.resume import Saved
 from trainer.training.run import opened_splits
 from trainer.training.shard_data import ShardData

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
+from trainer.distributed.ranks import World
 from trainer.engine.signals import StopOnSignal
 from trainer.engine.train_state import PlanChoice, Problem, TrainState
 from trainer.errors import UserError, counted
@@ -31,7 +32,6 @@ from trainer.training.budget import optimizer_of, update_of
 from trainer.training.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.training.first_rows import first_pass, first_rows, one_group
 from trainer.training.precision import in_its_precision
-from trainer.training.ranks import World
 
 _CHECK_ROWS = 1024
 

@@ -8,8 +8,8 @@ from trainer.data.shards.files import read_index
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import INDEX_NAME, Index, write_index
 from trainer.data.shards.verify import LEFT_OUT, bad_blocks, intact
+from trainer.distributed.ranks import World, of_all
 from trainer.errors import UserError, counted
-from trainer.training.ranks import World, of_all
 from trainer.training.row_progress import RowProgress
 
 _NAMED = 5

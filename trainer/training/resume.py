@@ -12,13 +12,13 @@ from trainer.data.address import is_address
 from trainer.data.lanes import default_lanes
 from trainer.data.shards.files import AHEAD
 from trainer.data.shards.folder import ShardFolder
+from trainer.distributed.ranks import World, of_all
 from trainer.engine import checkpoint
 from trainer.engine.train_state import PlanChoice, Problem, TrainState, differing
 from trainer.errors import UserError, counted
 from trainer.inference.step import State
 from trainer.options.verbs import Train
 from trainer.training.budget import Begun
-from trainer.training.ranks import World, of_all
 
 _TOGETHER = 8  # shards, of each lane
 Saved = tuple[State, TrainState]

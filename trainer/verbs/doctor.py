@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.cache import cache_folder
+from trainer.distributed.launch import job_facts, usable_cores
+from trainer.distributed.ranks import World, agree_on, of_all, on_cuda, world
 from trainer.errors import counted, first_line
 from trainer.options.verbs import Doctor
 from trainer.runs.server import why_offline
-from trainer.training.launch import job_facts, usable_cores
-from trainer.training.ranks import World, agree_on, of_all, on_cuda, world
 
 _SKEW = 2.0  # seconds between clocks, beyond which times of files mislead
 _ROOM = 5 * 2**30  # bytes that compiled steps and a few shards take

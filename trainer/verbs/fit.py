@@ -15,6 +15,7 @@ from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.splits import is_packed
 from trainer.data.sources.memory import MemorySource, MemoryTable
 from trainer.data.sources.source import open_source
+from trainer.distributed.ranks import world
 from trainer.engine.signals import StopOnSignal
 from trainer.errors import Stopped, UserError
 from trainer.inference.isolation import own_state
@@ -28,8 +29,8 @@ from trainer.posterior.summary import between_seeds
 from trainer.training.columns import columns_taken
 from trainer.training.columns_line import columns_line
 from trainer.training.prepare import Context, Given
-from trainer.training.ranks import share_threads, world
 from trainer.training.run import quiet_lightning, train
+from trainer.training.threads import share_threads
 from trainer.training.weights import packed_for
 
 _AGREE = 1.05

@@ -8,14 +8,15 @@ from pathlib import Path
 from rich.console import Console
 
 from trainer.distributed.failure import explained, leave_group
+from trainer.distributed.launch import is_restarted
+from trainer.distributed.ranks import agree_on, on_cuda, world
 from trainer.engine import checkpoint
 from trainer.engine.signals import StopOnSignal
 from trainer.errors import RankLost, Stopped
 from trainer.options.verbs import Train
-from trainer.training.launch import is_restarted
 from trainer.training.prepare import Context
-from trainer.training.ranks import agree_on, on_cuda, share_threads, world
 from trainer.training.run import quiet_lightning, train
+from trainer.training.threads import share_threads
 
 _LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 

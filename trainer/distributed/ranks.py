@@ -2,17 +2,15 @@
 
 import os
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
 
 from trainer.distributed.comm import ALONE, Comm, Group
+from trainer.distributed.launch import first_host, in_slurm_step, port_of_job, slurm_tasks
 from trainer.distributed.waiting import interruptible
 from trainer.errors import UserError, counted
-from trainer.inference.isolation import is_fork
-from trainer.training.launch import in_slurm_step, slurm_tasks, usable_cores
 
 Answer = TypeVar("Answer")
 
@@ -32,8 +30,18 @@ class World(NamedTuple):
         return ALONE if self.size == 1 else Group(self.rank, self.size)
 
 
-def world(trainer: DictConfig) -> World:
-    """The world of this process: torchrun's or Slurm's, else what ``trainer`` asks for."""
+class Devices(Protocol):
+    """What a run asks for."""
+
+    accelerator: str
+    """auto, cpu or gpu."""
+    devices: int | str
+    """On each machine: a number, or auto for every GPU."""
+    num_nodes: int
+
+
+def world(asked: Devices) -> World:
+    """The world of this process: torchrun's or Slurm's, else what is ``asked`` for."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
         return World(int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]), int(env["RANK"]), True)
@@ -42,38 +50,27 @@ def world(trainer: DictConfig) -> World:
         if size % nodes:
             raise UserError(f"SLURM_NTASKS={size} is no multiple of the {nodes} nodes: give --ntasks-per-node.")
         return World(size, size // nodes, int(env["SLURM_PROCID"]), True)
-    local = _devices(trainer)
+    local = _devices(asked)
     rank = int(env.get("NODE_RANK", "0")) * local + int(env.get("LOCAL_RANK", "0"))
-    return World(local * int(trainer.num_nodes), local, rank, False)
+    return World(local * int(asked.num_nodes), local, rank, False)
 
 
-def _devices(trainer: DictConfig) -> int:
-    if trainer.devices == "auto":
-        return max(1, torch.cuda.device_count()) if on_cuda(trainer) else 1
-    devices = int(trainer.devices)
+def _devices(asked: Devices) -> int:
+    if asked.devices == "auto":
+        return max(1, torch.cuda.device_count()) if on_cuda(asked) else 1
+    devices = int(asked.devices)
     if devices < 1:
         raise UserError(f"trainer.devices={devices} must be at least 1.")
-    if on_cuda(trainer) and devices > torch.cuda.device_count():
+    if on_cuda(asked) and devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices={devices} but this machine has {counted(torch.cuda.device_count(), 'GPU')}.")
     return devices
 
 
-def on_cuda(trainer: DictConfig) -> bool:
+def on_cuda(asked: Devices) -> bool:
     """Whether the run computes on GPUs."""
-    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+    if asked.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu but torch sees no GPU here: use trainer=cpu, or install a CUDA build.")
-    return trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available()
-
-
-def share_threads(local_size: int, threads: int | None) -> int:
-    """Sets torch's threads to ``threads``, or to this rank's share of the cores but one, and returns the number.
-
-    One core is left to the thread that reads ahead: an oversubscribed OpenMP pool was measured 150 times slower.
-    A fork has one thread.
-    """
-    share = 1 if is_fork() else threads or max(1, usable_cores() // local_size - 1)
-    torch.set_num_threads(share)
-    return share
+    return asked.accelerator in ("auto", "gpu") and torch.cuda.is_available()
 
 
 def agree_on(text: str, world: World, backend: str, timeout: timedelta | None = None) -> str:
@@ -95,11 +92,10 @@ def agree_on(text: str, world: World, backend: str, timeout: timedelta | None = 
 def _set_meeting(world: World) -> None:
     """Where the ranks meet: as the environment says, else as Slurm's variables do."""
     env = os.environ
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        from trainer.engine.strategy import SlurmStep  # Lightning, which svi doctor does without
-
-        slurm = SlurmStep(world.size)
-        env["MASTER_ADDR"], env["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"])
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(port_of_job(env["SLURM_JOB_ID"]))
     if not env["MASTER_PORT"].isdigit():
         raise UserError(f"MASTER_PORT={env['MASTER_PORT']} is no port: set it to a free one, as 29500.")
     env.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))

@@ -5,14 +5,17 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
+from trainer.distributed.launch import first_host, in_slurm_step, launched_rank
+from trainer.distributed.ranks import World, _set_meeting, world
 from trainer.errors import UserError
-from trainer.training.launch import in_slurm_step, launched_rank
-from trainer.training.ranks import World, _set_meeting, world
 
 TASK = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_ID": "0"}
 ALONE = OmegaConf.create({"devices": 1, "num_nodes": 1, "accelerator": "cpu"})
-NAMES = (*TASK, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "MASTER_ADDR",
-         "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID")  # fmt: skip
+NAMES = (
+    *TASK,
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_STEP_NODELIST"),
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID"),
+)
 
 
 @pytest.fixture
@@ -63,6 +66,28 @@ def test_where_ranks_meet(environment, monkeypatch, given, address, port):
     _set_meeting(World(4, 4, 2, True))
     found = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
     assert found == {"MASTER_ADDR": address, "MASTER_PORT": port, "RANK": "2", "WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node3", "node3"),
+        ("node[3-5]", "node3"),
+        ("node[007,9-12]", "node007"),
+        ("node[3-5],other[1-2]", "node3"),
+        ("a,node[3-5]", "a"),
+        ("rack1-node[3-5]-ib,b", "rack1-node3-ib"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_ranks_of_a_step_meet_at_its_first_node(environment):
+    """Which need not be the first of the job."""
+    environment(**TASK, SLURM_NODELIST="node[3-5]", SLURM_STEP_NODELIST="node[4-5]")
+    _set_meeting(World(4, 4, 2, True))
+    assert os.environ["MASTER_ADDR"] == "node4"
 
 
 def test_a_port_that_is_none(environment):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -29,6 +30,18 @@ def in_slurm_step() -> bool:
 def slurm_tasks() -> int:
     """The tasks of this process's step, else those of its job."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1")
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes: node3 of ``node[3-5,9],other``."""
+    name = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
+    assert name is not None  # every part may be empty
+    return "".join(part or "" for part in name.groups())
+
+
+def port_of_job(job: str) -> int:
+    """The port at which ranks of Slurm's job ``job`` meet, unless MASTER_PORT is set; Lightning's choice."""
+    return 15000 + int(job[-4:])
 
 
 def usable_cores() -> int:
