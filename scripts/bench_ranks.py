@@ -28,10 +28,10 @@ from rich.table import Table
 from scripts.benchmark.ours import Ours, Way
 from scripts.benchmark.problems import MODELS, Setting, make_data
 from trainer.distributed.comm import Group
+from trainer.inference.optim.rounds import State
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.local_steps import LocalSteps
 from trainer.inference.programs.program import Chunk, Program
-from trainer.inference.step import State
 
 WORLD, SYNC_EVERY = 2, 16
 WAYS = ("one rank", "summed at every step", f"averaged every {SYNC_EVERY} steps", "two that never speak")

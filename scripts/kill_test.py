@@ -26,7 +26,6 @@ from rich.table import Table
 
 from trainer.data.packing.pack import pack
 from trainer.engine import checkpoint
-from trainer.engine.module import flat_state
 from trainer.engine.row_log import logged_rows
 
 ROWS, BATCH, EPOCHS = 20_000, 256, 9
@@ -90,7 +89,7 @@ class Run:
         """What the newest checkpoint holds."""
         path = checkpoint.newest(self.folder / "run" / "checkpoints")
         assert path is not None
-        return flat_state(checkpoint.load(path)[0])
+        return [*checkpoint.load(path)[0].named().values()]
 
 
 def _last_step(path: Path) -> int:

@@ -23,10 +23,11 @@ from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import State, Update, one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.program import Chunk, Eager, Program
 from trainer.inference.setup import set_up
-from trainer.inference.step import Inference, State, Update
+from trainer.inference.step import Inference
 
 _FOREVER = 10**9
 _EAGER_SLOTS = 16  # nothing is gained by more
@@ -97,7 +98,7 @@ class Ours:
             MODELS[setting.model], MeanField, self.first, setting.num_obs, objective, seed=setting.seed
         )
         adam: Any = Adam(lr=setting.rate)
-        self.update = Update(adam, Constant(), _FOREVER, _FOREVER)
+        self.update = one_round(adam, Constant(), _FOREVER, _FOREVER)
         self.program = program(way.fused, self.inference, self.update, setting.seed)
         self.state: State = self.update.init(self.theta)
         self.order = self.chunks()

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from trainer.distributed.comm import Group
-from trainer.engine import module as lit_module
 from trainer.engine.metrics import is_kept
 from trainer.engine.module import ChunkModule
 from trainer.errors import UserError
@@ -57,10 +56,9 @@ def test_a_step_that_one_rank_cannot_compile_runs_eagerly_on_both(tmp_path: Path
 
 def test_the_module_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ChunkModule, "comm", SimpleNamespace(agree=lambda tensors: False))
-    monkeypatch.setattr(lit_module, "flat_state", lambda state: [])
     module = ChunkModule.__new__(ChunkModule)
     monkeypatch.setattr(ChunkModule, "step", 41)
-    monkeypatch.setattr(ChunkModule, "state", None, raising=False)
+    monkeypatch.setattr(ChunkModule, "state", SimpleNamespace(named=dict), raising=False)
     with pytest.raises(UserError, match="different parameters at step 41"):
         module.compare_ranks()
 

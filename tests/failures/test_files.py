@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from app_tools import final_state
+from app_tools import final_state, tensors
 from failure_tools import Fault, fork_server, start
 
 from trainer.engine import checkpoint
 from trainer.engine.metrics import MetricsFile
-from trainer.engine.module import flat_state
 from trainer.errors import UserError
-from trainer.inference.step import State
+from trainer.inference.optim.rounds import State
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 SAVED = ("checkpoint.py", "store.py")  # the files whose lines write a checkpoint
@@ -186,6 +185,6 @@ def test_two_launches_in_the_same_second(shards, tmp_path, seen):
     runs = [start(shards, tmp_path / folder, ranks=1) for _ in range(2)]
     assert [run.wait().codes for run in runs] == [[0], [0]]
     folders = [path for path in tmp_path.iterdir() if (path / "metrics.json").exists()]
-    one, two = (flat_state(final_state(path)[0]) for path in folders)
+    one, two = (tensors(final_state(path)[0]) for path in folders)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     seen("nothing", 0)

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from app_tools import final_state
+from app_tools import final_state, tensors
 from failure_tools import Fault, start
-
-from trainer.engine.module import flat_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 CUT = "sh ip link set host down"
@@ -39,7 +37,7 @@ def hosts() -> Iterator[list[str]]:
 
 
 def same_bits(one, other):
-    states = (flat_state(final_state(each)[0]) for each in (one, other))
+    states = (tensors(final_state(each)[0]) for each in (one, other))
     return all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 

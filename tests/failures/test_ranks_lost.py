@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from app_tools import final_state
+from app_tools import final_state, tensors
 from failure_tools import Fault, Run, start
 
 from trainer.engine import checkpoint
-from trainer.engine.module import flat_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 GONE = "it was killed (out of memory?) or stopped, or its machine or the network failed; continue with ckpt_path=last."
@@ -29,7 +28,7 @@ def assert_goes_on(run: Run, shards, whole):
     again = start(shards, run.folder).wait()
     assert again.codes == [0, 0], again.said(0) + again.said(1)
     state = final_state(run.folder)[0]
-    assert all(torch.equal(a, b) for a, b in zip(flat_state(state), flat_state(whole), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(state), tensors(whole), strict=True))
 
 
 @pytest.mark.failure(what="a rank is killed (SIGKILL)", lost="the chunk (a tenth of a second)")

@@ -9,11 +9,10 @@ import time
 
 import pytest
 import torch
-from app_tools import _environment, final_state
+from app_tools import _environment, final_state, tensors
 from failure_tools import ARGUMENTS, Fault, free_port, start
 
 from trainer.engine import checkpoint
-from trainer.engine.module import flat_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
 AUTO = ("recipe=auto", "dtype=float64", "checkpoint.every_n_steps=null", "max_steps=200", "slots=50")
@@ -29,7 +28,7 @@ def whole(shards, tmp_path_factory):
 
 def assert_same(run_dir, other):
     """The same bits, and the same figures."""
-    one, two = (flat_state(final_state(each)[0]) for each in (run_dir, other))
+    one, two = (tensors(final_state(each)[0]) for each in (run_dir, other))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     figures = [json.loads((each / "metrics.json").read_text()) for each in (run_dir, other)]
     assert figures[0]["elbo"] == figures[1]["elbo"]

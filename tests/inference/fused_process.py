@@ -23,13 +23,13 @@ from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.model.ragged import Csr, Ragged
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import SGD, Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.compiling import Compilation, key
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Chunk
 from trainer.inference.programs.scan import Recipe
 from trainer.inference.setup import set_up
-from trainer.inference.step import Update
 
 SLOTS, ROWS = 6, 8
 
@@ -98,7 +98,7 @@ def regression(x, y=None):
 def program(model: Any, chunk: Chunk, guide: Any = MeanField, update: Any = None) -> tuple[Fused, Any]:
     columns = {name: column[0, 0] if isinstance(column, Tensor) else column[0][0]
                for name, column in chunk.columns.items()}  # fmt: skip
-    update = update or Update(Adam(lr=0.01), Constant(), 10, 5)
+    update = update or one_round(Adam(lr=0.01), Constant(), 10, 5)
     if guide is MeanField:
         inference, theta = build(model, num_obs=1000, **columns)
     else:
@@ -141,7 +141,7 @@ def main(folder: Path) -> None:
         "constants": (*program(WithConstants(1.0), dense()), dense()),
         "other constants": (*program(WithConstants(2.0), dense()), dense()),
         "a guide of mine": (*program(regression, dense(), mine), dense()),
-        "another optimizer": (*program(regression, dense(), update=Update(SGD(), Constant(), 10, 5)), dense()),
+        "another optimizer": (*program(regression, dense(), update=one_round(SGD(), Constant(), 10, 5)), dense()),
     }
     keys = {name: key_of(*problem) for name, problem in problems.items()}
     print(json.dumps({"said": said, "theta": theta.tolist(), "keys": keys}))

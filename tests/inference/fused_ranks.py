@@ -21,11 +21,11 @@ from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.model.ragged import Csr, Ragged
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Chunk, Program
 from trainer.inference.setup import set_up
-from trainer.inference.step import Update
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
@@ -120,7 +120,7 @@ def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
     mine = chunk.map(lambda each: each[:, held].contiguous() if each.dim() > 1 else each)
     mine = mine if inference.guide.noise_size[1] else mine._replace(row_id=None)
-    update = Update(Adam(lr=0.01), Cosine(), STEPS, 150)
+    update = one_round(Adam(lr=0.01), Cosine(), STEPS, 150)
     fused = Fused(inference, update, 11, held, Group(rank, world) if world > 1 else ALONE)
     start = update.init(theta)
     programs: list[tuple[str, Program]] = [("eager", fused.eager)]
@@ -134,7 +134,7 @@ def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
         rest = program.run(cut.state, mine.part(CUT, STEPS), STEPS - CUT)
         found = {"theta": whole.state.theta, "average": whole.state.average, "terms": whole.terms,
                  "norm": whole.grad_norm, "theta cut": rest.state.theta, "average cut": rest.state.average,
-                 "square cut": rest.state.slots[1], "square": whole.state.slots[1],
+                 "square cut": rest.state.moments["square"], "square": whole.state.moments["square"],
                  "terms cut": torch.cat([cut.terms, rest.terms])}  # fmt: skip
         out |= {f"{name}/{kind}/{key}": value.double().numpy() for key, value in found.items()}
     return out

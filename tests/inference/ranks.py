@@ -21,11 +21,11 @@ from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import SGD, Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.local_steps import LocalSteps
 from trainer.inference.programs.program import Chunk, Eager
 from trainer.inference.setup import set_up
-from trainer.inference.step import Update
 
 GROUPS, ROWS, STEPS, N = 4, 6, 50, 5000
 WORLDS = (1, 2, 4)
@@ -92,7 +92,7 @@ def train(name: str, rank: int, world: int, reduce: Any) -> dict[str, np.ndarray
         chunk.batch_rows,
         chunk.row_id[:, held],
     )
-    update = Update(Adam(lr=0.05), Cosine(), STEPS, 30)
+    update = one_round(Adam(lr=0.05), Cosine(), STEPS, 30)
     result = Eager(inference, update, 11, held, SimpleNamespace(size=world, sum=reduce)).run(
         update.init(theta), mine, STEPS
     )
@@ -117,7 +117,7 @@ def train_locally(rank: int, reduce: Any) -> dict[str, np.ndarray]:
     held = [2 * rank, 2 * rank + 1]
     columns = {column: values[:, held] for column, values in chunk.columns.items()}
     mine = Chunk(columns, chunk.valid[:, held], chunk.batch_rows, chunk.row_id[:, held])
-    update = Update(SGD(lr=0.01), Cosine(), STEPS, 30)
+    update = one_round(SGD(lr=0.01), Cosine(), STEPS, 30)
     common = (inference, update, 11, held, SimpleNamespace(size=2, sum=reduce))
     start = update.init(theta)
     together = Eager(*common).run(start, mine, STEPS)
@@ -126,7 +126,8 @@ def train_locally(rank: int, reduce: Any) -> dict[str, np.ndarray]:
     own = mine._replace(batch_rows=mine.valid.sum(1))
     for at, stop in ((0, 5), (5, 10), (10, 12)):
         state = alone.run(state, own.part(at, stop), stop - at).state
-        state = state._replace(theta=reduce(state.theta) / 2, slots=(reduce(state.slots[0]) / 2,))
+        mean = {name: reduce(each) / 2 for name, each in state.moments.items()}
+        state = state._replace(theta=reduce(state.theta) / 2, moments=mean)
     several = LocalSteps(*common, sync_every=5, program=Eager)
     seven = several.run(start, mine, 10).state
     out = {"together": together.state.theta, "single": single.state.theta, "average": single.state.average,

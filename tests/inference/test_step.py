@@ -16,10 +16,10 @@ from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import PlatedModel
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import SGD, Adam, ClippedAdam
+from trainer.inference.optim.rounds import Round, State, Update, one_round
 from trainer.inference.optim.schedules import Cosine, OneCycle, RobbinsMonro
 from trainer.inference.programs.program import Chunk, Eager
 from trainer.inference.setup import set_up
-from trainer.inference.step import State, Update
 
 GUIDES = {"mean_field": MeanField, "AutoNormal": lambda model, _: PyroGuide(AutoNormal(model))}
 
@@ -28,16 +28,13 @@ def program(optimizer=None, guide=MeanField, average_from=3, dtype=F64, schedule
     data = {name: column.to(dtype) for name, column in regression_data().items()}
     inference, theta = build(regression, guide, **data)
     inference = with_objective(inference, 1000, antithetic=True, pairs=2)
-    update = Update(optimizer or Adam(lr=0.05), schedule or Cosine(), 8, average_from)
+    update = one_round(optimizer or Adam(lr=0.05), schedule or Cosine(), 8, average_from)
     return Eager(inference, update, 5, [0, 1]), update.init(theta)
 
 
 def equal(a: State, b: State) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(b)))
-
-
-def leaves(state: State) -> list[torch.Tensor]:
-    return [state.step, state.theta, *state.slots, state.average, state.averaged]
+    one, other = a.named(), b.named()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def part(chunk: Chunk, first: int, last: int) -> Chunk:
@@ -80,14 +77,14 @@ def test_the_average_is_the_mean_of_the_iterates_since_its_start(average_from):
 def test_rounds_are_schedules_and_averages_one_after_the_other():
     """The second starts at the full rate where the first ended, with the optimizer's vectors, and an average anew."""
     chunk = chunk_of(8, 2, 4, x=(3,), y=())
-    first = Update(Adam(lr=0.05), Cosine(), 3, 2)
-    both = Update(Adam(lr=0.05), Cosine(), 8, 6, start=3, before=first)
-    assert both.rounds == (first, both)
+    first, second = Round(Adam(lr=0.05), Cosine(), 3, 2), Round(Adam(lr=0.05), Cosine(), 8, 6, start=3)
+    both = Update((first, second))
+    assert [both.at(step) for step in (0, 2, 3, 7, 8)] == [first, first, second, second, second]
     eager, state = program(average_from=8)
     eager = replace(eager, update=both)
     iterates = []
     for k in range(8):
-        round_ = first if k < 3 else both
+        round_ = first if k < 3 else second
         rates = round_.rates(torch.tensor(k), eager.inference.num_obs)
         rate = 0.05 * 0.5 * (1 + math.cos(math.pi * (k - round_.start) / (round_.horizon - round_.start)))
         assert float(rates[0]) == pytest.approx(rate / (1 - 0.9 ** (k - round_.start + 1)), rel=1e-12)
@@ -153,7 +150,7 @@ def test_no_operation_of_a_step_makes_a_tensor_of_n_elements(plate, guide):
 
     make = {**GUIDES, "amortized": lambda _, batch: PyroGuide(PlatedModel(amortized, batch.columns))}[guide]
     chunk = chunk_of(2, 1, rows, x=())
-    update = Update(Adam(), Cosine(), 2, 0)
+    update = one_round(Adam(), Cosine(), 2, 0)
     with Largest() as seen:
         batch = batch_of(num_obs=n, x=chunk.columns["x"][0, 0])
         inference, theta = set_up(model, make, batch, n, Objective("monte_carlo"))

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainer.engine import checkpoint
+from trainer.inference.optim.rounds import State
 from trainer.options.entrance import composed, options
 
 HERE = Path(__file__).parent
@@ -48,3 +50,8 @@ def final_state(run_dir: Path) -> tuple[Any, dict[str, Any]]:
     path = checkpoint.newest(run_dir / "checkpoints")
     assert path is not None, f"{run_dir} has no checkpoint"
     return checkpoint.load(path)
+
+
+def tensors(state: State) -> list[torch.Tensor]:
+    """All that a state holds."""
+    return [*state.named().values()]

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from app_tools import config, final_state
+from app_tools import config, final_state, tensors
 
 from scripts.kill_test import Run, distance, same_rows
 from trainer.data.plan import Plan
 from trainer.engine import checkpoint
-from trainer.engine.module import flat_state
 from trainer.engine.row_log import logged_rows
 from trainer.errors import UserError
 from trainer.training.budget import Begun, update_of
@@ -84,7 +83,7 @@ def test_a_changed_run_is_continued_bit_for_bit(fit, tmp_path):
             (run_dir / "metrics.json").unlink()
         states.append(final_state(run_dir)[0])
     assert int(states[0].step) == 60
-    assert all(map(torch.equal, *map(flat_state, states)))
+    assert all(map(torch.equal, *map(tensors, states)))
 
 
 def test_a_checkpoint_of_the_version_before_goes_on(fit, tmp_path):

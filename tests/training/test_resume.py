@@ -5,10 +5,9 @@ import signal
 
 import pytest
 import torch
-from app_tools import final_state, start, svi
+from app_tools import final_state, start, svi, tensors
 
 from trainer.engine import checkpoint
-from trainer.engine.module import flat_state
 from trainer.errors import UserError
 
 ARGUMENTS = ("batch_size=256", "max_steps=60", "slots=16", "checkpoint.every_n_steps=7", "trainer=cpu", "threads=1",
@@ -24,7 +23,7 @@ def uninterrupted(shards, tmp_path_factory):
 
 
 def same_bits(one, other):
-    return all(torch.equal(a, b) for a, b in zip(flat_state(one), flat_state(other), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 @pytest.mark.slow

@@ -15,11 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from app_tools import WEIGHTS, config, final_state
+from app_tools import WEIGHTS, config, final_state, tensors
 from rich.console import Console
 
 from trainer.data.shards.cache import ShardCache
-from trainer.engine.module import flat_state
 from trainer.errors import UserError
 from trainer.training.budget import optimizer_of, update_of
 from trainer.training.tables import shards_of
@@ -323,7 +322,7 @@ def test_an_anchored_run_resumes_bit_for_bit(fit, tmp_path):
             newer.unlink()
     (cut / "metrics.json").unlink()
     fit(*options, "ckpt_path=last", run_dir=cut)
-    for one, other in zip(flat_state(final_state(whole)[0]), flat_state(final_state(cut)[0]), strict=True):
+    for one, other in zip(tensors(final_state(whole)[0]), tensors(final_state(cut)[0]), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(UserError, match="estimator=anchor needs guide=mean_field"):
         fit("estimator=anchor", "guide._target_=pyro.infer.autoguide.AutoNormal", run_dir=tmp_path / "other")

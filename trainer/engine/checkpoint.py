@@ -11,22 +11,23 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
+from torch import Tensor
 
 from trainer.data.store import atomic_write
 from trainer.distributed.failure import explained
-from trainer.engine.module import ChunkModule, flat_state, state_from_flat
+from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.errors import RankLost, Stopped, UserError
-from trainer.inference.step import State
+from trainer.inference.optim.rounds import State
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, state: State, record: dict[str, Any]) -> None:
@@ -58,18 +59,35 @@ def load(path: Path) -> tuple[State, dict[str, Any]]:
 
 def packed(state: State, record: dict[str, Any]) -> dict[str, Any]:
     """``state`` and ``record`` as plain tensors and values."""
-    tensors = [tensor.detach().cpu().clone() for tensor in flat_state(state)]
+    tensors = state.each(lambda tensor: tensor.detach().cpu().clone()).named()
     return {"format": FORMAT, "state": tensors, "facts": record}
 
 
 def unpacked(content: dict[str, Any], name: str) -> tuple[State, dict[str, Any]]:
     """From `packed`. Raises UserError, in which it is called ``name``, for one of another version."""
+    if content.get("format") == 1:
+        return State.of_named(_by_name(content["state"])), content["facts"]
     if content.get("format") != FORMAT:
         raise UserError(
             f"{name} has format {content.get('format')} where this version reads {FORMAT}: "
             "resume it with the version that wrote it."
         )
-    return state_from_flat(content["state"]), content["facts"]
+    return State.of_named(content["state"]), content["facts"]
+
+
+def _by_name(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The state's tensors in format 1, which had no names: a preconditioner alone has matrices."""
+    own, rest = tensors[:4], list(tensors[4:])
+    matrices = [place for place, tensor in enumerate(rest) if tensor.dim() == 2]
+    snapshot = len(rest) - len(matrices) > 2
+    moments = len(rest) - len(matrices) - 2 * snapshot
+    names = [
+        *("step", "theta", "average", "averaged"),
+        *(("optimizer.velocity",) if moments == 1 else ("optimizer.mean", "optimizer.square")),
+        *(("preconditioner.factor", "preconditioner.curvature") if matrices else ()),
+        *(("snapshot.theta", "snapshot.gradient") if snapshot else ()),
+    ]
+    return dict(zip(names, [*own, *rest], strict=True))
 
 
 def newest(folder: Path) -> Path | None:

@@ -17,10 +17,11 @@ from trainer.distributed.comm import Comm
 from trainer.engine.datamodule import ChunkData
 from trainer.errors import UserError
 from trainer.inference.checks.model_checks import finite_or_raise
+from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.nan_rows import nan_rows
 from trainer.inference.programs.program import Chunk, ChunkResult, Program
 from trainer.inference.programs.tracing import Untraceable
-from trainer.inference.step import Inference, State, Update
+from trainer.inference.step import Inference
 from trainer.posterior.first_pass import FirstPass
 
 _CHUNK_SECONDS, _CHUNK_BYTES = 0.1, 128 * 2**20
@@ -91,8 +92,7 @@ class ChunkModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         device = self.device
-        on_device = [self.comm.from_first(t.to(device)) for t in flat_state(self.state)]
-        self.state = state_from_flat(on_device)
+        self.state = self.state.each(lambda tensor: self.comm.from_first(tensor.to(device)))
         data = self.data
         assert data is not None
         if len(set(self.comm.gathered(data.plan.identity))) > 1:
@@ -170,7 +170,7 @@ class ChunkModule(pl.LightningModule):
 
     def compare_ranks(self) -> None:
         """Raises UserError on all ranks where their states, made by the same updates, are not the same to the bit."""
-        if not self.comm.agree(flat_state(self.state)):
+        if not self.comm.agree([*self.state.named().values()]):
             raise UserError(
                 f"the ranks hold different parameters at step {self.step}, so memory, a network or a library failed: "
                 "resume the run from its last checkpoint, on other machines if it happens again."
@@ -217,21 +217,9 @@ class ChunkModule(pl.LightningModule):
 
     def _rate(self, step: int) -> float:
         """The scheduled learning rate of a step."""
-        here = self.update.at(step)
-        return here.optimizer.lr * float(here.schedule(torch.tensor(step - here.start), here.horizon - here.start))
+        return float(self.update.at(step).lr(torch.tensor(step)))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if device.type == "cpu":
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-
-def flat_state(state: State) -> list[Tensor]:
-    """The state's tensors in a fixed order."""
-    return [state.step, state.theta, state.average, state.averaged, *state.slots]
-
-
-def state_from_flat(tensors: list[Tensor]) -> State:
-    """The inverse of :func:`flat_state`."""
-    step, theta, average, averaged, *slots = tensors
-    return State(step, theta, tuple(slots), average, averaged)

@@ -28,11 +28,11 @@ from trainer.engine.signals import StopOnSignal
 from trainer.engine.strategy import FailTogether, RankStrategy, SlurmStep
 from trainer.engine.train_state import TrainState
 from trainer.errors import UserError
+from trainer.inference.optim.rounds import Round
 from trainer.inference.programs.program import Program
 from trainer.inference.recipe.convergence import segment_ends
 from trainer.inference.recipe.laplace import latents_alone
 from trainer.inference.recipe.optimum import can_be_settled
-from trainer.inference.step import Update
 from trainer.options import build
 from trainer.options.records import plain
 from trainer.options.verbs import Train
@@ -153,9 +153,9 @@ def _refuse_between_syncs(cfg: Train, program: Program) -> None:
             raise UserError(f"{name}={count} must be a multiple of program.sync_every={program.sync_every}.")
 
 
-def _round_ends(update: Update, plan: Plan, program: Program) -> tuple[int, ...]:
+def _round_ends(round_: Round, plan: Plan, program: Program) -> tuple[int, ...]:
     """The steps at which a round and its segments end."""
-    return (update.horizon, *segment_ends(update, plan.steps_per_epoch, program.sync_every))
+    return (round_.horizon, *segment_ends(round_, plan.steps_per_epoch, program.sync_every))
 
 
 def _cuts(plan: Plan, every: int, by_epoch: bool) -> tuple[tuple[int, int], ...]:

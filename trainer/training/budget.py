@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.inference.step import Update
+from trainer.inference.optim.rounds import Round, Update
 from trainer.options import build
 from trainer.options.verbs import Train
 
@@ -53,16 +53,15 @@ def update_of(cfg: Train, plan: Epochs, whitened: bool, anchored: int, begun: Be
     if begun is not None:
         planned = moved(begun, horizon)
     optimizer, schedule = build.optimizer(cfg.optimizer), build.schedule(cfg.schedule)
-    update, start = None, 0
+    rounds, start = [], 0
     for end in (*(end // every * every for end in planned), horizon):
         if start < end <= horizon:
             length = int((end - start) * share)
             if length >= epoch:
                 length = length // epoch * epoch
-            update = Update(optimizer, schedule, end, end - length, start, update, whitened, anchored)
+            rounds.append(Round(optimizer, schedule, end, end - length, start))
             start = end
-    assert update is not None
-    return update
+    return Update(tuple(rounds), whitened, anchored)
 
 
 def moved(begun: Begun, horizon: int) -> list[int]:

@@ -56,7 +56,7 @@ class FinalEvaluation:
 
     def _evaluated(self, module: ChunkModule, theta: torch.Tensor) -> dict[str, Any]:
         inference = module.inference
-        _, preconditioner, _ = module.update.split(module.state.slots)
+        preconditioner = module.state.preconditioner
         count = len(self.rows.folder.block_rows)
         here, total = self.rows.blocks(theta, module.step)
         fitted = full_elbo(inference, theta, here, count, self.seed, total, preconditioner)

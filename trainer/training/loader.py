@@ -12,15 +12,16 @@ from torch import Tensor
 
 from trainer.data.shards.index import Column as StoredColumn
 from trainer.data.shards.index import Index
-from trainer.engine.module import ChunkModule, flat_state, state_from_flat
+from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import PlanChoice, TrainState
 from trainer.errors import UserError
 from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.program import Chunk, Eager
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.setup import set_up
-from trainer.inference.step import Inference, State, Update
+from trainer.inference.step import Inference
 from trainer.options import build
 from trainer.options.verbs import Train
 from trainer.posterior.posterior import Posterior
@@ -101,7 +102,7 @@ def begun(
     state = resume.taken_over(saved, record, fresh)
     comm = context.world.comm
     device = trainer.strategy.root_device
-    state = state_from_flat([comm.from_first(each.to(device)) for each in flat_state(state)])
+    state = state.each(lambda tensor: comm.from_first(tensor.to(device)))
     program = Eager(inference, update, cfg.seed, [context.world.rank], comm)
     few = sample.at(torch.arange(min(_FEW_ROWS, sample.size)))
     few = few._replace(scale=torch.tensor(num_obs / few.size, dtype=torch.float64))

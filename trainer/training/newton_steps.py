@@ -39,13 +39,11 @@ class EndRound:
 
     def __call__(self, module: ChunkModule) -> tuple[bool, float]:
         """Whether Newton steps have replaced the average, and what is left to go, in scales (nan: not known)."""
-        average, slots, left, record = module.theta, module.state.slots, math.nan, self.record
-        own, preconditioner, anchor = module.update.split(slots)
+        average, preconditioner, left, record = module.theta, module.state.preconditioner, math.nan, self.record
         theta = average
         view = module.inference.gaussian
         if preconditioner is not None and view is not None:
             theta, preconditioner, left = self._by_curvature(module, view, average, preconditioner)
-            slots = (*own, *preconditioner, *(anchor or ()))
         elif self.afford is not None and module.step > max(self.afford, _AGAIN * record.no_newton_at):
             if view is None:
                 theta, left = self._settled(module, average)
@@ -53,7 +51,7 @@ class EndRound:
                 theta, left = self._by_products(module, view, average)
             if theta is average:
                 record.no_newton_at = module.step
-        module.state = module.state._replace(theta=theta, average=theta.clone(), slots=slots)
+        module.state = module.state._replace(theta=theta, average=theta.clone(), preconditioner=preconditioner)
         return theta is not average, left
 
     def _by_curvature(

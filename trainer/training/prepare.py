@@ -19,9 +19,10 @@ from trainer.errors import UserError, counted
 from trainer.inference.guides.mean_field import MEAN_FIELD
 from trainer.inference.guides.pyro_guides import NO_LATENT
 from trainer.inference.model.plates import Batch
+from trainer.inference.optim.rounds import State, Update
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.setup import GuideFactory, guide_factory, set_up
-from trainer.inference.step import Inference, State, StepBatch, Update
+from trainer.inference.step import Inference, StepBatch
 from trainer.options import build
 from trainer.options.records import plain
 from trainer.options.verbs import Train

@@ -16,7 +16,7 @@ from trainer.distributed.ranks import World, of_all
 from trainer.engine import checkpoint
 from trainer.engine.train_state import PlanChoice, Problem, TrainState, differing
 from trainer.errors import UserError, counted
-from trainer.inference.step import State
+from trainer.inference.optim.rounds import State
 from trainer.options.verbs import Train
 from trainer.training.budget import Begun
 
@@ -158,7 +158,7 @@ def check_same(old: Problem, new: Problem, state: State, fresh: State) -> None:
                 "give the same model= and guide=, or start a new run_dir."
             )
     before, now = (str(each.optimizer.get("_target_")).rpartition(".")[2] for each in (old, new))
-    if before != now or len(state.slots) != len(fresh.slots):
+    if before != now or state.named().keys() != fresh.named().keys():
         raise UserError(
             f"the checkpoint was trained with {before}, not {now}: give the same optimizer=, or start a new run_dir."
         )

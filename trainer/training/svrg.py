@@ -25,5 +25,5 @@ class TakeSnapshot(Callback):
         if self.begins(module.step):
             theta = module.state.theta.clone()
             gradient = self.loss.gradient(module.step, theta) / module.inference.num_obs
-            anchor = Snapshot(theta, gradient[: module.update.anchored].to(theta.dtype))
-            module.state = module.state._replace(slots=(*module.state.slots[:-2], *anchor))
+            snapshot = Snapshot(theta, gradient[: module.update.anchored].to(theta.dtype))
+            module.state = module.state._replace(snapshot=snapshot)

@@ -32,9 +32,9 @@ from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.latents import is_latent
 from trainer.inference.model.plates import PlatedModel
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.program import Chunk, Eager
-from trainer.inference.step import Update
 
 
 class VAE(nn.Module):
@@ -162,7 +162,7 @@ def test_a_run_does_not_depend_on_the_order_of_the_rows(name):
     order = torch.tensor([3, 0, 4, 1, 2])
     turned = chunk._replace(columns={"x": chunk.columns["x"][:, :, order]}, row_id=chunk.row_id[:, :, order])
     moved = chunk._replace(row_id=chunk.row_id + 1)
-    update = Update(Adam(lr=0.05), Cosine(), 6, 6)
+    update = one_round(Adam(lr=0.05), Cosine(), 6, 6)
     inference = with_objective(inference, 60, antithetic=True, pairs=2)
     ends = [
         Eager(inference, update, 3, [0, 1]).run(update.init(theta), c, 6).state.theta for c in (chunk, turned, moved)
@@ -203,7 +203,7 @@ def test_the_elbo_agrees_with_pyros_on_the_full_data(name):
 def test_autoguides_are_trained_to_the_posterior_mean(name):
     inference, theta, data = problem(name)
     steps = 300
-    update = Update(Adam(lr=0.05), Cosine(), steps, steps)
+    update = one_round(Adam(lr=0.05), Cosine(), steps, steps)
     columns = {k: v.expand(steps, 1, *v.shape) for k, v in data.items()}
     chunk = Chunk(columns, torch.full((steps, 1), 12), torch.full((steps,), 12), None)
     inference = with_objective(inference, antithetic=True)
@@ -217,7 +217,7 @@ def test_a_vae_learns_and_both_its_networks_move():
     inference, theta, _ = problem("VAE")
     steps = 150
     images = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]], dtype=F64).repeat(5, 1)
-    update = Update(Adam(lr=0.03), Cosine(), steps, steps)
+    update = one_round(Adam(lr=0.03), Cosine(), steps, steps)
     chunk = Chunk(
         {"x": images.expand(steps, 1, 10, 4)},
         torch.full((steps, 1), 10),
@@ -265,7 +265,7 @@ def test_draws_that_are_not_normal_are_repeatable_too(guide, mirrors):
         assert float(first + mirrored) == pytest.approx(2 * 0.5 + 2, abs=1e-12)
     else:
         chunk = chunk_of(8, 1, 5, x=())
-        update = Update(Adam(lr=0.05), Cosine(), 8, 8)
+        update = one_round(Adam(lr=0.05), Cosine(), 8, 8)
         ends = [Eager(inference, update, s, [0]).run(update.init(theta), chunk, 8).state.theta for s in (3, 3, 4)]
         assert torch.equal(ends[0], ends[1])
         assert not torch.equal(ends[0], ends[2])

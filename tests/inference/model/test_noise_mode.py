@@ -12,11 +12,11 @@ from torch import nn
 from trainer.errors import UserError
 from trainer.inference.model.noise_mode import NoiseMode, measure_noise
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Eager
 from trainer.inference.programs.tracing import trace
-from trainer.inference.step import Update
 
 DATA = regression_data()
 
@@ -113,7 +113,7 @@ def test_a_models_own_draws_are_the_given_noise():
 def test_noise_by_row_does_not_depend_on_how_rows_are_shared():
     """One group of rows, or two halves of the same rows with the draw of both: the same data terms."""
     inference, theta = build(noisy, **DATA)
-    program = Eager(inference, Update(Adam(lr=0.1), Cosine(), 10, 10), 7, [0])
+    program = Eager(inference, one_round(Adam(lr=0.1), Cosine(), 10, 10), 7, [0])
     whole = one_group(**DATA)
     total = inference.terms(theta, program.noise(3, whole, F64), whole, 1.0)
     parts = 0
@@ -139,7 +139,7 @@ class Dropping(nn.Module):
 @pytest.mark.parametrize("model", [noisy, Dropping()], ids=["randn", "dropout"])
 def test_a_traced_step_holds_the_models_draws(model):
     inference, theta = build(model, **DATA)
-    update = Update(Adam(lr=0.1), Cosine(), 10, 10)
+    update = one_round(Adam(lr=0.1), Cosine(), 10, 10)
     chunk, state = chunk_of(3, 1, 12, x=(3,), y=()), update.init(theta)
     flat, slots = Fused(inference, update, 5, [0]).flat(state, chunk)
     graph, constants = trace(flat, slots[0], slots[1])

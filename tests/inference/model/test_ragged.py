@@ -12,10 +12,10 @@ from svi_problems import F64, batch_of, build, grad, noise_of, one_group
 from trainer.errors import UserError
 from trainer.inference.model.ragged import Csr, Ragged, cat, each_tensor, maker, of_plain, parts, plain, rolled
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Chunk, Eager
-from trainer.inference.step import Update
 
 WIDTH = 7
 
@@ -164,7 +164,7 @@ def test_training_takes_the_same_steps_on_sparse_rows_eager_and_fused():
     ours, theirs = chunk(6, 2, 8)
     inference, theta = build(on_sparse, num_obs=100, x=ours.columns["x"][0][0], y=ours.columns["y"][0][0])
     inference = dataclasses.replace(inference, objective=dataclasses.replace(inference.objective, antithetic=True))
-    update = Update(Adam(0.05), Constant(), 1000, 1000)
+    update = one_round(Adam(0.05), Constant(), 1000, 1000)
     state = update.init(theta)
     ends = {}
     for name, program, data in (("dense", Eager, theirs), ("eager", Eager, ours), ("fused", Fused, ours)):

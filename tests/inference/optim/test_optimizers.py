@@ -32,12 +32,12 @@ def test_fifty_steps_equal_the_published_optimizer(name):
     start = torch.linspace(-1, 2, 6, dtype=F64)
     parameter = torch.nn.Parameter(start.clone())
     oracle = theirs([parameter], lr=ours.lr, **options)
-    theta, slots = start.clone(), ours.init(start)
+    theta, moments = start.clone(), ours.init(start)
     for k, g in enumerate(gradients()):
         parameter.grad = g.clone()
         oracle.step()
         rates = ours.rates(torch.tensor(ours.lr, dtype=F64), torch.tensor(k + 1), 1.0)
-        theta, slots = ours.update(g, slots, theta, rates)
+        theta, moments = ours.update(g, moments, theta, rates)
         torch.testing.assert_close(theta, parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -48,10 +48,10 @@ def test_dividing_the_loss_by_n_changes_no_update_of_adam(name):
     paths = []
     for num_obs in (1.0, n):
         theta = torch.linspace(-1, 2, 6, dtype=F64)
-        slots = ours.init(theta)
+        moments = ours.init(theta)
         for k, g in enumerate(gradients()):
             rates = ours.rates(torch.tensor(ours.lr, dtype=F64), torch.tensor(k + 1), num_obs)
-            theta, slots = ours.update(g / num_obs, slots, theta, rates)
+            theta, moments = ours.update(g / num_obs, moments, theta, rates)
         paths.append(theta)
     torch.testing.assert_close(paths[0], paths[1], rtol=1e-9, atol=1e-9)
 
@@ -60,9 +60,9 @@ def test_a_latent_known_from_its_prior_alone_moves_at_a_billion_rows():
     """In float32, gradient 1/N: with Adam's eps unscaled it would stay near zero."""
     adam, n = Adam(lr=0.01), 1e9
     theta = torch.zeros(1)
-    slots = adam.init(theta)
+    moments = adam.init(theta)
     for k in range(600):
         rates = adam.rates(torch.tensor(0.01, dtype=F64), torch.tensor(k + 1), n)
-        theta, slots = adam.update((theta - 1.0) / n, slots, theta, rates)
+        theta, moments = adam.update((theta - 1.0) / n, moments, theta, rates)
     assert theta.dtype == torch.float32
     assert abs(float(theta) - 1.0) < 0.01

@@ -8,10 +8,11 @@ from svi_problems import F64, build, one_group, regression, regression_data, reg
 from trainer.distributed.comm import ALONE
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import SGD
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.optim.variance_reduction import Preconditioner, Snapshot
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.step import State, StepNoise, Update, step
+from trainer.inference.step import StepNoise, step
 
 DATA = regression_data(orthogonal=False)
 
@@ -28,8 +29,9 @@ def one_step(inference, update, state, seed, preconditioner=None):
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(1, 1, inference.guide.size, dtype=F64, generator=generator)
     noise = StepNoise(eps, None, ((0,),))
-    rates = update.rates(state.step, inference.num_obs)
-    return step(inference, update, ALONE, state, noise, one_group(**DATA), rates)[0]
+    (only,) = update.rounds
+    rates = only.rates(state.step, inference.num_obs)
+    return step(inference, only, ALONE, state, noise, one_group(**DATA), rates)[0]
 
 
 def test_on_a_gaussian_posterior_every_draw_gives_the_exact_gradient():
@@ -38,7 +40,7 @@ def test_on_a_gaussian_posterior_every_draw_gives_the_exact_gradient():
     inference, theta, preconditioner = problem()
     identity = Preconditioner(torch.eye(3, dtype=F64), preconditioner.curvature)
     theta = torch.cat([torch.tensor([0.3, -0.2, 0.5], dtype=F64), torch.tensor([-3.0, -2.5, -2.0], dtype=F64)])
-    update = Update(SGD(lr=1.0), Constant(), 10, 10, whitened=True)
+    update = one_round(SGD(lr=1.0), Constant(), 10, 10, whitened=True)
     made = [one_step(inference, update, update.init(theta, identity), seed).theta for seed in range(4)]
     mean, covariance, _ = regression_posterior(**DATA)
     precision, scale = torch.linalg.inv(covariance), theta[3:].exp()
@@ -46,7 +48,7 @@ def test_on_a_gaussian_posterior_every_draw_gives_the_exact_gradient():
     want = theta - torch.cat([by_loc, scale**2 * precision.diagonal() - 1]) / inference.num_obs
     for each in made:
         torch.testing.assert_close(each, want, rtol=1e-9, atol=1e-11)
-    plain = Update(SGD(lr=1.0), Constant(), 10, 10)
+    plain = one_round(SGD(lr=1.0), Constant(), 10, 10)
     without = [one_step(inference, plain, plain.init(theta), seed).theta for seed in range(2)]
     assert not torch.allclose(*without, atol=1e-4)
 
@@ -76,10 +78,9 @@ def test_at_the_anchor_a_step_takes_the_full_gradient_for_the_locations_and_its_
     inference, theta, _ = problem()
     size = inference.guide.size
     full = torch.tensor([0.5, -1.0, 2.0], dtype=F64)
-    update = Update(SGD(lr=1.0), Constant(), 10, 10, anchored=size)
-    zero = torch.zeros((), dtype=torch.int64)
-    state = State(zero, theta, (torch.zeros_like(theta), *Snapshot(theta, full)), theta, zero)
-    plain = Update(SGD(lr=1.0), Constant(), 10, 10)
+    update = one_round(SGD(lr=1.0), Constant(), 10, 10, anchored=size)
+    state = update.init(theta)._replace(snapshot=Snapshot(theta, full))
+    plain = one_round(SGD(lr=1.0), Constant(), 10, 10)
     for seed in range(3):
         made = one_step(inference, update, state, seed)
         torch.testing.assert_close(made.theta[:size], theta[:size] - full, rtol=1e-12, atol=1e-12)
@@ -93,9 +94,8 @@ def test_away_from_the_anchor_the_difference_of_the_gradients_is_added():
     _, covariance, _ = regression_posterior(**DATA)
     away = theta.clone()
     away[:3] += torch.tensor([0.1, 0.2, -0.3], dtype=F64)
-    update = Update(SGD(lr=1.0), Constant(), 10, 10, anchored=3)
-    zero = torch.zeros((), dtype=torch.int64)
-    state = State(zero, away, (torch.zeros_like(theta), *Snapshot(theta, torch.zeros(3, dtype=F64))), away, zero)
+    update = one_round(SGD(lr=1.0), Constant(), 10, 10, anchored=3)
+    state = update.init(away)._replace(snapshot=Snapshot(theta, torch.zeros(3, dtype=F64)))
     made = one_step(inference, update, state, 1)
     want = away[:3] - torch.linalg.inv(covariance) @ (away - theta)[:3] / inference.num_obs
     torch.testing.assert_close(made.theta[:3], want, rtol=1e-9, atol=1e-12)

@@ -6,12 +6,12 @@ from svi_problems import build, chunk_of, regression
 
 from trainer.errors import UserError
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import Round, Update
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs import auto
 from trainer.inference.programs.auto import Auto, stages
 from trainer.inference.programs.program import Eager
 from trainer.inference.programs.tracing import Untraceable
-from trainer.inference.step import Update
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,8 @@ def made(monkeypatch):
     chunk = chunk_of(9, 1, 8, x=(2,), y=())
     columns = {name: column[0, 0] for name, column in chunk.columns.items()}
     inference, theta = build(regression, **columns)
-    update = Update(Adam(lr=0.1), Constant(), 9, 6, 3, Update(Adam(lr=0.1), Constant(), 3, 2))
+    adam, constant = Adam(lr=0.1), Constant()
+    update = Update((Round(adam, constant, 3, 2), Round(adam, constant, 9, 6, start=3)))
     return Auto(inference, update, 11, [0]), update.init(theta), chunk
 
 

@@ -14,9 +14,10 @@ from svi_problems import build, chunk_of, regression
 
 from trainer.errors import UserError
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.fused import Fused
-from trainer.inference.step import Update, in_dtype
+from trainer.inference.step import in_dtype
 
 pytestmark = [pytest.mark.xdist_group("fused"), pytest.mark.timeout(1800)]  # one worker compiles, the other goes on
 HERE = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def program(compiled_folder, monkeypatch):
 
     def make(seed=0, update=None, num_obs=1000):
         inference, theta = build(regression, num_obs=num_obs, **columns)
-        update = update or Update(Adam(lr=0.01), Constant(), 10, 5)
+        update = update or one_round(Adam(lr=0.01), Constant(), 10, 5)
         return Fused(inference, update, seed, [0]), update.init(theta), chunk
 
     return make
@@ -106,7 +107,7 @@ def test_one_compiled_step_serves_seeds_rates_horizons_and_sizes(program):
     first, start, chunk = program()
     said: list[str] = []
     first.prepare(start, chunk, said.append)
-    other, start, chunk = program(seed=5, update=Update(Adam(lr=0.3), Constant(), 7, 2), num_obs=77)
+    other, start, chunk = program(seed=5, update=one_round(Adam(lr=0.3), Constant(), 7, 2), num_obs=77)
     other.prepare(start, chunk, said.append)
     assert said[-1] == "compiled step found in the cache"
     want, got = other.eager.run(start, chunk, 6), other.run(start, chunk, 6)
@@ -141,7 +142,7 @@ def test_numbers_that_a_model_makes_have_the_type_of_the_others(compiled_folder,
         chunk = chunk_of(6, 1, 8, torch.float64, x=(2,), y=())
         columns = {name: column[0, 0] for name, column in chunk.columns.items()}
         inference, theta = build(numbers_of_its_own, num_obs=1000, **columns)
-        update = Update(Adam(lr=0.01), Constant(), 10, 5)
+        update = one_round(Adam(lr=0.01), Constant(), 10, 5)
         fused, start = Fused(inference, update, 0, [0]), update.init(theta)
         fused.prepare(start, chunk)
         got, want = fused.run(start, chunk, 6), fused.eager.run(start, chunk, 6)

@@ -10,11 +10,11 @@ import torch
 from svi_problems import F64, build, chunk_of
 
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.local_steps import LocalSteps
 from trainer.inference.programs.nan_rows import _halved, nan_rows
 from trainer.inference.programs.program import Eager, Program
-from trainer.inference.step import Update
 
 
 @pytest.mark.parametrize("bad", [set(), {0}, {6}, {2, 3}, {0, 3, 6}, set(range(7))])
@@ -43,6 +43,6 @@ def test_every_program_names_the_slot_and_the_row(make):
     inference, theta = build(regression, x=torch.randn(8, dtype=F64), y=torch.randn(8, dtype=F64))
     chunk = chunk_of(4, 2, 6, x=(), y=())
     chunk.columns["y"][2, 1, 3] = math.nan
-    update = Update(Adam(lr=0.01), Constant(), 4, 4)
+    update = one_round(Adam(lr=0.01), Constant(), 4, 4)
     program: Program = make(inference, update, 0, [0, 1])
     assert nan_rows(program.eager, update.init(theta), chunk) == (2, [(1, 3)])

@@ -11,9 +11,9 @@ from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.noise import element_noise, mixed_seed, row_noise
 from trainer.inference.model.plates import PlatedModel
 from trainer.inference.optim.optimizers import SGD
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.program import Eager
-from trainer.inference.step import Update
 
 PAIRS = 2
 
@@ -34,7 +34,7 @@ def guide(x):
 def eager(groups, seed=9):
     amortized = lambda _, batch: PyroGuide(PlatedModel(guide, batch.columns))  # noqa: E731
     inference, theta = build(model, amortized, x=torch.linspace(-1, 1, 5, dtype=F64))
-    update = Update(SGD(), Constant(), 10, 10)
+    update = one_round(SGD(), Constant(), 10, 10)
     return Eager(with_objective(inference, antithetic=True, pairs=PAIRS), update, seed, groups), update.init(theta)
 
 

@@ -6,12 +6,12 @@ from svi_problems import F64, build, chunk_of, regression
 
 from trainer.distributed.comm import ALONE
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.auto import Auto
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.local_steps import LocalSteps
 from trainer.inference.programs.program import Eager
-from trainer.inference.step import Update
 
 STEPS = 6
 MEMBERS = {
@@ -31,7 +31,7 @@ def member(request, compiled_folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(compiled_folder))
     chunk = chunk_of(STEPS, 1, 8, F64, x=(2,), y=())
     inference, theta = build(regression, **{name: column[0, 0] for name, column in chunk.columns.items()})
-    update = Update(Adam(lr=0.01), Constant(), STEPS, 2)
+    update = one_round(Adam(lr=0.01), Constant(), STEPS, 2)
     program = MEMBERS[request.param](inference, update, 3, [0], ALONE)
     state = update.init(theta)
     program.begin(state, chunk, lambda sentence: None)

@@ -13,10 +13,10 @@ from torch import nn
 
 from trainer.errors import UserError
 from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.tracing import Traced, Untraceable, trace
-from trainer.inference.step import Update
 
 
 def plated(x, y):
@@ -95,7 +95,7 @@ def traced(model):
     """(the step's graph, the flat step, its inputs on a third batch)."""
     chunk = chunk_of(3, 1, 8, F64, x=(2,), y=())
     inference, theta = build(model, num_obs=1000, **{name: c[0, 0] for name, c in chunk.columns.items()})
-    update = Update(Adam(lr=0.1), Cosine(), 10, 5)
+    update = one_round(Adam(lr=0.1), Cosine(), 10, 5)
     program = Fused(inference, update, 3, [0])
     step, (first, second, third) = program.flat(update.init(theta), chunk)
     return trace(step, first, second), step, third

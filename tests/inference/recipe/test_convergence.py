@@ -12,6 +12,7 @@ from trainer.inference.estimates.full_gradient import MANY, Pass, even_normals, 
 from trainer.inference.estimates.many_draws import terms_together
 from trainer.inference.objectives.elbo import Objective
 from trainer.inference.optim.optimizers import SGD
+from trainer.inference.optim.rounds import Round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.recipe.convergence import (
     Evidence,
@@ -26,7 +27,6 @@ from trainer.inference.recipe.convergence import (
     step_to_go,
 )
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.step import Update
 
 DATA = regression_data(orthogonal=False)
 
@@ -50,7 +50,7 @@ def the_blocks(size=5):
 
 def test_segments_are_whole_epochs_where_there_are_eight():
     window = lambda length, epoch, unit=1: segment_ends(  # noqa: E731
-        Update(SGD(), Constant(), 1000, 1000 - length), epoch, unit
+        Round(SGD(), Constant(), 1000, 1000 - length), epoch, unit
     )
     assert window(160, 10) == (860, 880, 900, 920, 940, 960, 980, 1000)
     assert window(200, 10) == (820, 850, 880, 900, 920, 950, 980, 1000)  # 2.5 epochs each: 2 or 3

@@ -11,10 +11,10 @@ from torch.distributions import constraints
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.noise import element_noise
 from trainer.inference.optim.optimizers import SGD
+from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.laplace import _factor, laplace_start, preconditioner_at
-from trainer.inference.step import Update
 
 DATA = regression_data(orthogonal=False)
 
@@ -136,13 +136,13 @@ def test_a_step_is_made_in_whitened_coordinates():
     """Gradient descent on v, loc = L v, for the first parameters, plain for the others; the factor stays."""
     theta, grad = torch.tensor([1.0, -2.0, 0.5], dtype=F64), torch.tensor([0.3, 0.7, -0.2], dtype=F64)
     factor = torch.tensor([[0.5, 0.0], [-0.4, 2.0]], dtype=F64)
-    update = Update(SGD(lr=0.1), Constant(), 10, 10, whitened=True)
+    update = one_round(SGD(lr=0.1), Constant(), 10, 10, whitened=True)
     state = update.init(theta, Preconditioner(factor, torch.eye(2, dtype=F64)))
-    made = update(state, grad, update.rates(state.step, 1.0))
+    made = update.at(0)(state, grad, update.at(0).rates(state.step, 1.0))
     first = theta[:2] - 0.1 * factor @ factor.T @ grad[:2]
     torch.testing.assert_close(made.theta, torch.cat([first, theta[2:] - 0.1 * grad[2:]]), rtol=1e-14, atol=0)
-    assert torch.equal(made.slots[1], factor)
-    assert len(made.slots) == 3
+    assert torch.equal(made.preconditioner.factor, factor)
+    assert made.moments.keys() == {"velocity"}
 
 
 def test_where_the_hessian_is_singular_steps_are_scaled_alone():

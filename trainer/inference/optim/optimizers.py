@@ -3,9 +3,9 @@
 The gradient is that of loss / N, so `eps` (given for the full-data loss, as in the papers) is divided by N: with
 Adam's usual 1e-8 against gradients of size 1/N, a latent known from its prior alone would hardly move.
 
-Every optimizer has the same three sections: `init(theta) -> slots`, `rates(...) -> rates` (what depends on the step
+Every optimizer has the same three sections: `init(theta) -> moments`, `rates(...) -> rates` (what depends on the step
 alone, so that a chunk's are computed at once and no power is taken for each element) and `update(...) -> (theta,
-slots)`. Shapes: theta, gradient and slots [P]; count is the number of this update, from 1 (int64 []); rates [m].
+moments)`. Shapes: theta, gradient and moments [P]; count is the number of this update, from 1 (int64 []); rates [m].
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Slots = tuple[Tensor, ...]
+Moments = dict[str, Tensor]
+"""What an optimizer remembers, by name, each [P]."""
 
 
 class Optimizer(Protocol):
@@ -22,11 +23,11 @@ class Optimizer(Protocol):
 
     lr: float
 
-    def init(self, theta: Tensor) -> Slots: ...
+    def init(self, theta: Tensor) -> Moments: ...
 
     def rates(self, lr: Tensor, count: Tensor, num_obs: float) -> Tensor: ...
 
-    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]: ...
+    def update(self, grad: Tensor, moments: Moments, theta: Tensor, rates: Tensor) -> tuple[Tensor, Moments]: ...
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Adam:
     decoupled: bool = False
     """True: AdamW, the decay taken from theta itself (Loshchilov and Hutter 2019)."""
 
-    def init(self, theta: Tensor) -> Slots:
-        return torch.zeros_like(theta), torch.zeros_like(theta)
+    def init(self, theta: Tensor) -> Moments:
+        return {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta)}
 
     def rates(self, lr: Tensor, count: Tensor, num_obs: float) -> Tensor:
         """[4]: corrected step size, correction of the root of the second moment, eps, what a decay leaves."""
@@ -51,15 +52,15 @@ class Adam:
         rates = [lr / (1 - self.beta1**count), 1 / root, self.effective_eps(root) / num_obs, 1 - lr * self.weight_decay]
         return torch.stack([torch.as_tensor(each, dtype=torch.float64, device=lr.device) for each in rates])
 
-    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]:
+    def update(self, grad: Tensor, moments: Moments, theta: Tensor, rates: Tensor) -> tuple[Tensor, Moments]:
         size, correction, eps, left = rates.unbind()[:4]
         if self.weight_decay and self.decoupled:
             theta = theta * left
         elif self.weight_decay:
             grad = grad + self.weight_decay * theta
-        mean = self.beta1 * slots[0] + (1 - self.beta1) * grad
-        square = self.beta2 * slots[1] + (1 - self.beta2) * grad * grad
-        return theta - size * mean / (square.sqrt() * correction + eps), (mean, square)
+        mean = self.beta1 * moments["mean"] + (1 - self.beta1) * grad
+        square = self.beta2 * moments["square"] + (1 - self.beta2) * grad * grad
+        return theta - size * mean / (square.sqrt() * correction + eps), {"mean": mean, "square": square}
 
     def effective_eps(self, root: Tensor) -> Tensor | float:
         """eps beside the corrected root of the second moment."""
@@ -82,9 +83,9 @@ class ClippedAdam(Adam):
         bound = torch.as_tensor(self.clip / num_obs, dtype=torch.float64, device=lr.device)
         return torch.cat([super().rates(lr, count, num_obs), bound[None]])
 
-    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]:
+    def update(self, grad: Tensor, moments: Moments, theta: Tensor, rates: Tensor) -> tuple[Tensor, Moments]:
         bound = rates[4].to(grad.dtype)
-        return super().update(grad.clamp(-bound, bound), slots, theta, rates)
+        return super().update(grad.clamp(-bound, bound), moments, theta, rates)
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class SGD:
     lr: float = 0.1
     momentum: float = 0.0
 
-    def init(self, theta: Tensor) -> Slots:
-        return (torch.zeros_like(theta),)
+    def init(self, theta: Tensor) -> Moments:
+        return {"velocity": torch.zeros_like(theta)}
 
     def rates(self, lr: Tensor, count: Tensor, num_obs: float) -> Tensor:
         """[1]: the step size."""
         return lr[None]
 
-    def update(self, grad: Tensor, slots: Slots, theta: Tensor, rates: Tensor) -> tuple[Tensor, Slots]:
-        velocity = self.momentum * slots[0] + grad
-        return theta - rates[0] * velocity, (velocity,)
+    def update(self, grad: Tensor, moments: Moments, theta: Tensor, rates: Tensor) -> tuple[Tensor, Moments]:
+        velocity = self.momentum * moments["velocity"] + grad
+        return theta - rates[0] * velocity, {"velocity": velocity}

@@ -19,10 +19,11 @@ from typing import ClassVar
 
 from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError
+from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Chunk, ChunkResult, Eager
 from trainer.inference.programs.tracing import Untraceable
-from trainer.inference.step import Inference, State, Update
+from trainer.inference.step import Inference
 
 WORTH = 1000  # steps, for which it is worth waiting for a compiler
 

@@ -20,13 +20,14 @@ from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError, first_line
 from trainer.inference.model.noise import chunk_noise
 from trainer.inference.model.ragged import Column, cat, maker, parts, rolled
+from trainer.inference.optim.rounds import State, Update
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.programs.compiling import Compilation
 from trainer.inference.programs.program import Chunk, ChunkResult, Eager, draw_numbers
 from trainer.inference.programs.replay import Replay, Section
 from trainer.inference.programs.scan import Recipe, Scan, shapes_of
 from trainer.inference.programs.tracing import Traced, Untraceable, trace
-from trainer.inference.step import Inference, State, StepBatch, StepNoise, Update, step
+from trainer.inference.step import Inference, StepBatch, StepNoise, step
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
@@ -115,7 +116,7 @@ class Fused:
             traced.graph.code,
             rates.graph.code,
             len(rates.constants),
-            shapes_of(_carry(state)),
+            shapes_of([*state.named().values()]),
             shapes_of([each[0] for each in (*self._noise(state, chunk.part(0, 1)), *self._layout(chunk).data(chunk))]),
             shapes_of(self._fixed(state)),
             str(torch.get_default_dtype()).removeprefix("torch."),
@@ -135,14 +136,15 @@ class Fused:
         assert self._call is not None
         chunk = chunk.part(0, steps)
         data = (*self._noise(state, chunk), *self._layout(chunk).data(chunk))
-        *carry, terms, norms = self._call(_carry(state), data, self._fixed(state))
-        return ChunkResult(_state(carry), self.comm.sum(terms), norms)
+        carry = state.named()
+        *after, terms, norms = self._call([*carry.values()], data, self._fixed(state))
+        return ChunkResult(State.of_named(dict(zip(carry, after))), self.comm.sum(terms), norms)
 
     def flat(self, state: State, chunk: Chunk) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
         """The pure step as a function of tensors in a row (carry, noise, data, rates, numbers), and these for each
         slot.
         """
-        layout, carry = self._layout(chunk), _carry(state)
+        layout, names, carry = self._layout(chunk), tuple(state.named()), [*state.named().values()]
         data, numbers = layout.data(chunk), self._numbers(state)
         rates = torch.stack([self._rates(state.step + k, *numbers) for k in range(len(chunk.batch_rows))])
         each = (*self._noise(state, chunk), *data, rates)
@@ -153,17 +155,19 @@ class Fused:
             noise, batch = layout.slot(tensors[size:-6], before[1])
             inference = dataclasses.replace(self.inference, num_obs=num_obs)  # type: ignore[arg-type]
             frame: dict[str, Any] = {"start": start, "average_from": average_from}
-            update = dataclasses.replace(self.update, **frame)
-            made, terms, norm = step(inference, update, self.comm, _state(before), noise, batch, rates)
-            return *_carry(made), terms, norm
+            round_ = dataclasses.replace(self.update.rounds[-1], **frame)
+            here = State.of_named(dict(zip(names, before)))
+            made, terms, norm = step(inference, round_, self.comm, here, noise, batch, rates)
+            return *made.named().values(), terms, norm
 
         return flat, [[*carry, *(e[k] for e in each), *numbers] for k in range(len(chunk.batch_rows))]
 
     def _rates(self, step: Tensor, num_obs: Tensor, lr: Tensor, start: Tensor, horizon: Tensor, _: Tensor) -> Tensor:
-        """`Update.rates` as a function of tensors."""
-        optimizer: Any = dataclasses.replace(self.update.optimizer, lr=lr)  # type: ignore[type-var]
-        frame: dict[str, Any] = {"start": start, "horizon": horizon}
-        return dataclasses.replace(self.update, optimizer=optimizer, **frame).rates(step, num_obs)  # type: ignore[arg-type]
+        """`Round.rates` as a function of tensors."""
+        last = self.update.rounds[-1]
+        optimizer: Any = dataclasses.replace(last.optimizer, lr=lr)  # type: ignore[type-var]
+        frame: dict[str, Any] = {"optimizer": optimizer, "start": start, "horizon": horizon}
+        return dataclasses.replace(last, **frame).rates(step, num_obs)  # type: ignore[arg-type]
 
     def _noise(self, state: State, chunk: Chunk) -> tuple[Tensor, ...]:
         """The noise of the chunk's steps: [elements], [rows], each [K, ...]."""
@@ -179,9 +183,9 @@ class Fused:
 
     def _numbers(self, state: State) -> tuple[Tensor, ...]:
         """N, lr, and the round's start, horizon and first averaged step."""
-        device, update = state.theta.device, self.update.at(int(state.step))
-        reals = [self.inference.num_obs, update.optimizer.lr]
-        whole = [update.start, update.horizon, update.average_from]
+        device, here = state.theta.device, self.update.at(int(state.step))
+        reals = [self.inference.num_obs, here.optimizer.lr]
+        whole = [here.start, here.horizon, here.average_from]
         return (
             *(torch.tensor(x, dtype=torch.float64, device=device) for x in reals),
             *(torch.tensor(x, device=device) for x in whole),
@@ -196,15 +200,14 @@ class Fused:
 
         A posterior sd from the start where that is the mode: there the gradient may be nothing but rounding.
         """
-        preconditioner = self.update.split(start.slots)[1]
+        preconditioner = start.preconditioner
         for state in (start if preconditioner is None else _off(start, preconditioner), start):
             want, got = self.eager.run(state, slot, 1), self.run(state, slot, 1)
             if torch.isfinite(want.terms).all():
                 break
         else:
             return  # reported with its site, as after any chunk
-        own = self.update.split(want.state.slots)[0]
-        pairs = [(want.terms, got.terms), *zip(own, got.state.slots)]
+        pairs = [(want.terms, got.terms), *zip(want.state.moments.values(), got.state.moments.values())]
         error = max(float((a - b).norm() / self._size(a, preconditioner).clamp(min=1e-30)) for a, b in pairs)
         if not error <= _TOLERANCE[start.theta.dtype]:
             raise UserError(
@@ -278,15 +281,6 @@ class _Layout:
         for name, count, make in self.columns:
             columns[name], left = make(*left[:count]), left[count:]
         return noise, StepBatch(columns, valid, batch_rows, row_id)
-
-
-def _carry(state: State) -> tuple[Tensor, ...]:
-    return state.step, state.theta, state.average, state.averaged, *state.slots
-
-
-def _state(carry: Sequence[Tensor]) -> State:
-    at, theta, average, averaged, *slots = carry
-    return State(at, theta, tuple(slots), average, averaged)
 
 
 def _with_a_second_slot(chunk: Chunk) -> Chunk:

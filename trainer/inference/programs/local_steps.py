@@ -16,9 +16,10 @@ import torch
 
 from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError
+from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Chunk, ChunkResult, Program
-from trainer.inference.step import Inference, State, StepBatch, StepNoise, Update
+from trainer.inference.step import Inference, StepBatch, StepNoise
 
 
 @dataclass
@@ -73,11 +74,10 @@ class LocalSteps:
 
     def _averaged(self, state: State) -> State:
         """The mean state of the ranks, which have all taken the same number of steps."""
-        slots, _, _ = self.update.split(state.slots)
-        vectors = (state.theta, state.average, *slots)
-        mean = self.comm.sum(torch.cat(vectors)) / self.comm.size
-        theta, average, *own = mean.split([len(each) for each in vectors])
-        return State(state.step, theta, (*own, *state.slots[len(slots) :]), average, state.averaged)
+        vectors = {"theta": state.theta, "average": state.average, **state.moments}
+        mean = self.comm.sum(torch.cat([*vectors.values()])) / self.comm.size
+        theta, average, *moments = mean.split([len(each) for each in vectors.values()])
+        return state._replace(theta=theta, average=average, moments=dict(zip(state.moments, moments)))
 
 
 def _own(chunk: Chunk) -> Chunk:

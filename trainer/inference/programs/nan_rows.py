@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trainer.inference.optim.rounds import State
 from trainer.inference.programs.program import Chunk, Reference
-from trainer.inference.step import Inference, State, StepBatch, StepNoise
+from trainer.inference.step import Inference, StepBatch, StepNoise
 
 _AT_MOST = 5
 Places = list[tuple[int, int]]

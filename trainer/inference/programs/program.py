@@ -13,7 +13,8 @@ from torch import Tensor
 from trainer.distributed.comm import ALONE, Comm
 from trainer.inference.model.noise import chunk_noise, mixed_seed
 from trainer.inference.model.ragged import Column, each_tensor
-from trainer.inference.step import Inference, State, StepBatch, StepNoise, Update, step
+from trainer.inference.optim.rounds import State, Update
+from trainer.inference.step import Inference, StepBatch, StepNoise, step
 
 
 class Chunk(NamedTuple):
@@ -138,13 +139,13 @@ class Eager:
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
         terms, norms = [], []
-        update = self.update.at(int(state.step))
+        here = self.update.at(int(state.step))
         for k in range(steps):
             batch = chunk.slot(k)
             noise = self.noise(int(state.step), batch, state.theta.dtype)
-            rates = update.rates(state.step, self.inference.num_obs)
-            state, here, norm = step(self.inference, update, self.comm, state, noise, batch, rates)
-            terms.append(here)
+            rates = here.rates(state.step, self.inference.num_obs)
+            state, values, norm = step(self.inference, here, self.comm, state, noise, batch, rates)
+            terms.append(values)
             norms.append(norm)
         return ChunkResult(state, self.comm.sum(torch.stack(terms)), torch.stack(norms))
 

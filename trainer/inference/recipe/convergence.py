@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from trainer.inference.guides.gaussian import GaussianView
+from trainer.inference.optim.rounds import Round
 from trainer.inference.optim.variance_reduction import Preconditioner
-from trainer.inference.step import Update
 
 SEGMENTS = 8
 _FEWEST_STEPS = 2  # of a segment
@@ -60,15 +60,15 @@ class Rule:
         return [name for name, value in asked.items() if not value <= getattr(self, name)]
 
 
-def segment_ends(update: Update, steps_per_epoch: int, unit: int = 1) -> tuple[int, ...]:
+def segment_ends(round_: Round, steps_per_epoch: int, unit: int = 1) -> tuple[int, ...]:
     """The steps at which a round's segments end, multiples of ``unit``; none where its average is too short."""
-    length = update.horizon - update.average_from
+    length = round_.horizon - round_.average_from
     part = length // SEGMENTS
     if part < max(_FEWEST_STEPS, unit):
         return ()
     step = steps_per_epoch if part >= steps_per_epoch else 1
-    inner = (update.average_from + round(k * length / SEGMENTS / step) * step for k in range(1, SEGMENTS))
-    return (*(round(end / unit) * unit for end in inner), update.horizon)
+    inner = (round_.average_from + round(k * length / SEGMENTS / step) * step for k in range(1, SEGMENTS))
+    return (*(round(end / unit) * unit for end in inner), round_.horizon)
 
 
 def segment_means(marks: Sequence[Mark]) -> Tensor:

@@ -89,7 +89,7 @@ def refuse_exact(
         if inference.num_obs * found.numbers < len(at):  # fewer than the latents: their priors hold the density
             continue
         exact = found.is_nothing
-        if not exact and lowest is not None and inference.num_obs > len(at) + 1:  # else each row may have a latent
+        if not exact and lowest is not None and inference.num_obs >= len(at):  # else each row may have a latent
             exact = all(
                 _falls(inference, view, some, joint(inference, some), at.detach(), lowest, name, latent, by_ten)
                 for some in (few, rows)
