@@ -23,7 +23,7 @@ from trainer.engine.datamodule import ChunkData, Ranks
 from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.estimates.full_gradient import Draws, Pass, full_gradient
 from trainer.inference.estimates.many_draws import terms_together
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.models.hierarchical import VaryingSlopes
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def test_the_optimum_of_a_hierarchy_is_stationary():
         name: torch.from_numpy(column).to(F64 if name != "group" else torch.int64) for name, column in rows.items()
     }
     inference, _ = build(zoo, **columns)
-    inference = replace(inference, objective=Objective())
+    inference = replace(inference, objective=ELBO())
     block, optimum = Block(0, columns, torch.arange(2_000)), torch.from_numpy(np.concatenate([mean, np.log(sd)]))
     draws = Draws(pairs=64, part_rows=1)
 

@@ -21,7 +21,7 @@ from trainer.data.shards.index import Column
 from trainer.engine.datamodule import ChunkData, Ranks
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import State, Update, one_round
 from trainer.inference.optim.schedules import Constant
@@ -93,7 +93,7 @@ class Ours:
 
     def start(self) -> None:
         setting, way = self.setting, self.way
-        objective = Objective(antithetic=way.antithetic)
+        objective = ELBO(antithetic=way.antithetic)
         self.inference, self.theta = set_up(
             MODELS[setting.model], MeanField, self.first, setting.num_obs, objective, seed=setting.seed
         )

@@ -21,7 +21,7 @@ from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.model.ragged import Csr, Ragged
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD, Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
@@ -103,7 +103,7 @@ def program(model: Any, chunk: Chunk, guide: Any = MeanField, update: Any = None
         inference, theta = build(model, num_obs=1000, **columns)
     else:
         batch = batch_of(**columns)
-        inference, theta = set_up(model, guide, batch, 1000, Objective("monte_carlo", antithetic=False))
+        inference, theta = set_up(model, guide, batch, 1000, ELBO("monte_carlo", antithetic=False))
     return Fused(inference, update, 0, [0]), update.init(theta)
 
 

@@ -19,7 +19,7 @@ from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.model.ragged import Csr, Ragged
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
@@ -116,14 +116,14 @@ def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
     scale = torch.tensor(N / ROWS, dtype=torch.float64)
     first = {column: values[0][0] for column, values in chunk.columns.items()}
     batch = Batch(first, torch.tensor(ROWS), scale, chunk.row_id[0, 0])
-    inference, theta = set_up(model, guide, batch, N, Objective("analytic" if guide is MeanField else "monte_carlo"))
+    inference, theta = set_up(model, guide, batch, N, ELBO("analytic" if guide is MeanField else "monte_carlo"))
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
     mine = chunk.map(lambda each: each[:, held].contiguous() if each.dim() > 1 else each)
     mine = mine if inference.guide.noise_size[1] else mine._replace(row_id=None)
     update = one_round(Adam(lr=0.01), Cosine(), STEPS, 150)
     fused = Fused(inference, update, 11, held, Group(rank, world) if world > 1 else ALONE)
     start = update.init(theta)
-    programs: list[tuple[str, Program]] = [("eager", fused.eager)]
+    programs: list[tuple[str, Program]] = [("eager", fused.reference)]
     if name != "dense words":  # what the other is compared with
         fused.prepare(start, mine.part(0, 4))
         programs.append(("fused", fused))

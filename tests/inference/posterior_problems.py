@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.inference.estimates.full_elbo import Block, ElboEstimate, Reduce, full_elbo
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import set_up
 from trainer.inference.step import Inference
 
@@ -26,7 +26,7 @@ def build(
     model: Any, columns: Columns, guide: Any = MeanField, kl: str = "analytic", **options: Any
 ) -> tuple[Inference, Tensor]:
     batch = batch_of(columns)
-    return set_up(model, guide, batch, batch.size, Objective(kl=kl), **options)
+    return set_up(model, guide, batch, batch.size, ELBO(kl=kl), **options)
 
 
 def at(loc: Sequence[float] | Tensor, scale: Sequence[float] | Tensor) -> Tensor:

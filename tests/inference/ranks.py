@@ -19,7 +19,7 @@ from pyro.distributions import constraints
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import Batch, PlatedModel
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD, Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
@@ -84,7 +84,7 @@ def train(name: str, rank: int, world: int, reduce: Any) -> dict[str, np.ndarray
     chunk = rows(dtype)
     first = {column: values[0, 0] for column, values in chunk.columns.items()}
     batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
-    inference, theta = set_up(model, guide, batch, N, Objective(kl, pairs=2))
+    inference, theta = set_up(model, guide, batch, N, ELBO(kl, pairs=2))
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
     mine = Chunk(
         {column: values[:, held] for column, values in chunk.columns.items()},
@@ -113,7 +113,7 @@ def train_locally(rank: int, reduce: Any) -> dict[str, np.ndarray]:
     )
     first = {column: values[0, 0] for column, values in chunk.columns.items()}
     batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
-    inference, theta = set_up(model, guide, batch, N, Objective(kl))
+    inference, theta = set_up(model, guide, batch, N, ELBO(kl))
     held = [2 * rank, 2 * rank + 1]
     columns = {column: values[:, held] for column, values in chunk.columns.items()}
     mine = Chunk(columns, chunk.valid[:, held], chunk.batch_rows, chunk.row_id[:, held])

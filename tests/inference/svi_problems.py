@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.inference.guides.mean_field import MeanField, Noise
 from trainer.inference.model.plates import Batch
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.programs.program import Chunk
 from trainer.inference.setup import set_up
 from trainer.inference.step import Inference, StepBatch, StepNoise
@@ -32,7 +32,7 @@ def build(
 ) -> tuple[Inference, Tensor]:
     """`set_up` on one batch of all rows, single draws."""
     batch = batch_of(**columns)
-    objective = Objective(kl=kl, antithetic=False)
+    objective = ELBO(kl=kl, antithetic=False)
     return set_up(model, guide, batch, num_obs or batch.size, objective)
 
 

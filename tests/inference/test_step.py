@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import PlatedModel
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD, Adam, ClippedAdam
 from trainer.inference.optim.rounds import Round, State, Update, one_round
 from trainer.inference.optim.schedules import Cosine, OneCycle, RobbinsMonro
@@ -153,7 +153,7 @@ def test_no_operation_of_a_step_makes_a_tensor_of_n_elements(plate, guide):
     update = one_round(Adam(), Cosine(), 2, 0)
     with Largest() as seen:
         batch = batch_of(num_obs=n, x=chunk.columns["x"][0, 0])
-        inference, theta = set_up(model, make, batch, n, Objective("monte_carlo"))
+        inference, theta = set_up(model, make, batch, n, ELBO("monte_carlo"))
         Eager(inference, update, 0, [0]).run(update.init(theta), chunk, 2)
     assert rows <= seen.elements <= 64 * rows
 

@@ -13,7 +13,7 @@ from trainer.data.shards.index import Column, Index
 from trainer.errors import UserError
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import guide_factory, set_up
 from trainer.posterior import predictive
 from trainer.posterior.draws import counted_draws
@@ -35,7 +35,7 @@ def posterior_of(family, y, columns=(), **more):
             pyro.sample("y", family(a.expand(len(x)), x, **rest), obs=y)
 
     rows = Batch({"x": X, "y": y, **more}, torch.tensor(N), torch.ones((), dtype=F64), torch.arange(N))
-    inference, theta = set_up(model, MeanField, rows, N, Objective())
+    inference, theta = set_up(model, MeanField, rows, N, ELBO())
     theta = inference.parameters.flatten(
         {"guide.loc": theta.new_zeros(1), "guide.log_scale": theta.new_full((1,), -30.0)}
     )
@@ -214,7 +214,7 @@ def test_a_guide_that_runs_the_model_predicts_what_it_does_not_see(kind, nested)
     auto = kind(line)
     rows = Batch({"x": X, "y": 2 * X}, torch.tensor(N), torch.ones((), dtype=F64), torch.arange(N))
     guide = guide_factory((lambda x, y=None: auto(x, y)) if nested else kind, rows.columns)
-    inference, theta = set_up(line, guide, rows, N, Objective())
+    inference, theta = set_up(line, guide, rows, N, ELBO())
     columns = {name: Column(name, "int64" if name == "row_id" else "float64") for name in ("x", "y", "row_id")}
     posterior = Posterior(inference, theta, rows, Index(tuple(columns.values()), (), 0, "train"))
     seen, unseen = ({"x": X.numpy(), **more} for more in ({"y": 2 * X.numpy()}, {}))

@@ -130,7 +130,7 @@ class ChunkModule(pl.LightningModule):
             if not failed:
                 self.say("training with program=eager, since another rank cannot compile the step")
             self.program.abandon()
-            self.program = self.program.eager
+            self.program = self.program.reference
 
     def _slots(self, chunk: Chunk) -> int:
         """Steps of a chunk: those of a tenth of a second, in bounded memory. No result depends on them."""
@@ -205,7 +205,7 @@ class ChunkModule(pl.LightningModule):
         finite = torch.isfinite(result.terms).all(1)
         if finite.all() and torch.isfinite(result.state.theta).all():
             return
-        slot, places = nan_rows(self.program.eager, self.state, chunk.part(0, len(result.terms)))
+        slot, places = nan_rows(self.program.reference, self.state, chunk.part(0, len(result.terms)))
         places = places if self.data is not None else []
         ids = self.data.row_ids(self.step + slot) if self.data is not None and places else np.empty(0)
         rows = sorted(row for some in self.comm.gathered([int(ids[place]) for place in places]) for row in some)

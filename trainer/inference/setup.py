@@ -28,7 +28,8 @@ from trainer.inference.guides.pyro_guides import PyroGuide, is_autoguide, no_gui
 from trainer.inference.model.latents import has_latents
 from trainer.inference.model.parameters import Parameters
 from trainer.inference.model.plates import Batch, PlatedModel
-from trainer.inference.objectives.elbo import Objective, elbo_terms
+from trainer.inference.objectives.elbo import elbo_terms
+from trainer.inference.objectives.objective import Objective
 from trainer.inference.step import Inference, in_dtype
 
 GuideFactory = Callable[[PlatedModel, Batch], Guide]

@@ -22,7 +22,8 @@ from trainer.inference.guides.mean_field import Guide, Noise
 from trainer.inference.model.parameters import Parameters
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.model.ragged import Column
-from trainer.inference.objectives.elbo import Kind, Objective, elbo_terms
+from trainer.inference.objectives.elbo import elbo_terms
+from trainer.inference.objectives.objective import Kind, Objective, Terms
 from trainer.inference.optim.rounds import Round, State
 
 
@@ -81,26 +82,20 @@ class Inference:
 
     def terms(self, theta: Tensor, noise: StepNoise, batch: StepBatch, share: float) -> Tensor:
         """This rank's part of the ELBO's terms [S], float64 nats; ``share``: a group's part in what counts once."""
-        scale = self.num_obs / batch.batch_rows.double()
-        objective = self.objective
-        weight = 1.0 / (objective.pairs * len(objective.signs))
+        scale, objective = self.num_obs / batch.batch_rows.double(), self.objective
+
+        def at(values: dict[str, Tensor], a: int, r: int, sign: float) -> Terms:
+            rows = None if batch.row_id is None else batch.row_id[a]
+            group = Batch({k: v[a] for k, v in batch.columns.items()}, batch.valid[a], scale, rows)
+            own = None if noise.rows is None else sign * noise.rows[a, r]
+            draw = Noise(sign * noise.elements[a, r], own, noise.seeds[a][r])
+            return elbo_terms(self.model, self.guide, values, draw, group, objective.kl)
 
         def all_groups(values: dict[str, Tensor]) -> Tensor:
-            total = torch.zeros(len(self.sites), dtype=torch.float64, device=theta.device)
-            for a in range(len(batch.valid)):
-                rows = None if batch.row_id is None else batch.row_id[a]
-                group = Batch({k: v[a] for k, v in batch.columns.items()}, batch.valid[a], scale, rows)
-                for r in range(objective.pairs):
-                    for sign in objective.signs:
-                        here = Noise(
-                            sign * noise.elements[a, r],
-                            None if noise.rows is None else sign * noise.rows[a, r],
-                            noise.seeds[a][r],
-                        )
-                        terms = elbo_terms(self.model, self.guide, values, here, group, objective.kl)
-                        each = [terms[s].value * (weight if terms[s].scaled else weight * share) for s in self.sites]
-                        total = total + torch.stack(each)
-            return total
+            pairs = [(r, sign) for r in range(objective.pairs) for sign in objective.signs]
+            draws = [[at(values, a, r, sign) for r, sign in pairs] for a in range(len(batch.valid))]
+            terms = objective.combined(draws, share)
+            return torch.stack([terms[site] for site in self.sites])
 
         with pyro.validation_enabled(False):  # the first batch was checked with it on
             return self.parameters.call(self.parameters.unflatten(theta), all_groups)

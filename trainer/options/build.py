@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.errors import UserError, first_line, meant
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import is_autoguide
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.objective import Objective
 from trainer.inference.optim.optimizers import Optimizer
 from trainer.inference.optim.schedules import Schedule
 from trainer.inference.programs.program import ProgramFactory

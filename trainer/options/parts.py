@@ -170,7 +170,7 @@ RECORDS: dict[str, type] = {
     "trainer.inference.programs.program.Eager": Nothing,
     "trainer.inference.programs.fused.Fused": Nothing,
     "trainer.inference.programs.local_steps.LocalSteps": LocalSteps,
-    "trainer.inference.objectives.elbo.Objective": Objective,
+    "trainer.inference.objectives.elbo.ELBO": Objective,
     "trainer.inference.guides.mean_field.MeanField": MeanField,
     "trainer.inference.recipe.convergence.Rule": Rule,
     "pytorch_lightning.loggers.TensorBoardLogger": TensorBoard,

@@ -29,7 +29,7 @@ from trainer.inference.guides.mean_field import MEAN_FIELD
 from trainer.inference.isolation import each_in_own_state, own_state
 from trainer.inference.model.plates import Batch, arguments
 from trainer.inference.model.ragged import of_plain, plain
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import GuideFactory, guide_factory, set_up
 from trainer.inference.step import Inference
 from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
@@ -194,7 +194,7 @@ class Posterior:
         facts = {
             "plate": inference.model.plate,
             "num_obs": inference.num_obs,
-            "objective": asdict(inference.objective),
+            "objective": {"kl": inference.objective.kl},
             "sites": inference.sites,
             "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
             "metrics": self.metrics,
@@ -259,7 +259,7 @@ class Posterior:
                 factory(tuple(column.name for column in columns if column.name != ROW_ID), facts["plate"]),
                 rows,
                 facts["num_obs"],
-                Objective(**facts["objective"]),
+                ELBO(**facts["objective"]),
                 plate=facts["plate"],
                 global_sites=facts["sites"],
             )

@@ -109,7 +109,7 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
     cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, start is not None))
     update = update_of(cfg, plan, start is not None, _anchored(cfg, inference), resume.begun(saved))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
-        inference = replace(inference, objective=replace(inference.objective, pairs=2))
+        inference = replace(inference, objective=build.objective(cfg.objective, 2))
     fresh = update.init(theta) if start is None else update.init(*start)
     record = TrainState(problem_of(cfg, choice, inference, update, context.world), time.monotonic() - began)
     state = resume.taken_over(saved, record, fresh)

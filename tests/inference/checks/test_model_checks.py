@@ -15,7 +15,7 @@ from trainer.inference.checks.model_checks import finite_or_raise
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import PlatedModel
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import set_up
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -290,7 +290,7 @@ def test_a_guides_plate_of_another_size_is_refused():
 
 
 def test_what_is_named_as_global_may_stand_outside():
-    inference, _ = set_up(beside_without_sum, MeanField, batch_of(x=X, y=Y), 100, Objective(), global_sites=["total"])
+    inference, _ = set_up(beside_without_sum, MeanField, batch_of(x=X, y=Y), 100, ELBO(), global_sites=["total"])
     assert inference.sites == ("w", "total", "y")
 
 

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoMultiv
 from svi_problems import F64, batch_of, noise_of, one_group
 
 from trainer.inference.guides.mean_field import MeanField, Noise
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import guide_factory, set_up
 
 X = torch.tensor([0.2, 1.3, 0.7], dtype=F64)
@@ -96,7 +96,7 @@ def member(request):
     """(inference, theta at the start, the batch)."""
     guide, _, model, x = MEMBERS[request.param]
     batch = batch_of(x=x)
-    inference, theta = set_up(model, guide_factory(guide, ("x",)), batch, 3.0, Objective(antithetic=False))
+    inference, theta = set_up(model, guide_factory(guide, ("x",)), batch, 3.0, ELBO(antithetic=False))
     return inference, theta, batch
 
 
@@ -121,9 +121,9 @@ def normals(inference, seed=0):
 def test_a_family_takes_its_options_and_is_not_there_without_latents():
     """Of a model that has none, maximum likelihood is left."""
     made = guide_factory(partial(SharedScale, init_scale=0.5), ("x",))
-    inference, theta = set_up(level, made, batch_of(x=X), 3.0, Objective())
+    inference, theta = set_up(level, made, batch_of(x=X), 3.0, ELBO())
     assert (inference.guide.kind, theta[1:].tolist()) == ("mean field of one scale", [math.log(0.5)])
-    assert set_up(maximum_likelihood, made, batch_of(x=X), 3.0, Objective())[0].guide.kind.startswith("none")
+    assert set_up(maximum_likelihood, made, batch_of(x=X), 3.0, ELBO())[0].guide.kind.startswith("none")
 
 
 def test_it_starts_where_every_number_is_finite(member):

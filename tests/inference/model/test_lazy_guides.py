@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal, AutoNorma
 from svi_problems import F64, batch_of, noise_of, one_group
 
 from trainer.errors import UserError
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import guide_factory, set_up
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ OBJECTS = {
 
 def made(guide, seed=0, data=DATA, model=hierarchy):
     rows = batch_of(**data)
-    return set_up(model, guide_factory(guide, data), rows, rows.size, Objective(antithetic=False), seed=seed)
+    return set_up(model, guide_factory(guide, data), rows, rows.size, ELBO(antithetic=False), seed=seed)
 
 
 def elbo(inference, theta):

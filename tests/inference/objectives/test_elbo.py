@@ -24,7 +24,7 @@ from torch.distributions import transform_to
 
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import set_up
 from trainer.inference.step import StepBatch
 
@@ -111,7 +111,7 @@ def test_terms_are_named_in_the_models_order_and_kind():
             pyro.factor("extra", -0.5 * (a - x) ** 2)
 
     x = torch.arange(4.0, dtype=F64)
-    inference, theta = set_up(model, MeanField, batch_of(x=x, y=x), 40, Objective("monte_carlo", False))
+    inference, theta = set_up(model, MeanField, batch_of(x=x, y=x), 40, ELBO("monte_carlo", False))
     assert inference.sites == ("a", "total", "y", "extra")
     assert inference.kinds == ("kl_global", "kl_global", "likelihood", "likelihood")
     terms = inference.terms(theta, noise_of(torch.zeros(1, 1, 1, dtype=F64)), one_group(x=x, y=x), 1.0)

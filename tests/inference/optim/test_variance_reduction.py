@@ -6,7 +6,7 @@ import torch
 from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
 
 from trainer.distributed.comm import ALONE
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
@@ -19,7 +19,7 @@ DATA = regression_data(orthogonal=False)
 
 def problem():
     inference, theta = build(regression, **DATA)
-    inference = replace(inference, objective=Objective())
+    inference = replace(inference, objective=ELBO())
     start = laplace_start(inference, theta, one_group(**DATA))
     assert start is not None
     return inference, theta, start[1]

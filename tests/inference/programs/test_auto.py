@@ -70,11 +70,11 @@ def run(program, state, chunk, stop):
 def test_the_steps_before_the_switch_are_eager_and_those_from_it_on_compiled(made):
     program, start, chunk = made
     assert program.stages == (0, 3)
-    first = run(program.eager, start, chunk, 3)
+    first = run(program.reference, start, chunk, 3)
     whole = run(program.fused, first, chunk, 9)
     assert torch.equal(run(program, run(program, start, chunk, 3), chunk, 9).theta, whole.theta)
     assert torch.equal(run(program, start, chunk, 3).theta, first.theta)
-    assert not torch.equal(run(program.eager, first, chunk, 9).theta, whole.theta)
+    assert not torch.equal(run(program.reference, first, chunk, 9).theta, whole.theta)
     assert not torch.equal(run(program.fused, start, chunk, 3).theta, first.theta)
 
 
@@ -95,7 +95,7 @@ def test_too_few_steps_never_begin(made, monkeypatch):
     for at in (0, 3, 8):
         small.prepare(state._replace(step=torch.tensor(at)), chunk)
     assert small.fused.called == []
-    assert torch.equal(run(small, state, chunk, 9).theta, run(small.eager, state, chunk, 9).theta)
+    assert torch.equal(run(small, state, chunk, 9).theta, run(small.reference, state, chunk, 9).theta)
 
 
 @pytest.mark.parametrize("error", [UserError("two traces differ"), Untraceable("two traces differ")])

@@ -110,7 +110,7 @@ def test_one_compiled_step_serves_seeds_rates_horizons_and_sizes(program):
     other, start, chunk = program(seed=5, update=one_round(Adam(lr=0.3), Constant(), 7, 2), num_obs=77)
     other.prepare(start, chunk, said.append)
     assert said[-1] == "compiled step found in the cache"
-    want, got = other.eager.run(start, chunk, 6), other.run(start, chunk, 6)
+    want, got = other.reference.run(start, chunk, 6), other.run(start, chunk, 6)
     assert torch.allclose(got.state.theta, want.state.theta, rtol=1e-5, atol=1e-6)
     assert torch.allclose(got.state.average, want.state.average, rtol=1e-5, atol=1e-6)
     assert int(got.state.averaged) == 4
@@ -145,6 +145,6 @@ def test_numbers_that_a_model_makes_have_the_type_of_the_others(compiled_folder,
         update = one_round(Adam(lr=0.01), Constant(), 10, 5)
         fused, start = Fused(inference, update, 0, [0]), update.init(theta)
         fused.prepare(start, chunk)
-        got, want = fused.run(start, chunk, 6), fused.eager.run(start, chunk, 6)
+        got, want = fused.run(start, chunk, 6), fused.reference.run(start, chunk, 6)
     torch.testing.assert_close(got.terms, want.terms, rtol=1e-14, atol=0.0)
     torch.testing.assert_close(got.state.theta, want.state.theta, rtol=1e-12, atol=0.0)

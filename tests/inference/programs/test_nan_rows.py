@@ -45,4 +45,4 @@ def test_every_program_names_the_slot_and_the_row(make):
     chunk.columns["y"][2, 1, 3] = math.nan
     update = one_round(Adam(lr=0.01), Constant(), 4, 4)
     program: Program = make(inference, update, 0, [0, 1])
-    assert nan_rows(program.eager, update.init(theta), chunk) == (2, [(1, 3)])
+    assert nan_rows(program.reference, update.init(theta), chunk) == (2, [(1, 3)])

@@ -42,7 +42,7 @@ def member(request, compiled_folder, monkeypatch):
 
 def test_its_steps_are_those_of_its_reference(member):
     program, state, chunk = member
-    want, got = (each.run(state, chunk, STEPS) for each in (program.eager, program))
+    want, got = (each.run(state, chunk, STEPS) for each in (program.reference, program))
     assert got.terms.shape == (STEPS, len(program.inference.sites))
     assert got.grad_norm.shape == (STEPS,)
     for one, other in zip((*want.state, want.terms, want.grad_norm), (*got.state, got.terms, got.grad_norm)):
@@ -67,8 +67,8 @@ def test_it_says_where_it_changes_and_who_runs_it(member):
     assert program.comm is ALONE
     assert list(program.stages) == sorted(set(program.stages))
     batch = chunk.slot(0)
-    elements = program.eager.noise(0, batch, F64).elements
+    elements = program.reference.noise(0, batch, F64).elements
     assert elements.shape == (1, 1, program.inference.guide.noise_size[0])
-    assert torch.equal(elements, program.eager.noise(0, batch, F64).elements)
-    assert not torch.equal(elements, program.eager.noise(1, batch, F64).elements)
+    assert torch.equal(elements, program.reference.noise(0, batch, F64).elements)
+    assert not torch.equal(elements, program.reference.noise(1, batch, F64).elements)
     assert len(state.theta) == program.inference.parameters.size

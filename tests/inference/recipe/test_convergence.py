@@ -10,7 +10,7 @@ from svi_problems import F64, build, one_group, regression, regression_data, reg
 from trainer.inference.estimates.full_elbo import Block, full_elbo
 from trainer.inference.estimates.full_gradient import MANY, Pass, even_normals, full_gradient, full_product
 from trainer.inference.estimates.many_draws import terms_together
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD
 from trainer.inference.optim.rounds import Round
 from trainer.inference.optim.schedules import Constant
@@ -34,7 +34,7 @@ DATA = regression_data(orthogonal=False)
 @pytest.fixture(scope="module")
 def problem():
     inference, theta = build(regression, **DATA)
-    inference = replace(inference, objective=Objective())
+    inference = replace(inference, objective=ELBO())
     start = laplace_start(inference, theta, one_group(**DATA))
     assert start is not None
     return inference, *start
@@ -147,7 +147,7 @@ def test_blocks_of_unequal_length_leave_no_noise_where_rows_are_alike():
     """Twelve times the same row in blocks of 5, 5 and 2: the control variate counts a block by its rows."""
     same = {name: each[:1].expand(12, *each.shape[1:]).clone() for name, each in DATA.items()}
     inference, theta = build(regression, **same)
-    inference = replace(inference, objective=Objective())
+    inference = replace(inference, objective=ELBO())
     start = laplace_start(inference, theta, one_group(**same))
     assert start is not None
     _, covariance, _ = regression_posterior(**same)

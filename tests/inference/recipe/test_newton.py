@@ -8,7 +8,7 @@ import torch
 from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
 
 from trainer.inference.estimates.full_gradient import MANY
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.recipe.convergence import newton_step, step_to_go
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.recipe.newton import conjugate_gradients, polished, step_by_products
@@ -19,7 +19,7 @@ DATA = regression_data(orthogonal=False)
 @pytest.fixture(scope="module")
 def problem():
     inference, theta = build(regression, **DATA)
-    inference = replace(inference, objective=Objective())
+    inference = replace(inference, objective=ELBO())
     start = laplace_start(inference, theta, one_group(**DATA))
     assert start is not None
     mean, covariance, _ = regression_posterior(**DATA)

@@ -12,7 +12,7 @@ from trainer.inference.estimates.full_gradient import Draws, Pass, full_loss
 from trainer.inference.estimates.many_draws import terms_together
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
-from trainer.inference.objectives.elbo import Objective
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.recipe import optimum
 from trainer.inference.recipe.optimum import can_be_settled, problem_of, settled
 from trainer.inference.setup import guide_factory, set_up
@@ -88,7 +88,7 @@ CASES = {
 def problem(model, guide, y):
     ids = torch.arange(len(y))
     batch = Batch({"y": y}, torch.tensor(len(y)), torch.ones((), dtype=F64), ids)
-    inference, theta = set_up(model, guide_factory(guide, ["y"]), batch, len(y), Objective("monte_carlo"))
+    inference, theta = set_up(model, guide_factory(guide, ["y"]), batch, len(y), ELBO("monte_carlo"))
     blocks = [Block(0, {"y": y[:30]}, ids[:30]), Block(1, {"y": y[30:]}, ids[30:])]
 
     def loss(theta, draws, number):

@@ -19,7 +19,7 @@ from trainer.inference.checks.faults import observed
 from trainer.inference.checks.observed import RowCheck
 from trainer.inference.model.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
 from trainer.inference.model.plates import Batch, PlatedModel, WrongSize, inside, left_at_default
-from trainer.inference.objectives.elbo import Term
+from trainer.inference.objectives.objective import Term
 
 _CHECK_ROWS = 256
 _WITH_FLOATS = "used as indices must|'indices' to have one|applicable to index tensor|Expected dtype int32.*for index"

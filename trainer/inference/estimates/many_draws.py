@@ -21,7 +21,8 @@ from trainer.inference.guides.mean_field import KL, Noise
 from trainer.inference.model.noise import chunk_noise, mixed_seed
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import maker, parts
-from trainer.inference.objectives.elbo import Term, elbo_terms
+from trainer.inference.objectives.elbo import elbo_terms
+from trainer.inference.objectives.objective import Terms
 from trainer.inference.programs.tracing import trace
 from trainer.inference.step import Inference
 
@@ -214,7 +215,7 @@ def normals_of(
     return elements[0, 0], None if rows is None else rows[0, 0]
 
 
-def _sum(terms: dict[str, Term], scaled: bool, batch: Batch) -> Tensor:
+def _sum(terms: Terms, scaled: bool, batch: Batch) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device=batch.valid.device)
     return sum((term.value for term in terms.values() if term.scaled == scaled), zero)
 

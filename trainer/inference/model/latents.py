@@ -200,6 +200,18 @@ def total(site: Site, values: Tensor) -> Tensor:
     return summed
 
 
+def log_prob_by_row(site: Site, plate: str) -> Tensor:
+    """Each row's scaled and masked log p of a site inside ``plate``, float64 [B], whose sum is `total_log_prob`."""
+    values, mask, scale = log_prob(site).double(), site["mask"], site["scale"]
+    if mask is not None and mask is not True:
+        values = torch.where(torch.as_tensor(mask, device=values.device), values, values.new_zeros(()))
+    values = values * scale
+    (frame,) = [each for each in site["cond_indep_stack"] if each.name == plate]
+    others = [dim for dim in range(-values.dim(), 0) if dim != frame.dim]
+    summed: Tensor = values.sum(others) if others else values
+    return summed
+
+
 def total_log_prob(site: Site) -> Tensor:
     """Scaled and masked log p of a site, float64 [] (summed in float64: float32 spacing at 1e9 nats is 64)."""
     return total(site, log_prob(site))

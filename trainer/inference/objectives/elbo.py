@@ -5,27 +5,26 @@
 Hoffman et al. (2013), eq. 31 for the minibatch estimate; antithetic pairs evaluate each draw at eps and -eps
 (Hammersley and Morton 1956), which removes the odd part of the noise from every gradient.
 
-Division by N happens once, in `trainer.inference.step`. Shapes: S sites, R draws, B rows.
+Shapes: B rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from trainer.inference.guides.mean_field import KL, Guide, Noise
-from trainer.inference.model.latents import is_deterministic, total_log_prob
+from trainer.inference.model.latents import is_deterministic, log_prob_by_row, total_log_prob
 from trainer.inference.model.plates import Batch, PlatedModel, inside
-
-Kind = Literal["likelihood", "kl_global", "kl_local"]
-"""What is observed outside the data plate is a term of the prior, and so of "kl_global"."""
+from trainer.inference.objectives.objective import Term, Terms
 
 
 @dataclass(frozen=True)
-class Objective:
-    """How the ELBO is estimated: ``pairs`` draws of z per lane group, each at eps and -eps if ``antithetic``."""
+class ELBO:
+    """The mean over ``pairs`` draws of z per lane group, each at eps and -eps if ``antithetic``."""
 
     kl: KL = "analytic"
     antithetic: bool = True
@@ -35,30 +34,29 @@ class Objective:
     def signs(self) -> tuple[float, ...]:
         return (1.0, -1.0) if self.antithetic else (1.0,)
 
-
-@dataclass(frozen=True)
-class Term:
-    """One site's share of the ELBO."""
-
-    kind: Kind
-    scaled: bool
-    """True: it stands in the data plate and is an estimate from the batch's rows; False: it counts once."""
-    value: Tensor
-    """float64 [], nats."""
+    def combined(self, draws: Sequence[Sequence[Terms]], share: float) -> dict[str, Tensor]:
+        weight = 1.0 / (self.pairs * len(self.signs))
+        total: dict[str, Tensor] = {}
+        for terms in (terms for group in draws for terms in group):
+            for name, term in terms.items():
+                value = term.value * (weight if term.scaled else weight * share)
+                total[name] = total[name] + value if name in total else value
+        return total
 
 
 def elbo_terms(
     model: PlatedModel, guide: Guide, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL
-) -> dict[str, Term]:
+) -> Terms:
     """Every site's term at one draw of z, in the order of the model's trace; guide-only sites (auxiliary) follow."""
     draw = guide.draw(model, params, noise, batch, kl)
-    terms: dict[str, Term] = {}
+    terms: Terms = {}
     for name, site in draw.trace.nodes.items():
         if site["type"] != "sample" or isinstance(site["fn"], _Subsample) or is_deterministic(site):
             continue
         in_plate = inside(site, model.plate)
         if site["is_observed"]:
-            terms[name] = Term("likelihood" if in_plate else "kl_global", in_plate, total_log_prob(site))
+            rows = partial(log_prob_by_row, site, model.plate) if in_plate else None
+            terms[name] = Term("likelihood" if in_plate else "kl_global", in_plate, total_log_prob(site), rows)
         elif name in draw.entropy:
             value = draw.log_prior[name] + draw.entropy[name]
             terms[name] = Term("kl_local" if in_plate else "kl_global", in_plate, value)

@@ -44,7 +44,7 @@ class Auto:
 
     def __post_init__(self) -> None:
         given = self.inference, self.update, self.seed, self.groups, self.comm
-        self.eager, self.fused = Eager(*given), Fused(*given)
+        self.reference, self.fused = Eager(*given), Fused(*given)
         self.stages = stages([each.horizon for each in self.update.rounds])
 
     def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
@@ -65,7 +65,7 @@ class Auto:
         self.fused.abandon()
 
     def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
-        return (self.fused if self._is_compiled(state) else self.eager).run(state, chunk, steps)
+        return (self.fused if self._is_compiled(state) else self.reference).run(state, chunk, steps)
 
     def _is_compiled(self, state: State) -> bool:
         return state.theta.device.type == "cuda" or bool(self.stages and int(state.step) >= self.stages[1])

@@ -60,7 +60,7 @@ class Fused:
     _compilation: Compilation | None = field(default=None, init=False, repr=False)
 
     @property
-    def eager(self) -> Eager:
+    def reference(self) -> Eager:
         """The program that this one must equal."""
         return Eager(self.inference, self.update, self.seed, self.groups, self.comm)
 
@@ -202,7 +202,7 @@ class Fused:
         """
         preconditioner = start.preconditioner
         for state in (start if preconditioner is None else _off(start, preconditioner), start):
-            want, got = self.eager.run(state, slot, 1), self.run(state, slot, 1)
+            want, got = self.reference.run(state, slot, 1), self.run(state, slot, 1)
             if torch.isfinite(want.terms).all():
                 break
         else:

@@ -42,13 +42,13 @@ class LocalSteps:
         self.local = self.program(self.inference, self.update, self.seed, self.groups)
 
     @property
-    def eager(self) -> "LocalSteps":
+    def reference(self) -> "LocalSteps":
         made = LocalSteps(self.inference, self.update, self.seed, self.groups, self.comm, self.sync_every)
-        made.local = self.local.eager
+        made.local = self.local.reference
         return made
 
     def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
-        return self.local.eager.noise(at, batch, dtype)
+        return self.local.reference.noise(at, batch, dtype)
 
     def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
         self.local.begin(state, _own(chunk), say)

@@ -70,7 +70,7 @@ class Program(Protocol):
         ...
 
     @property
-    def eager(self) -> "Reference":
+    def reference(self) -> "Reference":
         """The reference that this program must equal."""
         ...
 
@@ -117,7 +117,7 @@ class Eager:
     stages: ClassVar[tuple[int, ...]] = ()
 
     @property
-    def eager(self) -> "Eager":
+    def reference(self) -> "Eager":
         return self
 
     def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:

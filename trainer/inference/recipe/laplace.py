@@ -21,6 +21,7 @@ from trainer.inference.estimates.derivatives import hessian
 from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.guides.mean_field import KL
 from trainer.inference.model.noise import element_noise
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.exact_fit import refuse_exact
 from trainer.inference.step import Inference, StepBatch, StepNoise, in_dtype
@@ -159,7 +160,7 @@ def _of_draws(inference: Inference, rows: StepBatch, loc: Tensor, scale: Tensor)
 def _minus_terms(inference: Inference, kl: KL, rows: StepBatch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
     """Minus the ELBO's terms (nats) at one draw, summed in float64."""
     dtype = _dtype(inference)
-    problem = replace(inference, objective=replace(inference.objective, kl=kl, antithetic=False, pairs=1))
+    problem = replace(inference, objective=ELBO(kl, antithetic=False))
     columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in rows.columns.items()}
     view = inference.gaussian
     assert view is not None

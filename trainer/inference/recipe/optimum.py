@@ -26,6 +26,7 @@ from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.noise_mode import seed_generators
 from trainer.inference.model.parameters import Parameters
 from trainer.inference.model.plates import Batch
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.step import Inference
 
 LEVELS = (Draws(16, 16_384), Draws(64, 16_384), Draws(256, 16_384))
@@ -68,7 +69,8 @@ def problem_of(inference: Inference) -> Inference:
     """
     if inference.guide.log_q_of_a_draw is None:
         return inference
-    return replace(inference, objective=replace(inference.objective, kl="sticking_the_landing"))
+    signs, pairs = inference.objective.signs, inference.objective.pairs
+    return replace(inference, objective=ELBO("sticking_the_landing", len(signs) > 1, pairs))
 
 
 def _levels(inference: Inference) -> tuple[Draws, ...]:
