@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
+import app_tools
 import pytest
 import torch
-from app_tools import _environment, final_state, tensors
+from app_tools import final_state, tensors
 from failure_tools import ARGUMENTS, Fault, free_port, start
 
 from trainer.engine import checkpoint
@@ -98,11 +98,10 @@ def test_a_signal_between_passes_over_all_rows(shards, tmp_path, seen):
     seen(said, 143)
 
 
-def launch(shards, run_dir, *arguments, launcher=("-m", "trainer"), **options):
-    """A real launch, in a process group of its own."""
-    command = [sys.executable, *launcher, "train", f"data.path={shards}", f"run_dir={run_dir}", *LAUNCHED, *arguments]
-    return subprocess.Popen(command, env=_environment(), text=True, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **options)  # fmt: skip
+def launch(shards, run_dir, *arguments, launcher=app_tools.SVI):
+    """A launch as a user's, in a process group of its own."""
+    command = ("train", f"data.path={shards}", f"run_dir={run_dir}", *LAUNCHED, *arguments)
+    return app_tools.start(*command, launcher=launcher, output=subprocess.PIPE, start_new_session=True)
 
 
 def ended(process):

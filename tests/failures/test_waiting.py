@@ -4,12 +4,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import app_tools
 import pytest
-from app_tools import _environment
 from failure_tools import _LIMIT, ARGUMENTS, Fault, free_port, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failures")]
@@ -61,11 +60,8 @@ def test_while_the_others_are_busy_before_training(shards, tmp_path):
 def test_while_the_ranks_that_it_has_launched_start(shards, tmp_path):
     """Rank 1 takes seconds to import what it needs."""
     chosen = {**dict(each.split("=", 1) for each in ARGUMENTS), "trainer": "ddp_sim", "data.path": str(shards)}
-    command = [sys.executable, "-m", "trainer", "train", *(f"{name}={value}" for name, value in chosen.items())]
-    run = subprocess.Popen(
-        [*command, f"run_dir={tmp_path}/run"], env=_environment(), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+    words = (*(f"{name}={value}" for name, value in chosen.items()), f"run_dir={tmp_path}/run")
+    run = app_tools.start("train", *words, output=subprocess.PIPE)
     try:
         assert run.stdout is not None
         assert "rows to train on" in run.stdout.readline()

@@ -1,19 +1,22 @@
 """The command run with a config of this process, or in a process of its own."""
 
-import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from forked import Forked, can_fork, command_environment
 
 from trainer.engine import checkpoint
 from trainer.inference.optim.rounds import State
 from trainer.options.entrance import composed, options
 
 HERE = Path(__file__).parent
+SVI = ("-m", "trainer")
 WEIGHTS = np.array([1.0, -2.0, 0.5])
 
 
@@ -22,27 +25,27 @@ def config(verb: str, *overrides: str) -> Any:
     return options(verb, composed(verb, overrides))
 
 
-def svi(
-    *arguments: str, launcher: tuple[str, ...] = ("-m", "trainer"), **environment: str
-) -> subprocess.CompletedProcess:
+def svi(*arguments: str, launcher: tuple[str, ...] = SVI, **environment: str) -> subprocess.CompletedProcess:
     """`svi ARGUMENTS` in a process of its own, where `app_models` can be imported."""
+    process = start(*arguments, launcher=launcher, environment=environment, output=subprocess.PIPE)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start(
+    *arguments: str, launcher: tuple[str, ...] = SVI, environment: Mapping[str, str] = MappingProxyType({}),
+    output: int = subprocess.DEVNULL, start_new_session: bool = False, real: bool = False,
+) -> "subprocess.Popen[str] | Forked":  # fmt: skip
+    """`svi ARGUMENTS` in a process of its own, left running: a fork where that is the same and not ``real``."""
+    env = command_environment(**environment)
+    if launcher == SVI and not real and can_fork(env):
+        return Forked(arguments, env, output, start_new_session=start_new_session)
     command = [sys.executable, *launcher, *arguments]
-    return subprocess.run(
-        command, env=_environment(**environment), capture_output=True, text=True, timeout=240, check=False
-    )
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    """`svi ARGUMENTS` in a process of its own, left running."""
-    command = [sys.executable, "-m", "trainer", *arguments]
-    return subprocess.Popen(command, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _environment(**changes: str) -> dict[str, str]:
-    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **changes}
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        env.pop(name, None)
-    return env
+    return subprocess.Popen(command, env=env, text=True, stdout=output, stderr=output,
+                            start_new_session=start_new_session)  # fmt: skip
 
 
 def final_state(run_dir: Path) -> tuple[Any, dict[str, Any]]:
