@@ -28,16 +28,17 @@ from rich.table import Table
 from scripts.benchmark.ours import Ours, Way
 from scripts.benchmark.problems import MODELS, Setting, make_data
 from trainer.distributed.comm import Group
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.local_steps import LocalSteps
-from trainer.inference.programs.program import Chunk, Program
+from trainer.inference.programs.program import Program
 
 WORLD, SYNC_EVERY = 2, 16
 WAYS = ("one rank", "summed at every step", f"averaged every {SYNC_EVERY} steps", "two that never speak")
 
 
-def run(program: Program, state: State, chunks: list[Chunk], seconds: float, active: bool) -> float:
+def run(program: Program, state: State, chunks: list[Batch], seconds: float, active: bool) -> float:
     """Seconds a step of ``program`` over about ``seconds``; the ranks take the same number of chunks."""
 
     def chunks_in(count: int) -> float:

@@ -25,7 +25,7 @@ from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import State, Update, one_round
 from trainer.inference.optim.schedules import Constant
-from trainer.inference.programs.program import Chunk, Eager, Program
+from trainer.inference.programs.program import Eager, Program
 from trainer.inference.setup import set_up
 from trainer.inference.step import Inference
 
@@ -48,26 +48,23 @@ class Ours:
         self.setting, self.way = setting, way
         self.slots = setting.slots if way.fused else min(setting.slots, _EAGER_SLOTS)
         columns = {name: torch.from_numpy(column[: setting.batch].copy()) for name, column in load(setting).items()}
-        self.first = Batch(
-            {name: column.to(setting.device) for name, column in columns.items()},
-            torch.tensor(setting.batch, device=setting.device),
-            torch.tensor(setting.num_obs / setting.batch, dtype=torch.float64, device=setting.device),
-        )
-        self.chunks: Callable[[], Iterator[Chunk]]
+        here = {name: column.to(setting.device) for name, column in columns.items()}
+        self.first = Batch.whole(here, num_obs=setting.num_obs)
+        self.chunks: Callable[[], Iterator[Batch]]
         if way.shards:
             self.chunks = self._from_shards
         else:
             held = self._views()
             self.chunks = lambda: itertools.cycle(held)
 
-    def _views(self) -> list[Chunk]:
+    def _views(self) -> list[Batch]:
         """The stored rows as chunks, the last rows dropped where they fill none."""
         slots, batch, device = self.slots, self.setting.batch, self.setting.device
         columns = {name: torch.from_numpy(column).to(device) for name, column in load(self.setting).items()}
         rows = slots * batch
         full = torch.full((slots,), batch, device=device)
         return [
-            Chunk(
+            Batch(
                 {n: c[i : i + rows].view(slots, 1, batch, *c.shape[1:]) for n, c in columns.items()},
                 full.view(slots, 1),
                 full,
@@ -76,7 +73,7 @@ class Ours:
             for i in range(0, self.setting.stored_rows - rows + 1, rows)
         ]
 
-    def _from_shards(self) -> Iterator[Chunk]:
+    def _from_shards(self) -> Iterator[Batch]:
         """Shuffled by the plan over N rows, checked, gathered and read ahead, as `svi train` does it."""
         setting = self.setting
         stored = open_split(Path(setting.folder) / "shards", "train")
@@ -88,7 +85,7 @@ class Ours:
         data = ChunkData(folder, plan, ranks, columns, torch.float32, False, self.slots)
         data.last = _FOREVER
         for chunk in data:
-            assert isinstance(chunk, Chunk)
+            assert isinstance(chunk, Batch)
             yield chunk.map(lambda each: each.to(setting.device))
 
     def start(self) -> None:

@@ -27,19 +27,18 @@ from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.compiling import Compilation, key
 from trainer.inference.programs.fused import Fused
-from trainer.inference.programs.program import Chunk
 from trainer.inference.programs.scan import Recipe
 from trainer.inference.setup import set_up
 
 SLOTS, ROWS = 6, 8
 
 
-def dense() -> Chunk:
+def dense() -> Batch:
     """Of `regression`: x [6, 1, 8, 2] and y [6, 1, 8]."""
     return chunk_of(SLOTS, 1, ROWS, torch.float32, x=(2,), y=())
 
 
-def varying() -> Chunk:
+def varying() -> Batch:
     """A csr and a ragged column of two entries a row, beside the dense y."""
     chunk = dense()
     offsets = torch.arange(0, 2 * ROWS + 1, 2).expand(SLOTS, 1, -1).contiguous()
@@ -95,7 +94,7 @@ def regression(x, y=None):
     return module.regression
 
 
-def program(model: Any, chunk: Chunk, guide: Any = MeanField, update: Any = None) -> tuple[Fused, Any]:
+def program(model: Any, chunk: Batch, guide: Any = MeanField, update: Any = None) -> tuple[Fused, Any]:
     columns = {name: column[0, 0] if isinstance(column, Tensor) else column[0][0]
                for name, column in chunk.columns.items()}  # fmt: skip
     update = update or one_round(Adam(lr=0.01), Constant(), 10, 5)
@@ -117,7 +116,7 @@ class _Named:
         pass
 
 
-def key_of(fused: Fused, state: Any, chunk: Chunk) -> str:
+def key_of(fused: Fused, state: Any, chunk: Batch) -> str:
     """The name of the compiled step, which is not compiled."""
     fused_module.Compilation = _Named  # type: ignore[misc, assignment]
     try:

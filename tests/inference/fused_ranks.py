@@ -24,7 +24,7 @@ from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.fused import Fused
-from trainer.inference.programs.program import Chunk, Program
+from trainer.inference.programs.program import Program
 from trainer.inference.setup import set_up
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
@@ -73,7 +73,7 @@ PROBLEMS: dict[str, tuple[Any, Any, torch.dtype]] = {
 }
 
 
-def all_rows(model: Any, dtype: torch.dtype) -> Chunk:
+def all_rows(model: Any, dtype: torch.dtype) -> Batch:
     """The chunk of both groups, with uneven valid counts and a group that is empty at step 3."""
     generator = np.random.default_rng(0)
     count = STEPS * GROUPS * ROWS
@@ -84,10 +84,10 @@ def all_rows(model: Any, dtype: torch.dtype) -> Chunk:
     tensors = {name: torch.as_tensor(c).view(STEPS, GROUPS, ROWS, *c.shape[1:]) for name, c in columns.items()}
     floats = {name: t.to(dtype) if t.is_floating_point() else t.long() for name, t in tensors.items()}
     ids = torch.arange(count).view(STEPS, GROUPS, ROWS)
-    return Chunk(floats, torch.tensor(valid), torch.tensor(valid.sum(1)), ids)
+    return Batch(floats, torch.tensor(valid), torch.tensor(valid.sum(1)), ids)
 
 
-def word_rows(varying: bool) -> Chunk:
+def word_rows(varying: bool) -> Batch:
     """The chunk of rows of 0 to 4 words, as csr and ragged or dense; each slot has room for ``MOST`` entries."""
     generator = torch.Generator().manual_seed(0)
     shape, other = (STEPS, GROUPS), all_rows(None, torch.float64)
@@ -113,9 +113,8 @@ def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
     model, guide, dtype = PROBLEMS[name]
     torch.set_default_dtype(dtype)
     chunk = word_rows(name == "words") if model is of_words else all_rows(model, dtype)
-    scale = torch.tensor(N / ROWS, dtype=torch.float64)
     first = {column: values[0][0] for column, values in chunk.columns.items()}
-    batch = Batch(first, torch.tensor(ROWS), scale, chunk.row_id[0, 0])
+    batch = Batch.whole(first, chunk.row_id[0, 0], N)
     inference, theta = set_up(model, guide, batch, N, ELBO("analytic" if guide is MeanField else "monte_carlo"))
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
     mine = chunk.map(lambda each: each[:, held].contiguous() if each.dim() > 1 else each)

@@ -19,7 +19,7 @@ Columns = dict[str, Tensor]
 
 def batch_of(columns: Columns) -> Batch:
     rows = len(next(iter(columns.values())))
-    return Batch(columns, torch.tensor(rows), torch.ones((), dtype=F64), torch.arange(rows))
+    return Batch.whole(columns, torch.arange(rows))
 
 
 def build(

@@ -24,7 +24,7 @@ from trainer.inference.optim.optimizers import SGD, Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.local_steps import LocalSteps
-from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.programs.program import Eager
 from trainer.inference.setup import set_up
 
 GROUPS, ROWS, STEPS, N = 4, 6, 50, 5000
@@ -67,7 +67,7 @@ PROBLEMS: dict[str, tuple[Any, Any, str, torch.dtype]] = {
 }
 
 
-def rows(dtype: torch.dtype) -> Chunk:
+def rows(dtype: torch.dtype) -> Batch:
     """All groups' chunk: uneven valid counts; group 2 empty at step 7, the second half of the groups at step 9."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(STEPS, GROUPS, ROWS, 3))
@@ -76,17 +76,17 @@ def rows(dtype: torch.dtype) -> Chunk:
     valid[7, 2] = valid[9, 2:] = 0
     ids = np.arange(STEPS * GROUPS * ROWS).reshape(x.shape[:3])
     columns = {"x": torch.tensor(x).to(dtype), "y": torch.tensor(y).to(dtype)}
-    return Chunk(columns, torch.tensor(valid), torch.tensor(valid.sum(1)), torch.tensor(ids))
+    return Batch(columns, torch.tensor(valid), torch.tensor(valid.sum(1)), torch.tensor(ids))
 
 
 def train(name: str, rank: int, world: int, reduce: Any) -> dict[str, np.ndarray]:
     model, guide, kl, dtype = PROBLEMS[name]
     chunk = rows(dtype)
     first = {column: values[0, 0] for column, values in chunk.columns.items()}
-    batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
+    batch = Batch.whole(first, chunk.row_id[0, 0], N)
     inference, theta = set_up(model, guide, batch, N, ELBO(kl, pairs=2))
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
-    mine = Chunk(
+    mine = Batch(
         {column: values[:, held] for column, values in chunk.columns.items()},
         chunk.valid[:, held],
         chunk.batch_rows,
@@ -112,11 +112,11 @@ def train_locally(rank: int, reduce: Any) -> dict[str, np.ndarray]:
         valid=torch.full((STEPS, GROUPS), ROWS), batch_rows=torch.full((STEPS,), GROUPS * ROWS)
     )
     first = {column: values[0, 0] for column, values in chunk.columns.items()}
-    batch = Batch(first, torch.tensor(ROWS), torch.tensor(N / ROWS, dtype=torch.float64), chunk.row_id[0, 0])
+    batch = Batch.whole(first, chunk.row_id[0, 0], N)
     inference, theta = set_up(model, guide, batch, N, ELBO(kl))
     held = [2 * rank, 2 * rank + 1]
     columns = {column: values[:, held] for column, values in chunk.columns.items()}
-    mine = Chunk(columns, chunk.valid[:, held], chunk.batch_rows, chunk.row_id[:, held])
+    mine = Batch(columns, chunk.valid[:, held], chunk.batch_rows, chunk.row_id[:, held])
     update = one_round(SGD(lr=0.01), Cosine(), STEPS, 30)
     common = (inference, update, 11, held, SimpleNamespace(size=2, sum=reduce))
     start = update.init(theta)

@@ -12,9 +12,8 @@ from torch import Tensor
 from trainer.inference.guides.mean_field import MeanField, Noise
 from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO
-from trainer.inference.programs.program import Chunk
 from trainer.inference.setup import set_up
-from trainer.inference.step import Inference, StepBatch, StepNoise
+from trainer.inference.step import Inference, StepNoise
 
 F64 = torch.float64
 
@@ -23,8 +22,7 @@ def batch_of(valid: int | None = None, num_obs: float | None = None, **columns: 
     """One group's rows, `valid` of which count, at scale num_obs / valid."""
     rows = len(next(iter(columns.values())))
     valid = rows if valid is None else valid
-    scale = torch.tensor((num_obs or valid) / valid, dtype=F64)
-    return Batch(columns, torch.tensor(valid), scale, torch.arange(rows))
+    return Batch(columns, torch.tensor(valid), torch.tensor(valid), torch.arange(rows), num_obs or valid)
 
 
 def build(
@@ -42,11 +40,11 @@ def with_objective(inference: Inference, num_obs: float | None = None, **changes
     )
 
 
-def one_group(**columns: Tensor) -> StepBatch:
+def one_group(**columns: Tensor) -> Batch:
     """Every row of `columns` as the one lane group of a step."""
     rows = len(next(iter(columns.values())))
     lifted = {name: column[None] for name, column in columns.items()}
-    return StepBatch(lifted, torch.tensor([rows]), torch.tensor(rows), torch.arange(rows)[None])
+    return Batch(lifted, torch.tensor([rows]), torch.tensor(rows), torch.arange(rows)[None])
 
 
 def noise_of(elements: Tensor, rows: Tensor | None = None) -> StepNoise:
@@ -54,7 +52,7 @@ def noise_of(elements: Tensor, rows: Tensor | None = None) -> StepNoise:
     return StepNoise(elements, rows, tuple((0,) * elements.shape[1] for _ in elements))
 
 
-def grad(inference: Inference, theta: Tensor, noise: StepNoise, batch: StepBatch, share: float = 1.0) -> Tensor:
+def grad(inference: Inference, theta: Tensor, noise: StepNoise, batch: Batch, share: float = 1.0) -> Tensor:
     """The ELBO's gradient [P], in full-data nats."""
     theta = theta.detach().clone().requires_grad_()
     (out,) = torch.autograd.grad(inference.terms(theta, noise, batch, share).sum(), theta)
@@ -71,13 +69,13 @@ def trace_at(inference: Inference, theta: Tensor, elements: Tensor, batch: Batch
     return inference.parameters.call(inference.parameters.unflatten(theta), draw)
 
 
-def chunk_of(slots: int, groups: int, rows: int, dtype: torch.dtype = F64, **shapes: Sequence[int]) -> Chunk:
+def chunk_of(slots: int, groups: int, rows: int, dtype: torch.dtype = F64, **shapes: Sequence[int]) -> Batch:
     """A chunk of random columns, each [slots, groups, rows, *shape], all rows valid."""
     torch.manual_seed(0)
     columns = {name: torch.randn(slots, groups, rows, *shape, dtype=F64).to(dtype) for name, shape in shapes.items()}
     ids = torch.arange(slots * groups * rows).view(slots, groups, rows)
     valid = torch.full((slots, groups), rows)
-    return Chunk(columns, valid, valid.sum(1), ids)
+    return Batch(columns, valid, valid.sum(1), ids)
 
 
 def regression(x: Tensor, y: Tensor | None = None) -> None:

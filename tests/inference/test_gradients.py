@@ -14,8 +14,8 @@ from svi_problems import F64, build, grad, noise_of, one_group, with_objective
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.noise import element_noise
-from trainer.inference.model.plates import PlatedModel
-from trainer.inference.step import StepBatch, StepNoise
+from trainer.inference.model.plates import Batch, PlatedModel
+from trainer.inference.step import StepNoise
 
 J, SIGMA, M0, S0 = 3, 0.7, 0.4, 1.5
 LAYOUTS = ("alone", "inside, data at -1", "inside, data at -2", "beside")
@@ -105,14 +105,14 @@ def test_table(layout, kl, valid):
         inference = with_objective(inference_of(layout, kl, user_scale), num_obs, pairs=pairs, antithetic=antithetic)
         eps = torch.randn(2, pairs, width, dtype=F64, generator=generator)
         expected = by_hand(layout, kl, user_scale, num_obs, y, counts, eps, (1, -1) if antithetic else (1,), theta)
-        batch = StepBatch({"y": y}, counts, counts.sum(), None)
+        batch = Batch({"y": y}, counts, counts.sum(), None)
         together = grad(inference, theta, noise_of(eps), batch, share=1 / 2)
         ranks = sum(
             grad(
                 inference,
                 theta,
                 noise_of(eps[a : a + 1]),
-                StepBatch({"y": y[a : a + 1]}, counts[a : a + 1], counts.sum(), None),
+                Batch({"y": y[a : a + 1]}, counts[a : a + 1], counts.sum(), None),
                 share=1 / 2,
             )
             for a in range(2)
@@ -242,7 +242,7 @@ def test_padded_rows_have_no_gradient_and_make_no_nan(guide):
         index = torch.tensor([0, 1, 2, 3, *repeated])
         column = x[index].requires_grad_()
         rows = torch.linspace(-1, 1, len(index), dtype=F64).view(1, 1, -1, 1)
-        batch = StepBatch({"x": column[None], "y": y[index][None]}, torch.tensor([4]), torch.tensor(4), None)
+        batch = Batch({"x": column[None], "y": y[index][None]}, torch.tensor([4]), torch.tensor(4), None)
         noise = StepNoise(eps, torch.cat([rows[:, :, :4] * 0 + 0.4, rows[:, :, 4:]], 2), ((0,),))
         leaf = theta.clone().requires_grad_()
         return torch.autograd.grad(inference.terms(leaf, noise, batch, 1.0).sum(), (leaf, column))

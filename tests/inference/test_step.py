@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
-from trainer.inference.model.plates import PlatedModel
+from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD, Adam, ClippedAdam
 from trainer.inference.optim.rounds import Round, State, Update, one_round
 from trainer.inference.optim.schedules import Cosine, OneCycle, RobbinsMonro
-from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.programs.program import Eager
 from trainer.inference.setup import set_up
 
 GUIDES = {"mean_field": MeanField, "AutoNormal": lambda model, _: PyroGuide(AutoNormal(model))}
@@ -37,9 +37,9 @@ def equal(a: State, b: State) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def part(chunk: Chunk, first: int, last: int) -> Chunk:
+def part(chunk: Batch, first: int, last: int) -> Batch:
     columns = {name: column[first:last] for name, column in chunk.columns.items()}
-    return Chunk(columns, chunk.valid[first:last], chunk.batch_rows[first:last], chunk.row_id[first:last])
+    return Batch(columns, chunk.valid[first:last], chunk.batch_rows[first:last], chunk.row_id[first:last])
 
 
 OPTIMIZERS = [Adam(lr=0.05, weight_decay=0.1, decoupled=True), ClippedAdam(lr=0.05), SGD(lr=0.1, momentum=0.9)]

@@ -52,7 +52,7 @@ class Narrow(MeanField):
 def test_a_family_of_guides_is_made_of_the_model(target, options, kind):
     plated, x = PlatedModel(LinearRegression(noise_sd=1.0), ("x", "y"), "data"), torch.ones(4, 2)
     factory = build.guide(OmegaConf.create({"_target_": target, **options}), plated.fn, ("x", "y"), "data")
-    guide = factory(plated, Batch({"x": x, "y": x[:, 0]}, torch.tensor(4), torch.tensor(1.0), None))
+    guide = factory(plated, Batch.whole({"x": x, "y": x[:, 0]}))
     assert (guide.kind, guide.init_scale) == (kind, 0.3)
 
 

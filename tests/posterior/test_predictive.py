@@ -34,7 +34,7 @@ def posterior_of(family, y, columns=(), **more):
         with pyro.plate("data", len(x)):
             pyro.sample("y", family(a.expand(len(x)), x, **rest), obs=y)
 
-    rows = Batch({"x": X, "y": y, **more}, torch.tensor(N), torch.ones((), dtype=F64), torch.arange(N))
+    rows = Batch.whole({"x": X, "y": y, **more}, torch.arange(N))
     inference, theta = set_up(model, MeanField, rows, N, ELBO())
     theta = inference.parameters.flatten(
         {"guide.loc": theta.new_zeros(1), "guide.log_scale": theta.new_full((1,), -30.0)}
@@ -212,7 +212,7 @@ def line(x, y=None):
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_guide_that_runs_the_model_predicts_what_it_does_not_see(kind, nested):
     auto = kind(line)
-    rows = Batch({"x": X, "y": 2 * X}, torch.tensor(N), torch.ones((), dtype=F64), torch.arange(N))
+    rows = Batch.whole({"x": X, "y": 2 * X}, torch.arange(N))
     guide = guide_factory((lambda x, y=None: auto(x, y)) if nested else kind, rows.columns)
     inference, theta = set_up(line, guide, rows, N, ELBO())
     columns = {name: Column(name, "int64" if name == "row_id" else "float64") for name in ("x", "y", "row_id")}

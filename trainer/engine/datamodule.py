@@ -12,7 +12,7 @@ from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.reader import ChunkArrays, Reader
 from trainer.engine.transfer import sent_ahead
 from trainer.errors import UserError
-from trainer.inference.programs.program import Chunk
+from trainer.inference.model.plates import Batch
 from trainer.posterior.tensors import shared
 
 
@@ -73,7 +73,7 @@ class ChunkData(pl.LightningDataModule):
     def train_dataloader(self) -> "ChunkData":
         return self
 
-    def trial_chunk(self, steps: int) -> Chunk:
+    def trial_chunk(self, steps: int) -> Batch:
         """The first ``steps`` steps, or fewer where there is no room for them, to get ready on."""
         reader = self._reader()
         try:
@@ -101,12 +101,12 @@ class ChunkData(pl.LightningDataModule):
         ids: np.ndarray = found[0]
         return ids
 
-    def __iter__(self) -> Iterator[Chunk | UserError]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         """Chunks; at last the error, if one ends them, for the ranks to agree on."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         return self._chunks() if device.type == "cpu" else sent_ahead(self._chunks(), device)
 
-    def _chunks(self) -> Iterator[Chunk | UserError]:
+    def _chunks(self) -> Iterator[Batch | UserError]:
         assert self.slots is not None
         reader = self._reader()
         try:
@@ -121,8 +121,8 @@ class ChunkData(pl.LightningDataModule):
         floats = np.dtype(str(self.dtype).removeprefix("torch."))
         return Reader(self.folder, self.plan, self.columns, self.ranks.lanes_by_group, self.with_row_id, floats)
 
-    def _chunk(self, arrays: ChunkArrays) -> Chunk:
-        return Chunk(
+    def _chunk(self, arrays: ChunkArrays) -> Batch:
+        return Batch(
             {name: shared(rows) for name, rows in arrays.columns.items()},
             torch.from_numpy(arrays.valid),
             torch.from_numpy(arrays.batch_rows),

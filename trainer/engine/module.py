@@ -17,9 +17,10 @@ from trainer.distributed.comm import Comm
 from trainer.engine.datamodule import ChunkData
 from trainer.errors import UserError
 from trainer.inference.checks.model_checks import finite_or_raise
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.nan_rows import nan_rows
-from trainer.inference.programs.program import Chunk, ChunkResult, Program
+from trainer.inference.programs.program import ChunkResult, Program
 from trainer.inference.programs.tracing import Untraceable
 from trainer.inference.step import Inference
 from trainer.posterior.first_pass import FirstPass
@@ -110,7 +111,7 @@ class ChunkModule(pl.LightningModule):
         self._most, self._chosen = most, data.slots
         self._get_ready(chunk)
 
-    def _get_ready(self, chunk: Chunk) -> None:
+    def _get_ready(self, chunk: Batch) -> None:
         """Prepares the program for what comes, and chooses the size of chunks by its speed."""
         self._ready_at = self.step
         self._prepare(chunk)
@@ -118,7 +119,7 @@ class ChunkModule(pl.LightningModule):
         assert self.data is not None
         self.data.slots = min(self._most, slots)
 
-    def _prepare(self, chunk: Chunk) -> None:
+    def _prepare(self, chunk: Batch) -> None:
         """Prepares the program, or falls back on the eager one, on all ranks alike."""
         failed = False
         try:
@@ -132,7 +133,7 @@ class ChunkModule(pl.LightningModule):
             self.program.abandon()
             self.program = self.program.reference
 
-    def _slots(self, chunk: Chunk) -> int:
+    def _slots(self, chunk: Batch) -> int:
         """Steps of a chunk: those of a tenth of a second, in bounded memory. No result depends on them."""
         count = len(chunk.batch_rows)
         began = time.monotonic()
@@ -147,9 +148,9 @@ class ChunkModule(pl.LightningModule):
     def on_train_start(self) -> None:
         self._started = self._previous = time.monotonic()
 
-    def training_step(self, chunk: Chunk | UserError, batch_idx: int) -> None:
+    def training_step(self, chunk: Batch | UserError, batch_idx: int) -> None:
         self.comm.raise_together(chunk if isinstance(chunk, UserError) else self._checked(chunk), self.device)
-        assert isinstance(chunk, Chunk)
+        assert isinstance(chunk, Batch)
         if self.step in self.program.stages and self.step != self._ready_at:
             with self.interruptible():
                 self._get_ready(chunk)
@@ -162,7 +163,7 @@ class ChunkModule(pl.LightningModule):
         if self._chunks % _COMPARE_EVERY == 0:
             self.compare_ranks()
 
-    def _checked(self, chunk: Chunk) -> UserError | None:
+    def _checked(self, chunk: Batch) -> UserError | None:
         """What is wrong with rows that come for the first time."""
         if self.first_pass is None or self.data is None:
             return None
@@ -176,7 +177,7 @@ class ChunkModule(pl.LightningModule):
                 "resume the run from its last checkpoint, on other machines if it happens again."
             )
 
-    def _record(self, result: ChunkResult, chunk: Chunk) -> None:
+    def _record(self, result: ChunkResult, chunk: Batch) -> None:
         now = time.monotonic()
         rows = int(chunk.batch_rows.sum())
         means = result.terms.mean(0).tolist()
@@ -200,7 +201,7 @@ class ChunkModule(pl.LightningModule):
         }
         self._previous = now
 
-    def _refuse_not_finite(self, result: ChunkResult, chunk: Chunk) -> None:
+    def _refuse_not_finite(self, result: ChunkResult, chunk: Batch) -> None:
         """Raises FloatingPointError on all ranks alike, with the rows that are the cause, where they can be told."""
         finite = torch.isfinite(result.terms).all(1)
         if finite.all() and torch.isfinite(result.state.theta).all():

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning import Callback
 
 from trainer.engine.module import ChunkModule
-from trainer.inference.programs.program import Chunk
+from trainer.inference.model.plates import Batch
 
 
 class RowLog(Callback):
@@ -33,7 +33,7 @@ class RowLog(Callback):
         self.file = (self.folder / name).open("wb", buffering=0)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if not isinstance(batch, Chunk):  # an error, for the ranks to agree on
+        if not isinstance(batch, Batch):  # an error, for the ranks to agree on
             return
         assert self.file is not None
         assert isinstance(module, ChunkModule)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.inference.programs.program import Chunk
+from trainer.inference.model.plates import Batch
 
 
-def sent_ahead(chunks: Iterable[Chunk | UserError], device: torch.device) -> Iterator[Chunk | UserError]:
+def sent_ahead(chunks: Iterable[Batch | UserError], device: torch.device) -> Iterator[Batch | UserError]:
     """``chunks`` on ``device`` (a GPU), the next one on its way while the caller uses this one."""
     stream = torch.cuda.Stream(device)
 
-    def sent(chunk: Chunk | UserError) -> Callable[[], Chunk | UserError]:
+    def sent(chunk: Batch | UserError) -> Callable[[], Batch | UserError]:
         """Sends a chunk; the answer gives it to the stream of the caller, which waits for it there."""
         if isinstance(chunk, UserError):
             return lambda: chunk
@@ -21,7 +21,7 @@ def sent_ahead(chunks: Iterable[Chunk | UserError], device: torch.device) -> Ite
             there = chunk.map(lambda each: each.pin_memory().to(device, non_blocking=True))
             arrived = stream.record_event()
 
-        def received() -> Chunk:
+        def received() -> Batch:
             here = torch.cuda.current_stream(device)
             here.wait_event(arrived)
 
@@ -33,7 +33,7 @@ def sent_ahead(chunks: Iterable[Chunk | UserError], device: torch.device) -> Ite
 
         return received
 
-    ahead: Callable[[], Chunk | UserError] | None = None
+    ahead: Callable[[], Batch | UserError] | None = None
     for chunk in chunks:
         coming = sent(chunk)
         if ahead is not None:

@@ -21,7 +21,6 @@ from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.guides.mean_field import Guide, Noise
 from trainer.inference.model.parameters import Parameters
 from trainer.inference.model.plates import Batch, PlatedModel
-from trainer.inference.model.ragged import Column
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Kind, Objective, Terms
 from trainer.inference.optim.rounds import Round, State
@@ -47,17 +46,6 @@ class StepNoise(NamedTuple):
     """[A][R] seeds for draws that are no transformation of a normal."""
 
 
-class StepBatch(NamedTuple):
-    columns: dict[str, Column]
-    """Each [A, B, ...]."""
-    valid: Tensor
-    """int64 [A]."""
-    batch_rows: Tensor
-    """int64 []: valid rows of the global batch, over all ranks."""
-    row_id: Tensor | None
-    """int64 [A, B]."""
-
-
 @dataclass(frozen=True)
 class Inference:
     """A model with its guide, objective and parameters, over N rows."""
@@ -80,13 +68,12 @@ class Inference:
         """The guide as a Gaussian, if it is one."""
         return self.guide.gaussian(self.parameters.places)
 
-    def terms(self, theta: Tensor, noise: StepNoise, batch: StepBatch, share: float) -> Tensor:
+    def terms(self, theta: Tensor, noise: StepNoise, batch: Batch, share: float) -> Tensor:
         """This rank's part of the ELBO's terms [S], float64 nats; ``share``: a group's part in what counts once."""
-        scale, objective = self.num_obs / batch.batch_rows.double(), self.objective
+        objective = self.objective
 
         def at(values: dict[str, Tensor], a: int, r: int, sign: float) -> Terms:
-            rows = None if batch.row_id is None else batch.row_id[a]
-            group = Batch({k: v[a] for k, v in batch.columns.items()}, batch.valid[a], scale, rows)
+            group = batch.slot(a)._replace(num_obs=self.num_obs)
             own = None if noise.rows is None else sign * noise.rows[a, r]
             draw = Noise(sign * noise.elements[a, r], own, noise.seeds[a][r])
             return elbo_terms(self.model, self.guide, values, draw, group, objective.kl)
@@ -107,7 +94,7 @@ def step(
     comm: Comm,
     state: State,
     noise: StepNoise,
-    batch: StepBatch,
+    batch: Batch,
     rates: Tensor,
 ) -> tuple[State, Tensor, Tensor]:
     """The state after one step, this rank's terms [S] in full-data nats and the norm of the gradient of loss / N (over

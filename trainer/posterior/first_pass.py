@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
@@ -11,7 +10,6 @@ from trainer.inference.checks.observed import RowCheck
 from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import Column, Jagged, cat
-from trainer.inference.programs.program import Chunk
 
 
 class FirstPass:
@@ -28,7 +26,7 @@ class FirstPass:
         self._done.append(folder)
         self.until = 0 if folder is self.folder else self.until
 
-    def of_chunk(self, chunk: Chunk, step: int, row_ids: Callable[[int], np.ndarray]) -> UserError | None:
+    def of_chunk(self, chunk: Batch, step: int, row_ids: Callable[[int], np.ndarray]) -> UserError | None:
         """The error of a chunk that begins at ``step``; ``row_ids(step)``: [A, B] of a step."""
         if step >= self.until or self.check.is_right(chunk.columns):
             return None
@@ -42,8 +40,7 @@ class FirstPass:
             return [int(row_ids(step + k)[a, b]) for k, a, b in each if b < int(chunk.valid[k, a])]
 
         try:
-            one = torch.ones((), dtype=torch.float64, device=chunk.valid.device)
-            self.check.refuse(Batch(columns, chunk.valid.new_tensor(count), one), of_places)
+            self.check.refuse(Batch.whole(columns), of_places)
         except UserError as error:
             return error
         return None

@@ -250,9 +250,7 @@ class Posterior:
         facts = json.loads(content["facts"])
         columns = tuple(Column(**{**each, "shape": tuple(each["shape"])}) for each in facts["columns"])
         known = {name: of_plain(each) for name, each in content["rows"].items()}
-        count = len(next(iter(known.values())))
-        scale = torch.tensor(facts["num_obs"] / count, dtype=torch.float64)
-        rows = Batch(known, torch.tensor(count), scale, content["row_id"])
+        rows = Batch.whole(known, content["row_id"], facts["num_obs"])
         with dtype_of(content["theta"]):
             inference, _ = set_up(
                 model,

@@ -108,8 +108,7 @@ class FinalEvaluation:
     def posterior(self, module: ChunkModule) -> Posterior:
         """The posterior of what training has come to, with a few rows of the training data."""
         first = self.rows.block(0, module.theta, rows=_SUMMARY_ROWS)
-        count = torch.tensor(len(first.row_id), device=module.device)
-        rows = Batch(first.columns, count, self.rows.folder.num_rows / count.double(), first.row_id)
+        rows = Batch.whole(first.columns, first.row_id, self.rows.folder.num_rows)
         index = dataclasses.replace(self.rows.folder.index, shards=())
         theta = module.theta if self.theta is None else self.theta
         return Posterior(module.inference, theta.detach().clone(), rows, index, self.metrics)

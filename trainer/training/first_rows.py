@@ -11,7 +11,7 @@ from trainer.data.shards.index import ROW_ID
 from trainer.errors import UserError
 from trainer.inference.checks.observed import RowCheck, with_parameters
 from trainer.inference.model.plates import WEIGHT, Batch
-from trainer.inference.step import Inference, StepBatch
+from trainer.inference.step import Inference
 from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
 
@@ -33,10 +33,10 @@ def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:
     return Batch.whole(columns, row_id)
 
 
-def one_group(rows: Batch) -> StepBatch:
+def one_group(rows: Batch) -> Batch:
     """``rows`` as the one lane group of a step."""
     columns = {name: column[None] for name, column in rows.columns.items()}
-    return StepBatch(columns, rows.valid[None], rows.valid, None)
+    return Batch(columns, rows.valid[None], rows.valid, None)
 
 
 def first_pass(

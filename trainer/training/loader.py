@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.model.plates import Batch, arguments
 from trainer.inference.optim.rounds import State, Update
-from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.programs.program import Eager
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.setup import set_up
 from trainer.inference.step import Inference
@@ -46,7 +46,7 @@ class LoaderRun:
     record: TrainState
     first: Batch
 
-    def chunk(self, batch: Mapping[str, Any]) -> Chunk:
+    def chunk(self, batch: Mapping[str, Any]) -> Batch:
         """One step's rows of this rank, of however many."""
         rows = self.rows(batch)
         valid = torch.tensor([[rows.size]], device=rows.valid.device)
@@ -54,7 +54,7 @@ class LoaderRun:
         ids = rows.row_id
         assert ids is not None
         row_id = ids[None, None] if self.inference.guide.noise_size[1] else None
-        return Chunk({name: column[None, None] for name, column in rows.columns.items()}, valid, of_all, row_id)
+        return Batch({name: column[None, None] for name, column in rows.columns.items()}, valid, of_all, row_id)
 
     def rows(self, batch: Mapping[str, Any]) -> Batch:
         """A loader's batch as what the model takes. Raises UserError for one that lacks a column."""
@@ -105,7 +105,7 @@ def begun(
     state = state.each(lambda tensor: comm.from_first(tensor.to(device)))
     program = Eager(inference, update, cfg.seed, [context.world.rank], comm)
     few = sample.at(torch.arange(min(_FEW_ROWS, sample.size)))
-    few = few._replace(scale=torch.tensor(num_obs / few.size, dtype=torch.float64))
+    few = few._replace(num_obs=num_obs)
     return LoaderRun(inference, update, program, state, record, few)
 
 
@@ -132,7 +132,7 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
     """The inference problem, checked on the first batch, and theta [P] at its start."""
     columns = tuple(arguments(given.model, list(first)))
     rows = _rows({name: first[name] for name in columns}, 0)
-    rows = rows._replace(scale=torch.tensor(num_obs / rows.size, dtype=torch.float64))
+    rows = rows._replace(num_obs=num_obs)
     return set_up(
         given.model,
         guide_of(cfg, given, given.model, columns),

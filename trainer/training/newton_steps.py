@@ -17,7 +17,6 @@ from trainer.inference.recipe.convergence import Rule, newton_step, step_to_go
 from trainer.inference.recipe.laplace import preconditioner_at
 from trainer.inference.recipe.newton import NEAR, polished, step_by_products
 from trainer.inference.recipe.optimum import settled
-from trainer.inference.step import StepBatch
 from trainer.posterior.full_data import FullLoss
 
 _FEW_ROWS = 64  # of the sample, for guides that look at columns
@@ -34,7 +33,7 @@ class EndRound:
     ``sample``: the rows that give the curvature.
     """
 
-    def __init__(self, loss: FullLoss, sample: StepBatch, afford: int | None, record: TrainState):
+    def __init__(self, loss: FullLoss, sample: Batch, afford: int | None, record: TrainState):
         self.loss, self.sample, self.afford, self.record = loss, sample, afford, record
 
     def __call__(self, module: ChunkModule) -> tuple[bool, float]:
@@ -107,8 +106,7 @@ class EndRound:
         inference, device, dtype = module.inference, theta.device, theta.dtype
         of_one = {name: column[0][:_FEW_ROWS] for name, column in self.sample.columns.items()}
         count = len(next(iter(of_one.values())))
-        scale = torch.tensor(inference.num_obs / count, dtype=torch.float64)
-        rows = Batch(of_one, torch.tensor(count), scale, torch.arange(count))
+        rows = Batch.whole(of_one, torch.arange(count), inference.num_obs)
 
         def loss(theta: Tensor, draws: Draws, number: int) -> tuple[float, Tensor]:
             value, gradient = self.loss.loss(module.step, theta.to(device, dtype), draws, number)

@@ -22,7 +22,7 @@ from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.setup import GuideFactory, guide_factory, set_up
-from trainer.inference.step import Inference, StepBatch
+from trainer.inference.step import Inference
 from trainer.options import build
 from trainer.options.records import plain
 from trainer.options.verbs import Train
@@ -81,7 +81,7 @@ class Prepared(NamedTuple):
     update: Update
     state: State
     record: TrainState
-    sample: StepBatch
+    sample: Batch
     """A few rows, which give the curvature."""
     first_pass: FirstPass
     doubts: list[str]
@@ -164,13 +164,7 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
     objective = build.objective(cfg.objective, pairs)
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS], dtype) for n in (*columns, "row_id")}
-    count = len(rows["row_id"])
-    batch = Batch(
-        {name: rows[name] for name in columns},
-        torch.tensor(count),
-        torch.tensor(folder.num_rows / count, dtype=torch.float64),
-        rows["row_id"],
-    )
+    batch = Batch.whole({name: rows[name] for name in columns}, rows["row_id"], folder.num_rows)
     refuse_spared(folder.index, user_model)
     inference, theta = set_up(
         user_model,

@@ -11,7 +11,6 @@ from trainer.engine.datamodule import ChunkData, next_cut
 from trainer.engine.module import ChunkModule
 from trainer.errors import UserError
 from trainer.inference.model.plates import Batch
-from trainer.inference.programs.program import Chunk
 from trainer.posterior.full_data import FullData
 
 _ROWS = 2048  # predicted at a time
@@ -67,7 +66,7 @@ class _Epochs:
     def __init__(self, module: ChunkModule, chunks: ChunkData):
         self.module, self.chunks = module, chunks
 
-    def __iter__(self) -> Iterator[Chunk | UserError]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         chunks, plan, step = self.chunks, self.chunks.plan, self.module.step
         epoch_ends = next_cut(step, plan.steps_per_epoch, plan.first_whole)
         chunks.first, chunks.last = step, min(epoch_ends, self.module.update.horizon)

@@ -12,10 +12,11 @@ from svi_problems import F64, build, noise_of, one_group, with_objective
 
 from trainer.errors import UserError
 from trainer.inference.guides.mean_field import MeanField
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
-from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.programs.program import Eager
 
 X = torch.zeros(2, dtype=F64)
 LOC, SCALE = torch.tensor([0.4, -0.7], dtype=F64), torch.tensor([0.5, 1.3], dtype=F64)
@@ -142,7 +143,7 @@ def test_a_flat_prior_fits(kl):
     inference, theta = build(model, kl=kl, y=y)
     inference = with_objective(inference, antithetic=True, pairs=4)
     update = one_round(Adam(lr=0.1), Cosine(), 300, 300)
-    chunk = Chunk({"y": y.expand(300, 1, 40)}, torch.full((300, 1), 40), torch.full((300,), 40), None)
+    chunk = Batch({"y": y.expand(300, 1, 40)}, torch.full((300, 1), 40), torch.full((300,), 40), None)
     state = Eager(inference, update, 0, [0]).run(update.init(theta), chunk, 300).state
     assert state.theta.tolist() == pytest.approx([float(y.mean()), -0.5 * math.log(40)], abs=0.05)
 

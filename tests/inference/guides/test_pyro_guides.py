@@ -30,11 +30,11 @@ from torch import nn
 
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.latents import is_latent
-from trainer.inference.model.plates import PlatedModel
+from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
-from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.programs.program import Eager
 
 
 class VAE(nn.Module):
@@ -205,7 +205,7 @@ def test_autoguides_are_trained_to_the_posterior_mean(name):
     steps = 300
     update = one_round(Adam(lr=0.05), Cosine(), steps, steps)
     columns = {k: v.expand(steps, 1, *v.shape) for k, v in data.items()}
-    chunk = Chunk(columns, torch.full((steps, 1), 12), torch.full((steps,), 12), None)
+    chunk = Batch(columns, torch.full((steps, 1), 12), torch.full((steps,), 12), None)
     inference = with_objective(inference, antithetic=True)
     state = Eager(inference, update, 0, [0]).run(update.init(theta), chunk, steps).state
     elements = torch.zeros(inference.guide.noise_size[0], dtype=F64)
@@ -218,7 +218,7 @@ def test_a_vae_learns_and_both_its_networks_move():
     steps = 150
     images = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]], dtype=F64).repeat(5, 1)
     update = one_round(Adam(lr=0.03), Cosine(), steps, steps)
-    chunk = Chunk(
+    chunk = Batch(
         {"x": images.expand(steps, 1, 10, 4)},
         torch.full((steps, 1), 10),
         torch.full((steps,), 10),

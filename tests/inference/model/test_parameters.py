@@ -16,10 +16,11 @@ from torch import nn
 from trainer.errors import UserError
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
-from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.programs.program import Eager
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(60, 2, dtype=F64, generator=GENERATOR)
@@ -106,7 +107,7 @@ MODELS = {
 def fit(inference, theta, steps=250):
     update = one_round(Adam(lr=0.05), Cosine(), steps, steps)
     columns = {"x": X.expand(steps, 1, *X.shape), "y": Y.expand(steps, 1, *Y.shape)}
-    chunk = Chunk(columns, torch.full((steps, 1), 60), torch.full((steps,), 60), torch.arange(60).expand(steps, 1, 60))
+    chunk = Batch(columns, torch.full((steps, 1), 60), torch.full((steps,), 60), torch.arange(60).expand(steps, 1, 60))
     return Eager(inference, update, 0, [0]).run(update.init(theta), chunk, steps).state.theta
 
 

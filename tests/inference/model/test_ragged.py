@@ -10,12 +10,13 @@ import torch
 from svi_problems import F64, batch_of, build, grad, noise_of, one_group
 
 from trainer.errors import UserError
+from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import Csr, Ragged, cat, each_tensor, maker, of_plain, parts, plain, rolled
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.programs.fused import Fused
-from trainer.inference.programs.program import Chunk, Eager
+from trainer.inference.programs.program import Eager
 
 WIDTH = 7
 
@@ -147,7 +148,7 @@ def test_rows_that_depend_on_each_other_are_refused():
         build(centered, x=sparse(12), y=torch.randn(12, dtype=F64))
 
 
-def chunk(slots: int, groups: int, rows: int) -> tuple[Chunk, Chunk]:
+def chunk(slots: int, groups: int, rows: int) -> tuple[Batch, Batch]:
     """A chunk with a sparse column, and the same with its dense rows."""
     torch.manual_seed(0)
     slot = [[sparse(rows, 10 * k + a).padded(5 * rows)[None] for a in range(groups)] for k in range(slots)]
@@ -155,7 +156,7 @@ def chunk(slots: int, groups: int, rows: int) -> tuple[Chunk, Chunk]:
     dense = torch.stack([torch.stack([x[k][a].dense() for a in range(groups)]) for k in range(slots)])
     valid = torch.full((slots, groups), rows - 1)  # the last row of each is padding
     y = torch.randn(slots, groups, rows, dtype=F64)
-    return tuple(Chunk({"x": each, "y": y}, valid, valid.sum(1), None) for each in (x, dense))
+    return tuple(Batch({"x": each, "y": y}, valid, valid.sum(1), None) for each in (x, dense))
 
 
 @pytest.mark.slow

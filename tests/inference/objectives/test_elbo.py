@@ -24,9 +24,9 @@ from torch.distributions import transform_to
 
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
+from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import set_up
-from trainer.inference.step import StepBatch
 
 
 def exact_mean_field(orthogonal=True, kl="monte_carlo"):
@@ -88,7 +88,7 @@ def test_batches_weighted_by_their_share_of_n_add_up(kl, cuts):
 def test_an_empty_group_contributes_its_share_of_the_global_terms_only():
     data, inference, theta, _ = exact_mean_field()
     batch = one_group(**data)
-    both = StepBatch(
+    both = Batch(
         {name: column.expand(2, *column.shape[1:]) for name, column in batch.columns.items()},
         torch.tensor([12, 0]),
         torch.tensor(12),

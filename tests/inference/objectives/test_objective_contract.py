@@ -71,7 +71,7 @@ def test_terms_outside_the_plate_count_by_their_share_and_rows_by_their_scale(in
 def draws_of(inference, groups: int = 1):
     """Terms of each group's pairs at every sign, at the noise of a standard normal."""
     generator = torch.Generator().manual_seed(3)
-    batch = Batch(DATA, torch.tensor(len(DATA["y"])), torch.tensor(2.0, dtype=F64))
+    batch = Batch.whole(DATA, num_obs=2 * len(DATA["y"]))
     objective = inference.objective
     every = []
     for _ in range(groups):

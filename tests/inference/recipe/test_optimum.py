@@ -87,7 +87,7 @@ CASES = {
 
 def problem(model, guide, y):
     ids = torch.arange(len(y))
-    batch = Batch({"y": y}, torch.tensor(len(y)), torch.ones((), dtype=F64), ids)
+    batch = Batch.whole({"y": y}, ids)
     inference, theta = set_up(model, guide_factory(guide, ["y"]), batch, len(y), ELBO("monte_carlo"))
     blocks = [Block(0, {"y": y[:30]}, ids[:30]), Block(1, {"y": y[30:]}, ids[30:])]
 

@@ -248,4 +248,4 @@ def _rows(batch: Batch, rows: Any) -> Batch:
     columns = {name: column[rows] for name, column in batch.columns.items()}
     count = len(next(iter(columns.values())))
     row_id = None if batch.row_id is None else batch.row_id[rows]
-    return Batch(columns, batch.valid.new_tensor(count), batch.scale, row_id)
+    return batch._replace(columns=columns, valid=batch.valid.new_tensor(count), row_id=row_id)

@@ -145,7 +145,8 @@ class Together:
     def _traced(self, theta: Tensor, batch: Batch, normals: Normals) -> Tensor:
         makers = {name: maker(column) for name, column in batch.columns.items()}
         given = [part for column in batch.columns.values() for part in parts(column)]
-        given += [batch.valid, batch.scale] + [each for each in (batch.row_id,) if each is not None]
+        num_obs = torch.as_tensor(batch.num_obs, dtype=torch.float64, device=batch.valid.device)
+        given += [batch.valid, batch.batch_rows, num_obs, *([] if batch.row_id is None else [batch.row_id])]
         drawn = [each for each in (normals.elements, normals.rows) if each is not None]
 
         def at(theta: Tensor, *tensors: Tensor) -> tuple[Tensor]:
@@ -153,7 +154,9 @@ class Together:
             for name, (count, make) in makers.items():
                 columns[name], left = make(*left[:count]), left[count:]
             noise = Noise(tensors[0], None if normals.rows is None else tensors[1], 0)
-            return (self._made(theta, noise, Batch(columns, *left)),)
+            valid, batch_rows, num_obs, *ids = left
+            rows = Batch(columns, valid, batch_rows, ids[0] if ids else None, num_obs)
+            return (self._made(theta, noise, rows),)
 
         shapes = tuple((each.shape, each.dtype) for each in (theta, *given))
         if shapes not in self._graphs:

@@ -142,7 +142,7 @@ def _with_a_row_more(batch: Batch) -> Batch:
         return cat([column, column[-1:]])
 
     row_id = None if batch.row_id is None else longer(batch.row_id)
-    return Batch({name: longer(column) for name, column in batch.columns.items()}, batch.valid, batch.scale, row_id)
+    return batch._replace(columns={name: longer(column) for name, column in batch.columns.items()}, row_id=row_id)
 
 
 _Normals = Callable[[Tensor], Tensor]

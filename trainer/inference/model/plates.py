@@ -4,7 +4,8 @@ The handler runs inside the model's own call (`PlatedModel`), because a guide's 
 Inside the data plate every site's scale is multiplied by N / (rows of the global batch), and padded rows are masked.
 Source of the scaling: Hoffman, Blei, Wang and Paisley, "Stochastic variational inference", JMLR 14 (2013), eq. 31.
 
-Shapes: B rows of a batch (padding included), the first `valid` of which count.
+Shapes: K steps of a chunk; A lane groups of this rank; B rows of a group (padding included), the first `valid` of
+which count.
 """
 
 import inspect
@@ -21,40 +22,72 @@ from torch import Tensor
 
 from trainer.errors import UserError, meant, shortened
 from trainer.inference.model.promotion import Promoting
-from trainer.inference.model.ragged import Column
+from trainer.inference.model.ragged import Column, each_tensor
 from trainer.inference.model.supports import harmless
 
 WEIGHT = "weight"
 
 
 class Batch(NamedTuple):
-    """One draw's rows at one step. Padded rows repeat a real row, so nothing they compute is infinite."""
+    """Rows on their way from the reader to the model: of a chunk of K steps, of a step's A lane groups or of one group.
+
+    The tensors have the axes [K, A, B], [A, B] or [B] before their own. Padded rows repeat a real row, so nothing that
+    they compute is infinite.
+    """
 
     columns: dict[str, Column]
-    """Each [B, ...]."""
+    """Each [..., B, ...]."""
     valid: Tensor
-    """int64 []: how many rows, from the first, count."""
-    scale: Tensor
-    """float64 []: N / (valid rows of the global batch)."""
+    """int64 [K, A], [A] or []: how many rows of a group, from the first, count."""
+    batch_rows: Tensor
+    """int64 [K] or []: valid rows of the global batch, over all groups and ranks."""
     row_id: Tensor | None = None
-    """int64 [B]: the rows' numbers in the source, where the guide has local latents."""
+    """int64 [..., B]: the rows' numbers in the source, where the guide has local latents."""
+    num_obs: float | Tensor | None = None
+    """N, of the rows of a group that a model is to see."""
 
     @classmethod
-    def whole(cls, columns: dict[str, Column], row_id: Tensor) -> "Batch":
-        """The rows of ``columns``, all of which count, at scale 1."""
-        one = torch.ones((), dtype=torch.float64, device=row_id.device)
-        return cls(columns, torch.tensor(len(row_id), device=row_id.device), one, row_id)
+    def whole(cls, columns: dict[str, Column], row_id: Tensor | None = None, num_obs: float | None = None) -> "Batch":
+        """One group's rows, all of which count, of ``num_obs`` (None: of themselves, at scale 1)."""
+        first = next(iter(columns.values()))
+        rows = torch.tensor(len(first), device=first.device)
+        return cls(columns, rows, rows, row_id, len(first) if num_obs is None else num_obs)
+
+    @property
+    def scale(self) -> Tensor:
+        """float64 []: N / (valid rows of the global batch)."""
+        assert self.num_obs is not None
+        return self.num_obs / self.batch_rows.double()
 
     @property
     def size(self) -> int:
-        """Rows, padding included."""
+        """Rows of a group, padding included."""
         return len(next(iter(self.columns.values())))
 
+    def slot(self, k: int) -> "Batch":
+        """Step ``k`` of a chunk, or group ``k`` of a step."""
+        rows = self.batch_rows[k] if self.batch_rows.dim() else self.batch_rows
+        row_id = None if self.row_id is None else self.row_id[k]
+        return self._replace(
+            columns={n: c[k] for n, c in self.columns.items()}, valid=self.valid[k], batch_rows=rows, row_id=row_id
+        )
+
+    def part(self, first: int, stop: int) -> "Batch":
+        """Steps [first, stop) of a chunk, sharing memory."""
+        return self.map(lambda each: each[first:stop])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Every tensor changed."""
+        row_id = None if self.row_id is None else change(self.row_id)
+        columns = {name: each_tensor(column, change) for name, column in self.columns.items()}
+        return self._replace(
+            columns=columns, valid=change(self.valid), batch_rows=change(self.batch_rows), row_id=row_id
+        )
+
     def at(self, index: Tensor) -> "Batch":
-        """The rows ``index``, all of which count, at scale 1."""
+        """The rows ``index`` of a group, all of which count, at scale 1."""
         columns = {name: column[index] for name, column in self.columns.items()}
-        row_id = None if self.row_id is None else self.row_id[index]
-        return Batch(columns, self.valid.new_tensor(len(index)), torch.ones_like(self.scale), row_id)
+        return Batch.whole(columns, None if self.row_id is None else self.row_id[index])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +112,7 @@ class DataPlate(Messenger):
 
     def __init__(self, name: str, batch: Batch, weight: Tensor | None = None):
         super().__init__()
-        self.name, self.batch, self.weight = name, batch, weight
+        self.name, self.batch, self.scale, self.weight = name, batch, batch.scale, weight
 
     def _process_message(self, msg: Message[..., Any]) -> None:
         if isinstance(msg["fn"], _Subsample):
@@ -137,7 +170,7 @@ class DataPlate(Messenger):
                 f'write pyro.plate("{self.name}", len(x)) with a column x.'
             )
         declared = (frame.full_size or frame.size) / frame.size  # what Pyro has put into the scale already
-        msg["scale"] = msg["scale"] * (self.batch.scale / declared)
+        msg["scale"] = msg["scale"] * (self.scale / declared)
         along = (-1,) + (1,) * (-frame.dim - 1)
         mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(along)
         if self.weight is not None:

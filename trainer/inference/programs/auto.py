@@ -19,9 +19,10 @@ from typing import ClassVar
 
 from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.fused import Fused
-from trainer.inference.programs.program import Chunk, ChunkResult, Eager
+from trainer.inference.programs.program import ChunkResult, Eager
 from trainer.inference.programs.tracing import Untraceable
 from trainer.inference.step import Inference
 
@@ -47,11 +48,11 @@ class Auto:
         self.reference, self.fused = Eager(*given), Fused(*given)
         self.stages = stages([each.horizon for each in self.update.rounds])
 
-    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def begin(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         with _not_for_good():
             self.fused.begin(state, chunk, say)
 
-    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def prepare(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         """Does what is due at the step of ``state``. Raises Untraceable for what has to go on eagerly."""
         if state.theta.device.type == "cuda":
             self.stages = ()
@@ -64,7 +65,7 @@ class Auto:
     def abandon(self) -> None:
         self.fused.abandon()
 
-    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+    def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         return (self.fused if self._is_compiled(state) else self.reference).run(state, chunk, steps)
 
     def _is_compiled(self, state: State) -> bool:

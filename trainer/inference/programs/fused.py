@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError, first_line
 from trainer.inference.model.noise import chunk_noise
+from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import Column, cat, maker, parts, rolled
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.programs.compiling import Compilation
-from trainer.inference.programs.program import Chunk, ChunkResult, Eager, draw_numbers
+from trainer.inference.programs.program import ChunkResult, Eager, draw_numbers
 from trainer.inference.programs.replay import Replay, Section
 from trainer.inference.programs.scan import Recipe, Scan, shapes_of
 from trainer.inference.programs.tracing import Traced, Untraceable, trace
-from trainer.inference.step import Inference, StepBatch, StepNoise, step
+from trainer.inference.step import Inference, StepNoise, step
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
@@ -64,7 +65,7 @@ class Fused:
         """The program that this one must equal."""
         return Eager(self.inference, self.update, self.seed, self.groups, self.comm)
 
-    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def begin(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         """Traces the step for chunks like ``chunk``, and has another process compile it unless that was done before.
 
         Returns at once; `prepare` waits for it. Raises Untraceable for what has to run eagerly, UserError for what the
@@ -81,7 +82,7 @@ class Fused:
         with _compiler_errors():
             self._coming = self._made(traced, rates, state, chunk, say)
 
-    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def prepare(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         """Compiles for chunks like ``chunk`` and compares with the eager program at its first and last slot.
 
         Raises as `begin`, and UserError for what the comparison refuses.
@@ -104,7 +105,7 @@ class Fused:
         self._coming = self._compilation = None
 
     def _made(
-        self, traced: Traced, rates: Traced, state: State, chunk: Chunk, say: Callable[[str], None]
+        self, traced: Traced, rates: Traced, state: State, chunk: Batch, say: Callable[[str], None]
     ) -> Callable[[], Section]:
         """What gives the chunk as one compiled function, or on a GPU a step that is replayed."""
         if state.theta.device.type == "cuda":
@@ -130,7 +131,7 @@ class Fused:
 
         return loaded
 
-    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+    def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         if self._call is None:
             self.prepare(state, chunk)
         assert self._call is not None
@@ -140,7 +141,7 @@ class Fused:
         *after, terms, norms = self._call([*carry.values()], data, self._fixed(state))
         return ChunkResult(State.of_named(dict(zip(carry, after))), self.comm.sum(terms), norms)
 
-    def flat(self, state: State, chunk: Chunk) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
+    def flat(self, state: State, chunk: Batch) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
         """The pure step as a function of tensors in a row (carry, noise, data, rates, numbers), and these for each
         slot.
         """
@@ -169,7 +170,7 @@ class Fused:
         frame: dict[str, Any] = {"optimizer": optimizer, "start": start, "horizon": horizon}
         return dataclasses.replace(last, **frame).rates(step, num_obs)  # type: ignore[arg-type]
 
-    def _noise(self, state: State, chunk: Chunk) -> tuple[Tensor, ...]:
+    def _noise(self, state: State, chunk: Batch) -> tuple[Tensor, ...]:
         """The noise of the chunk's steps: [elements], [rows], each [K, ...]."""
         size, first, device = self.inference.guide.noise_size, int(state.step), state.theta.device
         draws = draw_numbers(self.groups, self.inference.objective.pairs, device)
@@ -191,11 +192,11 @@ class Fused:
             *(torch.tensor(x, device=device) for x in whole),
         )
 
-    def _layout(self, chunk: Chunk) -> "_Layout":
+    def _layout(self, chunk: Batch) -> "_Layout":
         makers = tuple((name, *maker(column)) for name, column in chunk.columns.items())
         return _Layout(self.inference.guide.noise_size, makers, chunk.row_id is not None)
 
-    def _compare(self, start: State, slot: Chunk) -> None:
+    def _compare(self, start: State, slot: Batch) -> None:
         """One step of both programs, by the optimizer's vectors: in theta Adam makes steps of lr of mere rounding.
 
         A posterior sd from the start where that is the mode: there the gradient may be nothing but rounding.
@@ -254,7 +255,7 @@ class _Layout:
     """Of each its name, how many tensors it has, and what makes it of them."""
     with_row_id: bool
 
-    def data(self, chunk: Chunk) -> tuple[Tensor, ...]:
+    def data(self, chunk: Batch) -> tuple[Tensor, ...]:
         """All of a chunk that comes from outside, each [K, ...]."""
         row_id = () if chunk.row_id is None else (chunk.row_id,)
         return (
@@ -264,7 +265,7 @@ class _Layout:
             *(part for name, *_ in self.columns for part in parts(chunk.columns[name])),
         )
 
-    def slot(self, tensors: Sequence[Tensor], theta: Tensor) -> tuple[StepNoise, StepBatch]:
+    def slot(self, tensors: Sequence[Tensor], theta: Tensor) -> tuple[StepNoise, Batch]:
         """What a step takes, from its tensors in a row."""
         left = list(tensors)
         elements = left.pop(0) if self.noise_size[0] else None
@@ -280,11 +281,11 @@ class _Layout:
         columns = {}
         for name, count, make in self.columns:
             columns[name], left = make(*left[:count]), left[count:]
-        return noise, StepBatch(columns, valid, batch_rows, row_id)
+        return noise, Batch(columns, valid, batch_rows, row_id)
 
 
-def _with_a_second_slot(chunk: Chunk) -> Chunk:
+def _with_a_second_slot(chunk: Batch) -> Batch:
     """A chunk of one slot with another after it, of the same rows in another order."""
     columns = {name: cat([each, rolled(each)]) for name, each in chunk.columns.items()}
     row_id = None if chunk.row_id is None else torch.cat([chunk.row_id, chunk.row_id.roll(1, dims=2)])
-    return Chunk(columns, chunk.valid.repeat(2, 1), chunk.batch_rows.repeat(2), row_id)
+    return Batch(columns, chunk.valid.repeat(2, 1), chunk.batch_rows.repeat(2), row_id)

@@ -16,10 +16,11 @@ import torch
 
 from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.fused import Fused
-from trainer.inference.programs.program import Chunk, ChunkResult, Program
-from trainer.inference.step import Inference, StepBatch, StepNoise
+from trainer.inference.programs.program import ChunkResult, Program
+from trainer.inference.step import Inference, StepNoise
 
 
 @dataclass
@@ -47,19 +48,19 @@ class LocalSteps:
         made.local = self.local.reference
         return made
 
-    def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
+    def noise(self, at: int, batch: Batch, dtype: torch.dtype) -> StepNoise:
         return self.local.reference.noise(at, batch, dtype)
 
-    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def begin(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         self.local.begin(state, _own(chunk), say)
 
-    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def prepare(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         self.local.prepare(state, _own(chunk), say)
 
     def abandon(self) -> None:
         self.local.abandon()
 
-    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+    def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         """The chunk's end is an average too, so it has to be a multiple of ``sync_every`` or the end of the run."""
         chunk, at, terms, norms = _own(chunk), 0, [], []
         while at < steps:
@@ -80,6 +81,6 @@ class LocalSteps:
         return state._replace(theta=theta, average=average, moments=dict(zip(state.moments, moments)))
 
 
-def _own(chunk: Chunk) -> Chunk:
+def _own(chunk: Batch) -> Batch:
     """The chunk as if this rank's rows were the whole batch."""
     return chunk._replace(batch_rows=chunk.valid.sum(1).clamp(min=1))

@@ -5,16 +5,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State
-from trainer.inference.programs.program import Chunk, Reference
-from trainer.inference.step import Inference, StepBatch, StepNoise
+from trainer.inference.programs.program import Reference
+from trainer.inference.step import Inference, StepNoise
 
 _AT_MOST = 5
 Places = list[tuple[int, int]]
 """(lane group of this rank, row of it)."""
 
 
-def nan_rows(program: Reference, state: State, chunk: Chunk) -> tuple[int, Places]:
+def nan_rows(program: Reference, state: State, chunk: Batch) -> tuple[int, Places]:
     """The slot of ``chunk`` at which a run from ``state`` ceases to be finite, and a few of this rank's rows of which
     each alone has a term or a gradient that is not.
 
@@ -38,14 +39,12 @@ def nan_rows(program: Reference, state: State, chunk: Chunk) -> tuple[int, Place
     return slots, []
 
 
-def _judge(
-    inference: Inference, theta: Tensor, noise: StepNoise, batch: StepBatch, a: int
-) -> Callable[[list[int]], bool]:
+def _judge(inference: Inference, theta: Tensor, noise: StepNoise, batch: Batch, a: int) -> Callable[[list[int]], bool]:
     """Whether some rows of group ``a`` have a term, or a gradient of one, that is not finite."""
     of_rows = torch.tensor([kind != "kl_global" for kind in inference.kinds])
 
     def is_bad(rows: list[int]) -> bool:
-        part = StepBatch(
+        part = Batch(
             {name: column[a : a + 1, rows] for name, column in batch.columns.items()},
             batch.valid.new_tensor([len(rows)]),
             batch.batch_rows,

@@ -12,36 +12,9 @@ from torch import Tensor
 
 from trainer.distributed.comm import ALONE, Comm
 from trainer.inference.model.noise import chunk_noise, mixed_seed
-from trainer.inference.model.ragged import Column, each_tensor
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
-from trainer.inference.step import Inference, StepBatch, StepNoise, step
-
-
-class Chunk(NamedTuple):
-    """K consecutive steps' rows, as tensors on the device."""
-
-    columns: dict[str, Column]
-    """Each [K, A, B, ...]."""
-    valid: Tensor
-    """int64 [K, A]."""
-    batch_rows: Tensor
-    """int64 [K]: valid rows of each global batch."""
-    row_id: Tensor | None
-    """int64 [K, A, B]."""
-
-    def slot(self, k: int) -> StepBatch:
-        row_id = None if self.row_id is None else self.row_id[k]
-        return StepBatch({n: c[k] for n, c in self.columns.items()}, self.valid[k], self.batch_rows[k], row_id)
-
-    def part(self, first: int, stop: int) -> "Chunk":
-        """Slots [first, stop), sharing memory."""
-        return self.map(lambda each: each[first:stop])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Chunk":
-        """Every tensor changed."""
-        row_id = None if self.row_id is None else change(self.row_id)
-        columns = {name: each_tensor(column, change) for name, column in self.columns.items()}
-        return Chunk(columns, change(self.valid), change(self.batch_rows), row_id)
+from trainer.inference.step import Inference, StepNoise, step
 
 
 class ChunkResult(NamedTuple):
@@ -74,11 +47,11 @@ class Program(Protocol):
         """The reference that this program must equal."""
         ...
 
-    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def begin(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         """Has what `prepare` waits for done by another process meanwhile, and returns at once."""
         ...
 
-    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def prepare(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         """Makes ready for chunks like ``chunk``, of any number of slots, and says what takes its time."""
         ...
 
@@ -86,7 +59,7 @@ class Program(Protocol):
         """Ends what `begin` began, where it goes on."""
         ...
 
-    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+    def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         """Takes ``steps`` <= K steps from ``state``, all of one round; the chunk's other slots are not used."""
         ...
 
@@ -94,7 +67,7 @@ class Program(Protocol):
 class Reference(Program, Protocol):
     """A program that runs the pure step itself, so that what a step did can be looked at row by row."""
 
-    def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
+    def noise(self, at: int, batch: Batch, dtype: torch.dtype) -> StepNoise:
         """The noise of step ``at``: a function of (seed, step, draw, element or row) alone."""
         ...
 
@@ -120,16 +93,16 @@ class Eager:
     def reference(self) -> "Eager":
         return self
 
-    def begin(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def begin(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         pass
 
-    def prepare(self, state: State, chunk: Chunk, say: Callable[[str], None] = print) -> None:
+    def prepare(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         pass
 
     def abandon(self) -> None:
         pass
 
-    def noise(self, at: int, batch: StepBatch, dtype: torch.dtype) -> StepNoise:
+    def noise(self, at: int, batch: Batch, dtype: torch.dtype) -> StepNoise:
         draws = draw_numbers(self.groups, self.inference.objective.pairs, batch.valid.device)
         when = torch.tensor([at], device=batch.valid.device)
         row_id = None if batch.row_id is None else batch.row_id[None]
@@ -137,7 +110,7 @@ class Eager:
         seeds = tuple(tuple(mixed_seed(self.seed, at, draw) for draw in group) for group in draws.tolist())
         return StepNoise(elements[0], None if rows is None else rows[0], seeds)
 
-    def run(self, state: State, chunk: Chunk, steps: int) -> ChunkResult:
+    def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         terms, norms = [], []
         here = self.update.at(int(state.step))
         for k in range(steps):

@@ -20,7 +20,7 @@ from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.guides.mean_field import Noise
 from trainer.inference.model.latents import Site, is_discrete
 from trainer.inference.model.plates import Batch, inside
-from trainer.inference.step import Inference, StepBatch
+from trainer.inference.step import Inference
 
 _OF_FLOAT32, _OF_FLOAT64 = 1e-6, 1e-10  # of a column's spread: what rounding may leave of an exact value
 _ROUNDING = 1e-12  # of its size, below which a column is constant
@@ -66,7 +66,7 @@ class Spread(NamedTuple):
 
 
 def refuse_exact(
-    inference: Inference, rows: StepBatch, at: Tensor, joint: Callable[[Inference, StepBatch], Loss],
+    inference: Inference, rows: Batch, at: Tensor, joint: Callable[[Inference, Batch], Loss],
     lowest: Callable[[Loss, Tensor], Tensor] | None,
 ) -> None:  # fmt: skip
     """Raises UserError where an observed site's spread is nothing at the latents ``at`` [D].
@@ -98,7 +98,7 @@ def refuse_exact(
             raise UserError(found.sentence(f'"{view.latent_name(latent)}"'))
 
 
-def met_exactly(inference: Inference, theta: Tensor, rows: StepBatch) -> str | None:
+def met_exactly(inference: Inference, theta: Tensor, rows: Batch) -> str | None:
     """A sentence where at ``theta`` [P] an observed site's spread is nothing beside that of its values."""
     few = _first(rows)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def met_exactly(inference: Inference, theta: Tensor, rows: StepBatch) -> str | N
 
 
 def _falls(
-    inference: Inference, view: GaussianView, rows: StepBatch, loss: Loss, at: Tensor,
+    inference: Inference, view: GaussianView, rows: Batch, loss: Loss, at: Tensor,
     lowest: Callable[[Loss, Tensor], Tensor], name: str, latent: int, by_ten: float,
 ) -> bool:  # fmt: skip
     """Whether the loss is lower each time that ``latent`` takes the spread down by ten, until that is nothing."""
@@ -127,12 +127,12 @@ def _falls(
     return False
 
 
-def _first(rows: StepBatch) -> StepBatch:
+def _first(rows: Batch) -> Batch:
     """A few of ``rows``, on which most models are seen not to be exact."""
     count = min(_FEW, int(rows.batch_rows))
     columns = {name: column[0][:count][None] for name, column in rows.columns.items()}
     number = torch.tensor(count, device=rows.batch_rows.device)
-    return StepBatch(columns, number[None], number, None if rows.row_id is None else rows.row_id[:, :count])
+    return Batch(columns, number[None], number, None if rows.row_id is None else rows.row_id[:, :count])
 
 
 def _is_coarse(column: Any) -> bool:
@@ -142,13 +142,12 @@ def _is_coarse(column: Any) -> bool:
     return bool((column == column.float()).all()) and bool((column != column.round()).any())
 
 
-def _spreads(inference: Inference, theta: Tensor, rows: StepBatch) -> dict[str, Spread]:
+def _spreads(inference: Inference, theta: Tensor, rows: Batch) -> dict[str, Spread]:
     """Of the observed sites in the data plate whose distribution has one."""
     dtype = theta.dtype if inference.wide else torch.float32
     theta = theta.to(dtype)
     columns = {name: c[0].to(dtype) if c.is_floating_point() else c[0] for name, c in rows.columns.items()}
-    row_id = None if rows.row_id is None else rows.row_id[0]
-    batch = Batch(columns, rows.valid[0], inference.num_obs / rows.batch_rows.double(), row_id)
+    batch = rows.slot(0)._replace(columns=columns, num_obs=inference.num_obs)
     elements, per_row = inference.guide.noise_size
     noise = Noise(theta.new_zeros(elements), theta.new_zeros(batch.size, per_row) if per_row else None, 0)
 

@@ -21,10 +21,11 @@ from trainer.inference.estimates.derivatives import hessian
 from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.guides.mean_field import KL
 from trainer.inference.model.noise import element_noise
+from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.exact_fit import refuse_exact
-from trainer.inference.step import Inference, StepBatch, StepNoise, in_dtype
+from trainer.inference.step import Inference, StepNoise, in_dtype
 
 MOST_LATENTS = 256
 _ROUNDS, _ITERATIONS = 5, 100
@@ -45,7 +46,7 @@ _NOT_FINITE = (
 
 
 def laplace_start(
-    inference: Inference, theta: Tensor, rows: StepBatch, say: Callable[[str], None] = print
+    inference: Inference, theta: Tensor, rows: Batch, say: Callable[[str], None] = print
 ) -> tuple[Tensor, Preconditioner] | None:
     """theta [P] at the mode given ``rows`` (one lane group), and the coordinates to step in from there.
 
@@ -116,7 +117,7 @@ def _settled(
     return loc, curvatures
 
 
-def preconditioner_at(inference: Inference, theta: Tensor, rows: StepBatch) -> Preconditioner:
+def preconditioner_at(inference: Inference, theta: Tensor, rows: Batch) -> Preconditioner:
     """The mean curvature under the guide at ``theta`` [P]; steps are in the guide's scales where it is not positive
     definite.
 
@@ -139,7 +140,7 @@ def preconditioner_at(inference: Inference, theta: Tensor, rows: StepBatch) -> P
     return Preconditioner(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
 
 
-def _joint(inference: Inference, rows: StepBatch) -> Callable[[Tensor], Tensor]:
+def _joint(inference: Inference, rows: Batch) -> Callable[[Tensor], Tensor]:
     """Minus the log joint [] (nats) as a function of the unconstrained latents [D]."""
 
     def loss(loc: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def _joint(inference: Inference, rows: StepBatch) -> Callable[[Tensor], Tensor]:
     return loss
 
 
-def _of_draws(inference: Inference, rows: StepBatch, loc: Tensor, scale: Tensor) -> Tensor:
+def _of_draws(inference: Inference, rows: Batch, loc: Tensor, scale: Tensor) -> Tensor:
     """The Hessian [D, D] of what the draws estimate."""
     by_noise = hessian(
         lambda eps: _minus_terms(inference, "analytic", rows, loc, scale.log(), eps), torch.zeros_like(loc)
@@ -157,7 +158,7 @@ def _of_draws(inference: Inference, rows: StepBatch, loc: Tensor, scale: Tensor)
     return by_noise / scale[:, None] / scale
 
 
-def _minus_terms(inference: Inference, kl: KL, rows: StepBatch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
+def _minus_terms(inference: Inference, kl: KL, rows: Batch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
     """Minus the ELBO's terms (nats) at one draw, summed in float64."""
     dtype = _dtype(inference)
     problem = replace(inference, objective=ELBO(kl, antithetic=False))
@@ -259,7 +260,7 @@ def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str],
         )
 
 
-def _tell_of_scales(rows: StepBatch, say: Callable[[str], None]) -> None:
+def _tell_of_scales(rows: Batch, say: Callable[[str], None]) -> None:
     """Says which columns are so far apart in scale that steps of one size for all do not reach an optimum."""
     sizes: dict[str, float] = {}
     for name, column in rows.columns.items():
