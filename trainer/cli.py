@@ -31,7 +31,7 @@ VERBS = {
     "inspect": "what a shard folder holds",
     "train": "fit a model to a table or its shards",
     "predict": "new observations at the rows of a table",
-    "export": "the answer for ArviZ, or as safetensors",
+    "export": "the posterior for ArviZ, or as safetensors",
     "runs": "the runs and sweeps below a folder, as a table or a page",
     "best": "the command of the best run of a sweep",
     "sync": "what was logged offline, to W&B",
@@ -46,7 +46,7 @@ _SPELLINGS = {"standardise=": "standardize="}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one verb. Exit codes: 0 done, 1 failed, 2 a mistake that the user can mend, 128 + n stopped by signal n."""
+    """Runs one verb. Exit codes: 0 done, 1 failed, 2 a mistake that the user can fix, 128 + n stopped by signal n."""
     arguments = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what its C++ says of lost connections is told better
     if len(arguments) == 2 and arguments[0] == "child":
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if arguments[0] not in VERBS:
         hint = meant(arguments[0], VERBS)
-        print(f"svi: {arguments[0]} is no verb{hint and f' ({hint})'}: svi --help lists them.", file=sys.stderr)
+        print(f"svi: {arguments[0]} is not a verb{hint and f' ({hint})'}: svi --help lists them.", file=sys.stderr)
         sys.exit(2)
     verb, *overrides = arguments
     if {"-h", "--help"} & set(overrides):

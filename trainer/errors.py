@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that names the thing and the remedy.
+    """A mistake that the user can fix: one sentence that names the thing and the remedy.
 
     The command line prints the sentence alone and exits with code 2 (`debug=true` adds the traceback).
     """

@@ -92,5 +92,5 @@ def test_ranks_of_a_step_meet_at_its_first_node(environment):
 
 def test_a_port_that_is_none(environment):
     environment(MASTER_ADDR="localhost", MASTER_PORT="http")
-    with pytest.raises(UserError, match="MASTER_PORT=http is no port"):
+    with pytest.raises(UserError, match="MASTER_PORT=http is not a port"):
         _set_meeting(World(4, 4, 2, True))

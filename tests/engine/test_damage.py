@@ -64,11 +64,11 @@ def test_verify_of_a_damaged_or_lost_index_exits_with_1_and_of_no_folder_with_2(
         verify.run(config("verify", f"data.path={folder}"), folder)
     assert ended.value.code == 1
     first, second = capsys.readouterr().err.splitlines()
-    assert "train/index.json is no readable JSON" in first
+    assert "train/index.json is not readable JSON" in first
     assert "held_out/index.json is missing" in second
     (folder / "train" / "index.json").unlink()
     for path in (folder, folder / "nowhere", folder / "train" / "000000.tar"):
-        with pytest.raises(UserError, match="is no shard folder: it holds no"):
+        with pytest.raises(UserError, match="is not a shard folder: it holds no"):
             verify.run(config("verify", f"data.path={path}"), folder)
 
 
@@ -98,6 +98,6 @@ def test_training_does_not_start_on_a_damaged_folder(fit, folder, tmp_path, dama
         shard.unlink()
     else:
         (folder / "train" / "index.json").write_text("[]")
-    with pytest.raises(UserError, match=r"index\.json is no index|000001\.tar (has 10 bytes|is missing)"):
+    with pytest.raises(UserError, match=r"index\.json is not an index|000001\.tar (has 10 bytes|is missing)"):
         fit(f"data.path={folder}")
     assert not (tmp_path / "run").exists()

@@ -156,7 +156,7 @@ def test_a_logger_that_fails_is_told_once(tmp_path, seen):
     for _ in range(2):
         full.or_say("metrics.csv", lambda: full.append({"step": 1.0}))
     assert told[1:] == [
-        "metrics.csv takes no figures ([Errno 28] No space left on device): training goes on without them."
+        "metrics.csv takes no figures ([Errno 28] No space left on device): training continues without them."
     ]
     seen(said, 0)
 

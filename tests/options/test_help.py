@@ -33,4 +33,4 @@ def test_help_shows_the_options_of_what_is_chosen(capsys):
 def test_a_word_that_is_no_verb_is_one_sentence(word, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([word, "data.path=x"])
-    assert capsys.readouterr().err == f"svi: {word} is no verb{said}: svi --help lists them.\n"
+    assert capsys.readouterr().err == f"svi: {word} is not a verb{said}: svi --help lists them.\n"

@@ -185,7 +185,7 @@ def test_what_conf_says_is_what_a_record_takes():
         ("optimizer.learning_rate=3", "option optimizer.learning_rate is unknown (do you mean optimizer.lr?)"),
         ("seed=1,2", "seed=1,2 is several values: write seed=[1,2] for a list; -m tries one by one."),
         ("seed=[1", "seed=[1 cannot be read: put the value in quotes"),
-        ("seed", "seed is no option: write KEY=VALUE"),
+        ("seed", "seed is not an option: write KEY=VALUE"),
         ("trainer=9", "trainer=9 is unknown: write auto, cpu, ddp, ddp_sim or gpu."),
         ("hydra/sweeper=optuna hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0 must be a whole number from 1 up."),
         ("checkpoint=5", "checkpoint=5 must have its options given one by one: checkpoint.every_n_steps="),

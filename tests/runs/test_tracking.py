@@ -80,7 +80,7 @@ def test_what_wandb_marked_is_not_sent_again(tmp_path):
     assert [path.name for path in sync.unsent(tmp_path)] == ["offline-run-1-a", "offline-run-2-b"]
     (tmp_path / "r" / "wandb" / "offline-run-1-a" / "run-a.wandb.synced").touch()
     assert [path.name for path in sync.unsent(tmp_path)] == ["offline-run-2-b"]
-    with pytest.raises(UserError, match=r"dir=.*nowhere is no folder"):
+    with pytest.raises(UserError, match=r"dir=.*nowhere is not a folder"):
         sync.run(config("sync", f"dir={tmp_path}/nowhere"), tmp_path)
 
 

@@ -153,7 +153,8 @@ def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(fit, caps
     early = run_dir / "checkpoints" / "step_000000010.ckpt"
     capsys.readouterr()
     fit("max_steps=15", "stop=budget", "recipe=plain", "checkpoint.keep_last=3", f"ckpt_path={early}")
-    assert "put aside (.aside), since the run goes on from before: step_000000020.ckpt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "set aside (.aside), since the run resumes from an earlier step: step_000000020.ckpt" in said
     assert checkpoint.newest(run_dir / "checkpoints") == run_dir / "checkpoints" / "step_000000015.ckpt"
     assert early.exists()
     assert len(list((run_dir / "checkpoints").glob("*.aside"))) == 2

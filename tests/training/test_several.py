@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_nothing_out(folders, tmp_path, monkeypatch):
 
 
 def test_before_a_checkpoint_a_second_launch_looks_again(damaged, folders, tmp_path):
-    """What was mended in the meantime is taken; with a checkpoint the run has its rows, whatever has come back."""
+    """What was repaired in the meantime is taken; with a checkpoint the run has its rows, whatever has come back."""
     folder, quiet = ShardFolder(damaged.split, check=False), Console(quiet=True)
     assert without_damage(folder, tmp_path, ALONE, quiet).num_rows == 1200 - damaged.rows
     lost = read_index(damaged.split).shards[2].name

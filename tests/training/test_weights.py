@@ -79,9 +79,9 @@ def test_it_counts_where_it_is_asked_for(tmp_path, capsys):
     ("data", "options", "sentence"),
     [
         (table(weight=np.r_[KG[1:], 1e6]), {}, 'row 399 count 1e+06 times: give weight="weight" where that is meant'),
-        (table(freq=KG), {"weight": "frq"}, "weight=frq is no column of the data (age, y, freq)"),
+        (table(freq=KG), {"weight": "frq"}, "weight=frq is not a column of the data (age, y, freq)"),
         (table(weight=KG), {"weight": "weight", "model": of_weight}, "the model takes the column"),
-        (table(freq=KG), {"weight": 3.5}, "weight=3.5 is no column"),
+        (table(freq=KG), {"weight": 3.5}, "weight=3.5 is not a column"),
         (table(freq=KG), {"weight": True}, "weight=true must be text that is not empty, or null."),
         (table(weight=np.ones((400, 2))), {}, "holds several numbers a row"),
     ],
@@ -118,7 +118,7 @@ def test_words_are_no_weights_and_another_name_is_packed_as_weight():
         shown_to_model("weight", index_of({}, vocabulary=["a", "b"]), of_age, ["age", "weight"])
     with pytest.raises(UserError, match=r"pack the table with columns\.weight=freq"):
         shown_to_model("freq", index_of({}), of_age, ["age", "weight"])
-    with pytest.raises(UserError, match="weight=weight is no column"):
+    with pytest.raises(UserError, match="weight=weight is not a column"):
         shown_to_model("weight", index_of({}), of_age, ["age"])
 
 

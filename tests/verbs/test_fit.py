@@ -172,7 +172,7 @@ def test_a_saved_posterior_comes_back(fitted, table, tmp_path):
     with pytest.raises(UserError, match=r"no\.posterior does not exist"):
         Posterior.load(tmp_path / "no.posterior", regression)
     (tmp_path / "text").write_text("nothing of the kind")
-    with pytest.raises(UserError, match="is no saved posterior"):
+    with pytest.raises(UserError, match="is not a saved posterior"):
         Posterior.load(tmp_path / "text", regression)
 
 
@@ -297,7 +297,7 @@ def test_a_model_that_takes_the_weight_has_it_to_itself(table):
 
 
 def school(group, y=None):
-    """A hierarchy of known scales, in which the mean and the 300 effects can nearly stand in for each other."""
+    """A hierarchy of known scales, in which the mean and the 300 effects are strongly correlated."""
     mean = pyro.sample("mean", dist.Normal(torch.zeros((), dtype=torch.float64), 10.0))
     with pyro.plate("groups", 300):
         effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
@@ -326,7 +326,7 @@ def off_by(posterior, optimum):
 
 
 def test_with_many_latents_newton_steps_by_passes_end_a_round_at_the_optimum(pupils):
-    """A hundred steps leave whole scales to go, along the ridge; with Newton steps nothing is left."""
+    """A hundred steps leave a Newton step of whole sds, along the ridge; with Newton steps nothing is left."""
     options = {**QUICK, "rounds": 1, "stop": "budget", "estimator": "plain"}
 
     def trained(newton_after):
@@ -363,7 +363,7 @@ def test_training_ends_where_draws_can_tell_no_more(pupils, capsys, monkeypatch)
     assert found.metrics["stop_reason"] == "noise"
     assert found.metrics["steps"] == 333
     assert found.metrics["evidence"]["gradient"] == 0.5
-    assert "as the draws can tell: 0.5 sd to the optimum" in " ".join(capsys.readouterr().out.split())
+    assert "at the noise of the draws: remaining Newton step 0.5 guide sd" in " ".join(capsys.readouterr().out.split())
 
 
 def test_training_goes_on_where_four_times_the_draws_leave_something_to_go(table, monkeypatch):
@@ -424,8 +424,8 @@ def narrow(x, y=None):
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        (separable, "with separable data or an improper prior the answer lies at infinity"),
-        (ridge, "can nearly stand in for each other"),
+        (separable, "with separable data or an improper prior the optimum lies at infinity"),
+        (ridge, "are strongly correlated"),
         (narrow, "prior sds from the mean of its prior"),
     ],
 )

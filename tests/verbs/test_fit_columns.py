@@ -199,10 +199,10 @@ def test_the_line_of_columns_tells_their_types(tmp_path: Path) -> None:
 def test_an_argument_that_is_no_column_is_told_beside_all_columns_of_the_table() -> None:
     table = {"hour": NUMBERS, "xx": NUMBERS, "y": NUMBERS, **{f"c{k}": NUMBERS for k in range(30)}}
     with pytest.raises(
-        UserError, match=r'argument "x" that is no column of the data \(hour, xx, y, c0, .* and 13 more; do'
+        UserError, match=r'argument "x" that is not a column of the data \(hour, xx, y, c0, .* and 13 more; do'
     ):
         fit(slope, table, **OPTIONS)
     with pytest.raises(
-        UserError, match=r'argument "x" that is no column of the data \(hour, y\): name its column with'
+        UserError, match=r'argument "x" that is not a column of the data \(hour, y\): name its column with'
     ):
         fit(slope, {"hour": NUMBERS, "y": NUMBERS}, **OPTIONS)

@@ -72,13 +72,13 @@ def test_what_cannot_be_is_said_in_a_sentence(run_dir, table, tmp_path):
         ("a.txt", (), "a.txt is of no known format"),
         ("no/a.csv", (), "does not exist: make it first"),
         ("a.csv", ("quantiles=[0.5,2]",), "quantiles=.0.5,2. must be a list, each a number above 0 and below 1"),
-        ("a.csv", (f"run={tmp_path}",), "is no run folder"),
+        ("a.csv", (f"run={tmp_path}",), "is not a run folder"),
         ("a.csv", ("data.path=nowhere.csv",), "no file at 'nowhere.csv'"),
     ):
         with pytest.raises(UserError, match=message):
             predicted(run_dir, table, tmp_path / out, *overrides)
     (run_dir / "posterior.pt").unlink()
-    with pytest.raises(UserError, match="has no answer yet: finish it with svi train"):
+    with pytest.raises(UserError, match="has no result yet: finish it with svi train"):
         predicted(run_dir, table, tmp_path / "a.csv")
     assert [path.name for path in tmp_path.iterdir()] == [run_dir.name]
 

@@ -115,7 +115,7 @@ def test_the_status_of_a_run_is_what_its_files_show(tmp_path):
 def test_a_run_that_was_refused_the_folder_leaves_no_word_in_it(tmp_path):
     run = made(tmp_path / "run")
     with FileLock(run / ".lock"):
-        ended(run, UserError("is in use by a run that goes on"))
+        ended(run, UserError("is in use by another run"))
         assert not (run / "end.json").exists()
 
 
@@ -143,7 +143,8 @@ def test_rows_left_out_are_told_beside_the_others(verb, tmp_path, capsys):
 
 
 def test_no_run_and_no_folder_are_said(verb, tmp_path, capsys):
-    for words, sentence in ((("runs",), "no run was found below ."), (("runs", "nowhere"), "dir=nowhere is no folder")):
+    cases = ((("runs",), "no run was found below ."), (("runs", "nowhere"), "dir=nowhere is not a folder"))
+    for words, sentence in cases:
         with pytest.raises(SystemExit) as end:
             verb(*words)
         assert end.value.code == 2
@@ -202,7 +203,7 @@ def test_best_prints_the_command_of_the_winner_and_nothing_else(verb, tmp_path, 
     [
         ((), "say which: sweep=DIR, or storage=ADDRESS study=NAME."),
         (("storage=x",), "say which"),
-        (("killed",), "no run at or below killed has come to an answer"),
+        (("killed",), "no run at or below killed is done"),
         (("mixed",), "have different rows, 1000 (held out 100) and 17 (held out 100)"),
     ],
 )

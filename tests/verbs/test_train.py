@@ -113,13 +113,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(fit, tmp_path
 BAD = {
     "model._target_=nowhere.model": "_target_=nowhere.model cannot be imported",
     "model._target_=null": "no model was given",
-    "model._target_=app_models.needs_more": 'needs an argument "weather" that is no column',
+    "model._target_=app_models.needs_more": 'needs an argument "weather" that is not a column',
     "model._target_=app_models.outside_plate": 'observed site "y" stands outside plate "data"',
     "model._target_=app_models.half_outside": 'observed site "total" stands outside plate "data"',
     "model._target_=app_models.local_latent": 'latent site "z" stands inside plate "data"',
     "model._target_=app_models.discrete": 'latent site "k" is discrete',
     "model._target_=app_models.centring": "not exchangeable over rows",
-    "data.path=/nowhere": "is no shard folder",
+    "data.path=/nowhere": "is not a shard folder",
     "batch_size=0": "batch_size=0 must be a whole number from 1 up.",
     "batch_size=250 data.lanes=8": "batch_size(250) % lanes(8) != 0",
     "data.lanes=8 draws=3": "lanes(8) % draws(3) != 0",
@@ -147,8 +147,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(fit, tmp_path, overrides, 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("+trainer.max_epochs=3", "trainer.max_epochs is no option of the trainer here: give max_epochs="),
-        ("+trainer.fast=true", "trainer.fast is no option of the trainer here: leave it out"),
+        ("+trainer.max_epochs=3", "trainer.max_epochs is not an option of the trainer here: give max_epochs="),
+        ("+trainer.fast=true", "trainer.fast is not an option of the trainer here: leave it out"),
         ("+logger.wandb.project=x", "logger.wandb is set, but there is no such logger in this run: add logger=wandb"),
     ],
 )
@@ -259,10 +259,10 @@ def test_a_run_that_converged_stops_there_and_stays_there(fit, capsys):
     assert metrics["evidence"]["gradient"] <= 0.1
     assert metrics["passes"] >= 1
     said = capsys.readouterr().out
-    assert f"converged at step 333: {metrics['evidence']['gradient']:.2g} sd to the optimum over all rows" in said
+    assert f"converged at step 333: remaining Newton step {metrics['evidence']['gradient']:.2g} guide sd" in said
     before = final_state(run_dir)[0]
     fit("max_steps=1000", "ckpt_path=last")
-    assert "since the run converged: stop=budget goes on" in capsys.readouterr().out.replace("\n", " ")
+    assert "since the run has converged: train further with stop=budget" in capsys.readouterr().out.replace("\n", " ")
     assert torch.equal(final_state(run_dir)[0].theta, before.theta)
     fit("max_steps=1000", "ckpt_path=last", "stop=budget")
     assert int(final_state(run_dir)[0].step) == 1000
@@ -301,7 +301,7 @@ def test_a_budget_that_is_too_small_says_what_is_missing(fit, capsys):
     fit("max_steps=100", "recipe=plain", "averaging=0.5")
     said = capsys.readouterr().out.replace("\n", " ")
     assert "not converged within the budget: " in said
-    assert "give it more with max_epochs= or max_steps=" in said
+    assert "train longer with max_epochs= or max_steps=" in said
 
 
 def test_an_anchored_run_keeps_its_anchor_beyond_a_round(fit, tmp_path):

@@ -25,5 +25,5 @@ def filesystem(address: str) -> tuple[Any, str]:
             f"{address} needs a library that is not installed ({error}): pip install 'svi-trainer[remote]'."
         ) from error
     except ValueError as error:
-        raise UserError(f"{address} is no address that can be read ({error}): check how it begins.") from error
+        raise UserError(f"{address} is not a readable address ({error}): check how it begins.") from error
     return found

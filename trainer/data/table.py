@@ -44,7 +44,7 @@ def table_writer(path: Path) -> Iterator[Writer]:
 
 
 def _column(values: np.ndarray, kind: str) -> pa.Array:
-    """What is no number is left blank."""
+    """What is not a number is left blank."""
     if values.ndim == 1:
         return pa.array(values, from_pandas=True)
     if kind == ".csv":

@@ -48,7 +48,7 @@ def world(asked: Devices) -> World:
     if in_slurm_step():
         size, nodes = slurm_tasks(), int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
         if size % nodes:
-            raise UserError(f"SLURM_NTASKS={size} is no multiple of the {nodes} nodes: give --ntasks-per-node.")
+            raise UserError(f"SLURM_NTASKS={size} is not a multiple of the {nodes} nodes: give --ntasks-per-node.")
         return World(size, size // nodes, int(env["SLURM_PROCID"]), True)
     local = _devices(asked)
     rank = int(env.get("NODE_RANK", "0")) * local + int(env.get("LOCAL_RANK", "0"))
@@ -97,7 +97,7 @@ def _set_meeting(world: World) -> None:
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(port_of_job(env["SLURM_JOB_ID"]))
     if not env["MASTER_PORT"].isdigit():
-        raise UserError(f"MASTER_PORT={env['MASTER_PORT']} is no port: set it to a free one, as 29500.")
+        raise UserError(f"MASTER_PORT={env['MASTER_PORT']} is not a port: set it to a free one, as 29500.")
     env.update(RANK=str(world.rank), WORLD_SIZE=str(world.size))
 
 

@@ -178,7 +178,7 @@ class Checkpoints(Callback):
             path.rename(path.with_name(f"{path.name}.aside"))
         if later:
             names = ", ".join(sorted(path.name for path in later))
-            self.say(f"put aside (.aside), since the run goes on from before: {names}")
+            self.say(f"set aside (.aside), since the run resumes from an earlier step: {names}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, ChunkModule)
@@ -215,7 +215,7 @@ class Checkpoints(Callback):
             text = f"checkpoint {path} could not be written ({error.strerror}): free some space"
             if last:
                 raise UserError(f"{text}, then continue with ckpt_path=last.") from error
-            self.say(f"{text}. Training goes on, and tries again at the next checkpoint.")
+            self.say(f"{text}. Training continues, and tries again at the next checkpoint.")
             return
         self.saved = here
         for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:

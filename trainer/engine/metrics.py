@@ -75,7 +75,7 @@ class MetricsFile(Callback):
         except Exception as error:
             if (what, lost) not in self.told:
                 self.told.add((what, lost))
-                self.say(f"{what} takes no {lost} ({first_line(error)}): training goes on without them.")
+                self.say(f"{what} takes no {lost} ({first_line(error)}): training continues without them.")
 
 
 def is_kept(number: int) -> bool:

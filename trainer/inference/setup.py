@@ -89,7 +89,7 @@ def _of_callable(guide: Any, model: Any, columns: tuple[str, ...], plate: str) -
 
 
 def _takes_a_model(guide: Any, columns: tuple[str, ...]) -> bool:
-    """Whether a callable has one argument to give it, and that is no column."""
+    """Whether a callable has one argument to give it, and that is not a column."""
     if isinstance(guide, torch.nn.Module):
         return False
     taken = inspect.signature(guide).parameters.values()

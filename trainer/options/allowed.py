@@ -70,7 +70,7 @@ def _reach_current_folder() -> None:
 
 
 def _not_imported(name: str, cause: BaseException) -> UserError:
-    """What to mend: the name, the place of its module, or the module itself, whose import raises ``cause``."""
+    """What to fix: the name, the place of its module, or the module itself, whose import raises ``cause``."""
     above, _, last = name.rpartition(".")
     of_class = isinstance(cause, AttributeError) and cause.name == last and name.partition(".")[0] in sys.modules
     if of_class or (above in sys.modules and getattr(cause, "name", None) == name):

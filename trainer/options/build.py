@@ -50,7 +50,7 @@ def _refuse_unknown(node: DictConfig) -> None:
         if name not in parameters and not (name.startswith("_") and name.endswith("_")):
             taken = meant(name, parameters, f"it takes {', '.join(parameters) or 'none'}")
             raise UserError(
-                f"option {node._get_full_key(name)} is unknown to {target} ({taken}): leave it out or mend it."
+                f"option {node._get_full_key(name)} is unknown to {target} ({taken}): leave it out or fix it."
             )
 
 

@@ -162,7 +162,7 @@ def _parsed(verb: str, word: str) -> Override:
     except OverrideParseException:
         key, equals, value = word.partition("=")
         if not equals:
-            raise UserError(f"{word} is no option: write KEY=VALUE (svi {verb} --help lists the keys).") from None
+            raise UserError(f"{word} is not an option: write KEY=VALUE (svi {verb} --help lists the keys).") from None
         raise UserError(f"{key}={value} cannot be read: put the value in quotes, '{key}=\"...\"'.") from None
 
 

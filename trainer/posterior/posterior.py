@@ -229,7 +229,7 @@ class Posterior:
         except FileNotFoundError:
             raise UserError(f"{path} does not exist: give the file that Posterior.save wrote.") from None
         except Exception as error:
-            raise UserError(f"{path} is no saved posterior ({first_line(error)}).") from error
+            raise UserError(f"{path} is not a saved posterior ({first_line(error)}).") from error
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']} where this version reads {FORMAT}.")
         return cls.of_content(content, model, factory, str(path))

@@ -23,7 +23,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
-        raise UserError(f"{run_dir} is in use by a run that goes on: wait for it, or give another run_dir=.") from None
+        raise UserError(f"{run_dir} is in use by another run: wait for it, or give another run_dir=.") from None
     try:
         yield
     finally:

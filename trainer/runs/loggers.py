@@ -61,7 +61,7 @@ def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
     uri = str(node.get("tracking_uri"))
     reason = unreachable(uri) if uri.startswith("http") else None
     if reason is not None:
-        print(f"MLflow: {reason}, so this run is logged without it; metrics.csv has the figures.")
+        print(f"MLflow: {reason}, so this run is logged without it; metrics.csv has the metrics.")
         return None
     known = kept_id(run_dir, "mlflow")
     logger = build.make(OmegaConf.merge(node, {"run_id": known} if known else {}))  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def _mlflow(node: DictConfig, run_dir: Path) -> Logger | None:
         client.update_run(logger.run_id, status="RUNNING")
     except Exception as error:
         said = first_line(error)
-        raise UserError(f"MLflow at {uri} cannot be used ({said}): mend it, or train with logger=none.") from None
+        raise UserError(f"MLflow at {uri} cannot be used ({said}): fix it, or train with logger=none.") from None
     keep_id(run_dir, "mlflow", logger.run_id)
     finalize = logger.finalize
 

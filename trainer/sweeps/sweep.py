@@ -78,7 +78,7 @@ def _run(plugin: Any, worker: Worker, trials: Sequence[optuna.Trial], fixed: lis
     except BaseException:
         for trial in trials:
             worker.give_back(trial.number)
-        console.print("stopped; the same command goes on with the sweep")
+        console.print("stopped; run the same command to resume the sweep")
         raise
     for trial, job in zip(trials, returns, strict=True):
         if job.status != JobStatus.COMPLETED and cut_short(worker.folder / str(trial.number)) > before[trial.number]:

@@ -140,9 +140,9 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModu
             others.end()
             module.program.abandon()
     elif record.stopped:
-        say(f"step {data.first:,} is the end already, since the run converged: stop=budget goes on.")
+        say(f"step {data.first:,} is the last one, since the run has converged: train further with stop=budget.")
     else:
-        say(f"step {data.first:,} is the end already: raise max_steps= or max_epochs= to go on.")
+        say(f"step {data.first:,} is the last one: raise max_steps= or max_epochs= to train further.")
     return module, finish
 
 
@@ -202,7 +202,7 @@ def _trainer(cfg: Train, run_dir: Path, here: World, callbacks: list[pl.Callback
     known = signature(pl.Trainer).parameters.keys() - {*ours, "logger", "max_steps"}
     for name in options.keys() - known:
         told = f": give {name}=" if name in ("max_steps", "max_epochs") else ": leave it out"
-        raise UserError(f"trainer.{name} is no option of the trainer here{told}.")
+        raise UserError(f"trainer.{name} is not an option of the trainer here{told}.")
     return pl.Trainer(**options, **ours, logger=make_loggers(cfg, run_dir) if here.rank == 0 else False)
 
 

@@ -22,7 +22,7 @@ def training_split(data: Data) -> ShardFolder:
     folder = _opened(data, "train")
     if folder is None:
         raise UserError(
-            f"data.path={shown(data.path)} is no shard folder: pack one with svi shard source=TABLE out=DIR"
+            f"data.path={shown(data.path)} is not a shard folder: pack one with svi shard source=TABLE out=DIR"
         )
     return folder
 

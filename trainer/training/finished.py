@@ -23,9 +23,9 @@ def posterior_of(folder: Path, allow: Sequence[str] = ()) -> Posterior:
     """
     config = folder / ".hydra" / "resolved.yaml"
     if not config.is_file():
-        raise UserError(f"run={folder} is no run folder of svi train.")
+        raise UserError(f"run={folder} is not a run folder of svi train.")
     if not (folder / POSTERIOR).is_file():
-        raise UserError(f"{folder} has no answer yet: finish it with svi train run_dir={folder} ckpt_path=last.")
+        raise UserError(f"{folder} has no result yet: finish it with svi train run_dir={folder} ckpt_path=last.")
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
     if cfg.guide.get("_target_") == "trainer.svi.guides.MeanField":  # as of 0.1

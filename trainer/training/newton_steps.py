@@ -112,7 +112,7 @@ class EndRound:
             value, gradient = self.loss.loss(module.step, theta.to(device, dtype), draws, number)
             return value, gradient.cpu()
 
-        module.say(f"step {module.step:,}: to the optimum over all rows, in some dozens of passes")
+        module.say(f"step {module.step:,}: finding the optimum over all rows, in some dozens of passes")
         found = settled(inference, theta.cpu(), loss, rows)
         if found is None:
             return theta, math.nan

@@ -34,7 +34,7 @@ _WORDS = {
     "scale_error": "Monte Carlo error of the log sds {:.2g} (limit {:.2g})",
     "rhat": "R-hat {:.3f} (limit {:.3g})",
     "gain": "{:.2g} nats a parameter to gain over all rows (limit {:.2g})",
-    "gradient": "{:.2g} sd to the optimum over all rows (limit {:.2g})",
+    "gradient": "remaining Newton step {:.2g} guide sd (limit {:.2g})",
 }
 
 
@@ -141,12 +141,12 @@ class Stop(Callback):
             self.record.stopped = "noise"
             trainer.should_stop = True
             self.say(
-                f"as near at step {module.step:,} as the draws can tell: {_words(rule, evidence, short)}; the model "
-                "has a ridge, which may be gone with its hierarchy in the other form (centered or non-centered)"
+                f"stopped at step {module.step:,}, at the noise of the draws: {_words(rule, evidence, short)}; the "
+                "model has a ridge: write its hierarchy in the other form (centered or non-centered)"
             )
         elif short and last:
             self.say(
-                f"not converged within the budget: {_words(rule, evidence, short)}; give it more with max_epochs= "
+                f"not converged within the budget: {_words(rule, evidence, short)}; train longer with max_epochs= "
                 "or max_steps="
             )
             for sentence in self.doubts:

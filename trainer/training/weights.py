@@ -19,7 +19,7 @@ _MOST = 1000.0  # that a weight is taken for one without a word of the user's
 def shown_to_model(asked: str | None, index: Index, model: Callable[..., Any], columns: Iterable[str]) -> list[str]:
     """``columns`` without `weight` where nobody asked for it.
 
-    Raises UserError where ``asked`` is no column that can be one of weights.
+    Raises UserError where ``asked`` is not a column that can be one of weights.
     """
     columns, chosen = list(columns), index.meta.get("columns", {}).get(WEIGHT, WEIGHT) != WEIGHT
     if asked is not None and asked != WEIGHT:
@@ -28,7 +28,7 @@ def shown_to_model(asked: str | None, index: Index, model: Callable[..., Any], c
             f"columns.{WEIGHT}={asked}, and give weight={WEIGHT}."
         )
     if asked is not None and WEIGHT not in columns:
-        raise UserError(f"weight={asked} is no column of the data ({', '.join(columns)}).")
+        raise UserError(f"weight={asked} is not a column of the data ({', '.join(columns)}).")
     own = WEIGHT in columns and WEIGHT in arguments(model, columns)
     if asked is not None and own:
         raise UserError(f'the model takes the column "{WEIGHT}" itself, so rows count once: leave weight= out.')
@@ -67,7 +67,7 @@ def packed_for(
     made = {name: name for name in fields if name in taken}
     if weight is not None:
         if weight not in fields:
-            raise UserError(f"weight={weight} is no column of the data ({', '.join(fields)}).")
+            raise UserError(f"weight={weight} is not a column of the data ({', '.join(fields)}).")
         if WEIGHT in made:
             raise UserError(f'the model takes the column "{WEIGHT}" itself, so rows count once: leave weight= out.')
         return {**made, WEIGHT: weight}

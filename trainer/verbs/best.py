@@ -25,7 +25,7 @@ def run(cfg: Best, run_dir: Path) -> float:
 def _of_folder(folder: Path) -> tuple[list[str], float, str]:
     runs = [(run.headline, run) for run in find(folder) if run.headline is not None and run.status == "done"]
     if not runs:
-        raise UserError(f"no run at or below {folder} has come to an answer: svi runs dir={folder} shows them.")
+        raise UserError(f"no run at or below {folder} is done: svi runs dir={folder} shows them.")
     rows = sorted({(run.metrics.get("rows"), run.metrics.get("held_out_rows")) for _, run in runs}, key=str)
     if len(rows) > 1:
         said = " and ".join(f"{train} (held out {held_out})" for train, held_out in rows[:3])

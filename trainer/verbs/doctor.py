@@ -266,7 +266,7 @@ def _slurm(here: World) -> list[Finding]:
     facts = job_facts(job)
     found = [Finding("Slurm", "ok", f"job {job}, time limit {facts.get('TimeLimit', 'not known')}")]
     if facts.get("Requeue") == "0":
-        found.append(Finding("requeue", "note", "off: the job ends with its time; sbatch --requeue has it go on"))
+        found.append(Finding("requeue", "note", "off: the job ends with its time; sbatch --requeue resumes it"))
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if tasks > 1 and not here.external:
         said = (

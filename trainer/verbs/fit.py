@@ -110,7 +110,7 @@ def fit(
     if rhat[worst].max() > _AGREE:
         console.print(
             f'the {seeds} seeds disagree: R-hat {rhat[worst].max():.2f} at "{worst}"; train longer (max_epochs=), or '
-            "look for latents that can stand in for each other."
+            "look for strongly correlated latents."
         )
     return replace(best, rhat=rhat)
 

@@ -22,7 +22,7 @@ def run(cfg: Runs, run_dir: Path) -> float:
     del run_dir
     folder = Path(cfg.dir)
     if not folder.is_dir():
-        raise UserError(f"dir={folder} is no folder.")
+        raise UserError(f"dir={folder} is not a folder.")
     found, now = find(folder), time.time()
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:

@@ -88,7 +88,7 @@ def _part_of(text: str) -> tuple[int, int]:
     """Read "3/16" as 3 and 16."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None:
-        raise UserError(f"part={text} is no part: write part=1/16 for the first of 16.")
+        raise UserError(f"part={text} is not a part: write part=1/16 for the first of 16.")
     return int(found[1]), int(found[2])
 
 

@@ -19,7 +19,7 @@ def run(cfg: Sync, run_dir: Path) -> float:
     del run_dir
     folder = Path(cfg.dir)
     if not folder.is_dir():
-        raise UserError(f"dir={folder} is no folder.")
+        raise UserError(f"dir={folder} is not a folder.")
     waiting = unsent(folder)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if not waiting:

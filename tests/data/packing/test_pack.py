@@ -386,7 +386,7 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
             "split.by=team and split.time=day are two splits",
         ),
         ({"split_by": "team", "group_by": "team"}, "groups are held out whole already"),
-        ({"split_by": "x"}, "split.by=x is no column of integers or text"),
+        ({"split_by": "x"}, "split.by=x is not a column of integers or text"),
     ):
         with pytest.raises(UserError, match=message):
             pack(path, tmp_path / "out", columns={"x": "x"}, **options)
@@ -395,7 +395,7 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_groups_refuse_inexact_keys(parquet: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="group_by=a is no column of integers or text"):
+    with pytest.raises(UserError, match="group_by=a is not a column of integers or text"):
         pack(parquet, tmp_path / "out", columns={"x": "b"}, group_by="a")
     with pytest.raises(UserError, match=r"no column 'tam': do you mean team?"):
         pack(parquet, tmp_path / "out", columns={"x": "b"}, group_by="tam")
@@ -494,9 +494,9 @@ def test_bad_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("held_out", 1.0, "held_out=1.0 is no fraction"),
-        ("held_out", -0.1, "is no fraction"),
-        ("held_out", float("nan"), "is no fraction"),
+        ("held_out", 1.0, "held_out=1.0 is not a fraction"),
+        ("held_out", -0.1, "is not a fraction"),
+        ("held_out", float("nan"), "is not a fraction"),
         ("seed", -1, "seed=-1 is out of range"),
         ("shard_bytes", 0, "shard_bytes=0 holds nothing"),
         ("block_rows", 0, "block_rows=0 holds nothing"),

@@ -96,7 +96,7 @@ def test_what_cannot_become_the_same_is_refused(monday: Path, tmp_path: Path, ch
     ids=lambda option: next(iter(option)),
 )
 def test_options_that_say_otherwise_are_refused(monday: Path, tmp_path: Path, option: dict) -> None:
-    with pytest.raises(UserError, match="has no place beside like="):
+    with pytest.raises(UserError, match="cannot be combined with like="):
         pack(MemorySource(TUESDAY), tmp_path / "tuesday", like=monday, **option)
 
 
@@ -143,5 +143,5 @@ def test_values_that_the_float32_of_the_other_would_round_are_refused(tmp_path: 
     np.testing.assert_array_equal(table(tmp_path / "like")[column].reshape(8, -1)[:, 0], (near / 3).astype("float32"))
     with pytest.raises(UserError, match=f"column '{column}' is float32 in the table that 'the data' is to be like"):
         pack(made(far), tmp_path / "no", like=tmp_path / "first")
-    with pytest.raises(UserError, match=r"categories=.* has no place beside like="):
+    with pytest.raises(UserError, match=r"categories=.* cannot be combined with like="):
         pack(made(near), tmp_path / "no", like=tmp_path / "first", categories=[column])

@@ -73,9 +73,9 @@ def test_shard_bytes_bound_blocks_of_sparse_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_by": "row"}, "group_by=row has no place beside sparse or ragged columns"),
-        ({"split_by": "marks"}, "split.by=marks is no column of integers or text"),
-        ({"split_time": "marks", "split_after": 1}, "split.time=marks is no column of one time per row"),
+        ({"group_by": "row"}, "group_by=row cannot be combined with sparse or ragged columns"),
+        ({"split_by": "marks"}, "split.by=marks is not a column of integers or text"),
+        ({"split_time": "marks", "split_after": 1}, "split.time=marks is not a column of one time per row"),
         ({"standardize": ["words"]}, "standardize=words names no column of floats"),
         ({"columns": {"x": ["words", "row"]}}, "column 'words' of 'the data' holds csr"),
     ],

@@ -133,7 +133,7 @@ def test_parts_of_other_options_or_another_table_are_refused(tmp_path: Path) -> 
     ):
         with pytest.raises(UserError, match="were given other options, or another table, than part 2"):
             job.read(table, 2, parts, **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="part=3/2 is no part"):
+    with pytest.raises(UserError, match="part=3/2 is not a part"):
         job.read(source(), 3, 2, seed=1)
 
 
@@ -223,7 +223,7 @@ def test_half_a_file_of_rows_is_none(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"part-1-of-1\.rows' is no whole file of rows: remove it"):
+        with pytest.raises(UserError, match=r"part-1-of-1\.rows' is incomplete: remove it"):
             job.missing()
 
 

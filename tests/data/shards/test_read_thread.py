@@ -68,7 +68,7 @@ def test_a_read_that_never_returns_names_the_shard(
     monkeypatch.setattr(shard_folder.os, "preadv", preadv)
     given = []
     with pytest.raises(
-        UserError, match=rf"^nothing of shard {folder.place}/\d{{6}}\.tar has come for 1 s \(data\.timeout=\): "
+        UserError, match=rf"^nothing of shard {folder.place}/\d{{6}}\.tar has arrived for 1 s \(data\.timeout=\): "
     ):
         given.extend(chunks(folder))
     assert len(given) == 4
@@ -89,7 +89,7 @@ def test_a_check_of_all_shards_does_not_wait_for_one_for_ever(
     monkeypatch.setattr(ShardFolder, "_member", member)
     monkeypatch.setattr(verify, "ShardFolder", lambda *given, **more: folder)
     (Path(folder.place) / "000005.tar").unlink()
-    missing, waiting = f"shard {folder.place}/000005.tar is missing", f"nothing of shard {path} has come for 1 s"
+    missing, waiting = f"shard {folder.place}/000005.tar is missing", f"nothing of shard {path} has arrived for 1 s"
     damaged = verify.verify(Path(folder.place)).damaged
     assert [sentence.startswith(each) for sentence, each in zip(damaged, (waiting, missing), strict=True)] == [True] * 2
     with pytest.raises(UserError, match=waiting):
@@ -111,7 +111,7 @@ def test_a_server_that_accepts_and_never_answers(tmp_path: Path, folder: ShardFo
     with faulty(tmp_path) as server:
         server.faults = {shard.name: ["slow"] for shard in folder.index.shards}
         files = RemoteFiles(Store(f"{server.url}/train", timeout=20.0), ShardCache(tmp_path / "cache", timeout=20.0))
-        with pytest.raises(UserError, match=rf"nothing of shard {server.url}/train/\d{{6}}\.tar has come for 1 s"):
+        with pytest.raises(UserError, match=rf"nothing of shard {server.url}/train/\d{{6}}\.tar has arrived for 1 s"):
             list(chunks(ShardFolder(files, timeout=SOON)))
 
 
@@ -133,7 +133,7 @@ def test_bytes_that_arrive_for_another_process_count(folder: ShardFolder, monkey
     hold = threading.Event()
     folder.note([3])
     thread = ReadThread(0.4, lambda ident: folder.reading(threading.get_ident()))
-    with pytest.raises(UserError, match=r"000003\.tar has come for 0\.4 s"):
+    with pytest.raises(UserError, match=r"000003\.tar has arrived for 0\.4 s"):
         thread.result(thread.submit(hold.wait))
     assert next(quiet, None) is None
     hold.set()

@@ -72,7 +72,7 @@ def test_a_web_server_and_a_bucket_give_the_rows_of_the_folder(folder: Path, cac
             assert rows_of(found) == rows_of(ShardFolder(folder / split))
         assert is_packed(url)
         assert open_split(f"{url}/train", "held_out", cache) is None
-        with pytest.raises(UserError, match=r"/nowhere is no shard folder"):
+        with pytest.raises(UserError, match=r"/nowhere is not a shard folder"):
             open_split(f"{url}/nowhere", "train", cache)
     with s3() as system:
         system.mkdir("bucket")
@@ -81,7 +81,7 @@ def test_a_web_server_and_a_bucket_give_the_rows_of_the_folder(folder: Path, cac
         found = open_split("s3://bucket/packed", "train", fresh)
         assert found is not None
         assert rows_of(found) == want
-        with pytest.raises(UserError, match="s3://bucket/none is no shard folder"):
+        with pytest.raises(UserError, match="s3://bucket/none is not a shard folder"):
             open_split("s3://bucket/none", "train", fresh)
 
 
@@ -146,7 +146,7 @@ def test_a_missing_shard_and_a_missing_library_are_named(
     (folder / "train" / "000000.tar").unlink()
     with pytest.raises(UserError, match=r"/train/000000.tar is missing: put it there again"):
         opened.read_block(0, "row_id")
-    with pytest.raises(UserError, match="nosuch://x is no address that can be read"):
+    with pytest.raises(UserError, match="nosuch://x is not a readable address"):
         Store("nosuch://x").read("index.json")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(UserError, match=r"needs a library that is not installed .*pip install 'svi-trainer\[remote\]'"):

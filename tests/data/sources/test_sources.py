@@ -253,7 +253,7 @@ def test_a_folder_that_is_no_table_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "packed", tmp_path / "packed" / "train"):
         with pytest.raises(UserError, match="is a shard folder, which is packed already"):
             open_source(folder)
-    with pytest.raises(UserError, match="nowhere://bucket/table is no address that can be read"):
+    with pytest.raises(UserError, match="nowhere://bucket/table is not a readable address"):
         open_source("nowhere://bucket/table")
 
 

@@ -201,7 +201,7 @@ def drawing(x, y):
         (outside, 'observed site "y" stands outside plate "data" and depends on the rows.*with pyro.plate'),
         (beside, 'observed site "total" stands outside plate "data".*global_sites=\\[total\\]'),
         (unseen, "the model observes nothing: pass a column as obs="),
-        (unlabeled, "observes nothing: its argument label is no column of the data .x, y.; .* columns.label=NAME"),
+        (unlabeled, "observes nothing: its argument label is not a column of the data .x, y.; .* columns.label=NAME"),
         (local, 'latent site "z" stands inside plate "data"'),
         (missing, 'obs_mask= at site "y".*poutine.mask'),
         (discrete, 'latent site "k" is discrete'),

@@ -173,7 +173,7 @@ def named(s="s", w="w", more=None, **infer):
         ({"w": "ww"}, r'guide samples "ww", which the model does not have \(do you mean w\?\)'),
         ({"s": "scale"}, r'"scale", which the model does not have \(do you mean s\?\)'),
         ({"more": "u"}, r'"u", which the model does not have \(leave it out\).*is_auxiliary'),
-        ({"more": "y"}, r'guide samples "y", which is no latent of the model.*leave it out'),
+        ({"more": "y"}, r'guide samples "y", which is not a latent of the model.*leave it out'),
         ({"w": None}, r'latent site "w" of the model is missing from the guide'),
     ],
 )

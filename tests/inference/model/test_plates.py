@@ -189,7 +189,7 @@ def test_an_argument_that_is_no_column_keeps_its_default():
 
 
 def test_a_required_argument_that_is_no_column_is_named():
-    with pytest.raises(UserError, match=r'an argument "age" that is no column of the data \(x, y\)'):
+    with pytest.raises(UserError, match=r'an argument "age" that is not a column of the data \(x, y\)'):
         arguments(lambda x, age: None, ["x", "y"])
 
 

@@ -160,11 +160,11 @@ def _check_kind(recipe: Recipe, part: str, source: Source, also: tuple[str, ...]
         was, now = (f"{kind} of shape {list(s)}" if s else kind for kind, s in ((kinds[0], shape), field[:2]))
         stray = first_word(source, part) if field.kind == "text" else None
         where = f" ('{stray[1]}' in row {stray[0]}, counted from 0)" if stray else ""
-        remedy = "mend it" if stray else "cast it"
+        remedy = "fix it" if stray else "cast it"
         raise UserError(f"column '{part}' of '{source.name}' is {now}{where}, and {was} in the packed table: {remedy}.")
     if recipe.kind == "csr" and list(field.names) != list(recipe.vocabulary or []):
         raise UserError(
-            f"column '{part}' of '{source.name}' names its columns otherwise than the packed table: give them in the "
+            f"column '{part}' of '{source.name}' names its columns differently from the packed table: give them in the "
             "same order, with the same names."
         )
     if not recipe.is_dense and not (recipe.dtype.startswith("float") or np.can_cast(field.dtype, recipe.dtype)):

@@ -61,7 +61,7 @@ class Recipe:
             if bad.any():
                 raise UserError(
                     f"column '{part}' has an index outside 0 to {rows.width - 1} in row "
-                    f"{first_row + of_row[bad.argmax()]} (counted from 0): mend it in the source."
+                    f"{first_row + of_row[bad.argmax()]} (counted from 0): fix it in the source."
                 )
         absent = np.zeros(len(rows), bool)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -69,7 +69,7 @@ class Recipe:
             if infinite.any():
                 raise UserError(
                     f"column '{part}' is infinite, or too large for {self.dtype}, in row "
-                    f"{first_row + of_row[infinite.argmax()]} (counted from 0): mend it in the source."
+                    f"{first_row + of_row[infinite.argmax()]} (counted from 0): fix it in the source."
                 )
             absent[of_row[in_row(np.isnan(values))]] = True
         return replace(rows, values=values), {part: absent} if absent.any() else {}
@@ -120,7 +120,7 @@ def recipes(
 
     Those in ``categories`` become codes also where they are numbers. Reads the columns of text and categories once, for
     their vocabularies. Raises UserError for an unknown column, text in
-    a list, a type that is no number, truth value or text, and a name that a model's argument cannot have; with
+    a list, a type that is not a number, truth value or text, and a name that a model's argument cannot have; with
     ``spared`` such a column is left out, and its sentence put there.
     """
     columns = {name: name for name in source.fields} if columns is None else columns
@@ -150,7 +150,7 @@ def recipes(
 
 
 def check_categories(categories: Sequence[str], columns: ColumnMap | None, source: Source) -> None:
-    """Raises UserError, with close names, for one of ``categories`` that is no column."""
+    """Raises UserError, with close names, for one of ``categories`` that is not a column."""
     listed = {part: name for name, parts in (columns or {}).items() if not isinstance(parts, str) for part in parts}
     known = list(dict.fromkeys([*(columns or {}), *source.fields]))
     for name in categories:

@@ -99,7 +99,7 @@ def check_resources(memory_bytes: int, workers: int | None) -> None:
     if memory_bytes < 1 << 16:
         raise UserError(f"memory_bytes={memory_bytes} is too little to sort in: give at least 65536.")
     if workers is not None and workers < 1:
-        raise UserError(f"workers={workers} do nothing: give a positive number, or null for the cores there are.")
+        raise UserError(f"workers={workers} is too few: give a positive number, or null for all cores.")
 
 
 def memory_share(memory_bytes: int, workers: int, table: Table) -> int:

@@ -17,7 +17,7 @@ def partial_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside ``out`` that becomes it when the block ends well, and goes when it does not.
 
     What a killed process left beside ``out`` goes first. Raises UserError for an ``out`` that exists (with
-    ``overwrite``: that is no packed folder) and for whatever the disk refuses.
+    ``overwrite``: that is not a packed folder) and for whatever the disk refuses.
     """
     check_out(out, overwrite)
     partial = f".{out.absolute().name}.partial-"
@@ -39,7 +39,7 @@ def partial_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises UserError for an ``out`` that exists (with ``overwrite``: that is no packed folder)."""
+    """Raises UserError for an ``out`` that exists (with ``overwrite``: that is not a packed folder)."""
     if out.exists() and not overwrite:
         raise UserError(f"'{out}' exists: choose another out=, or write overwrite=true.")
     if out.exists() and not is_whole(out):
@@ -60,5 +60,5 @@ def disk_of(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space is left on the disk of '{out}': free some, or choose another out=.") from error
         raise UserError(
-            f"cannot write '{out}': {error.strerror or error}; mend that, or choose another out=."
+            f"cannot write '{out}': {error.strerror or error}; fix that, or choose another out=."
         ) from error

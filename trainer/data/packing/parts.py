@@ -66,7 +66,7 @@ class Parts:
         The rest as for `pack`. Raises UserError for other options than those of the other parts.
         """
         if not 1 <= part <= parts:
-            raise UserError(f"part={part}/{parts} is no part: write part=1/{parts} to part={parts}/{parts}.")
+            raise UserError(f"part={part}/{parts} is not a part: write part=1/{parts} to part={parts}/{parts}.")
         check_resources(memory_bytes, workers)
         with disk_of(self.out):
             check_out(self.out, overwrite)
@@ -85,7 +85,7 @@ class Parts:
             elif known != plan:
                 raise UserError(
                     f"the parts in '{self.folder}' were given other options, or another table, than part {part}: give "
-                    "all the same, or remove that folder to begin anew."
+                    "all the same, or remove that folder to start over."
                 )
             pieces = _share(opened.piece_rows, part, parts)
             rows = sum(opened.piece_rows[piece] for piece in pieces)

@@ -180,7 +180,7 @@ def read_tail(path: Path) -> RunsTail:
         end = file.read(16)
         length = int.from_bytes(end[:8], "little")
         if end[8:] != _END or length + 16 + 16 * CELLS > size:
-            raise UserError(f"'{path}' is no whole file of rows: remove it, and run that part again.")
+            raise UserError(f"'{path}' is incomplete: remove it, and run that part again.")
         file.seek(size - 16 - length - 16 * CELLS)
         counts = np.frombuffer(file.read(16 * CELLS), np.int64)
         return RunsTail(path, json.loads(file.read(length)), counts)

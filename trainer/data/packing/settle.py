@@ -66,7 +66,7 @@ class Packing:
         for good, sentence in (
             (
                 0 <= self.held_out < 1,
-                f"held_out={self.held_out} is no fraction: give a number from 0 up to, but not including, 1.",
+                f"held_out={self.held_out} is not a fraction: give a number from 0 up to, but not including, 1.",
             ),
             (0 <= self.seed < 2**63, f"seed={self.seed} is out of range: give an integer from 0 to 2**63 - 1."),
             (self.shard_bytes >= 1, f"shard_bytes={self.shard_bytes} holds nothing: give a positive number."),
@@ -94,7 +94,7 @@ class Packing:
                 raise UserError(f"{name}={value} and split.time={self.split_time} are two splits: give one of them.")
         if self.group_by is not None and self.split_by is not None:
             raise UserError(
-                f"split.by={self.split_by} has no place beside group_by={self.group_by}: groups are held out whole "
+                f"split.by={self.split_by} cannot be combined with group_by={self.group_by}: groups are held out whole "
                 "already."
             )
 
@@ -144,7 +144,7 @@ def _packed(place: Any) -> Index:
     """Of the table that is packed at ``place``, without its shards."""
     folder = open_split(place, "train")
     if folder is None:
-        raise UserError(f"like={place} is no shard folder.")
+        raise UserError(f"like={place} is not a shard folder.")
     return replace(folder.index, shards=())
 
 
@@ -155,7 +155,9 @@ def _as_packed(packing: Packing, like: Index) -> Packing:
         value = getattr(packing, name)
         if value not in (None, (), [], {}, usual.get(name), found.get(name)):
             option = f"split.{name.removeprefix('split_')}" if name.startswith(("split_", "held")) else name
-            raise UserError(f"{option}={value} has no place beside like={packing.like}, which says that: leave it out.")
+            raise UserError(
+                f"{option}={value} cannot be combined with like={packing.like}, which says that: leave it out."
+            )
     shifted = [like.column(name).dtype for name in like.meta.get("standardised", {})]
     return replace(
         packing,
@@ -205,7 +207,9 @@ def _check_kinds(made: Sequence[Recipe], packing: Packing) -> None:
         if name not in {recipe.name for recipe in made if recipe.is_dense and recipe.dtype.startswith("float")}:
             raise UserError(f"standardize={name} names no column of floats: name one of columns, or a list of numbers.")
     if packing.group_by is not None and not all(recipe.is_dense for recipe in made):
-        raise UserError(f"group_by={packing.group_by} has no place beside sparse or ragged columns: leave these out.")
+        raise UserError(
+            f"group_by={packing.group_by} cannot be combined with sparse or ragged columns: leave these out."
+        )
 
 
 def _split(opened: Source, packing: Packing) -> Split:
@@ -214,7 +218,7 @@ def _split(opened: Source, packing: Packing) -> Split:
     if time is not None:
         choose([time], list(opened.fields), opened.name)
         if opened.fields[time].kind in VARYING:
-            raise UserError(f"split.time={time} is no column of one time per row.")
+            raise UserError(f"split.time={time} is not a column of one time per row.")
     return Split(packing.held_out, packing.seed, key, time, packing.split_after)
 
 
@@ -245,5 +249,5 @@ def _key(source: Source, name: str | None, option: str, because: str) -> Recipe 
         return None
     found = recipes(source, {"key": name}, "float32")[0]
     if found.dtype != "int64" or found.shape or not found.is_dense:
-        raise UserError(f"{option}={name} is no column of integers or text: {because}.")
+        raise UserError(f"{option}={name} is not a column of integers or text: {because}.")
     return found

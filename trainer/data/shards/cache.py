@@ -164,7 +164,7 @@ class RemoteFiles:
             return parse_index(self.store.read(INDEX_NAME), f"{self.place}/{INDEX_NAME}")
         except FileNotFoundError:
             raise UserError(
-                f"{self.place}/{INDEX_NAME} is missing: {self.place} is no finished shard folder; pack it again."
+                f"{self.place}/{INDEX_NAME} is missing: {self.place} is not a finished shard folder; pack it again."
             ) from None
 
     def check(self, shard: Shard) -> None:

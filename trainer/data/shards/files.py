@@ -117,9 +117,11 @@ class LocalFiles:
         try:
             return parse_index(path.read_bytes(), str(path))
         except FileNotFoundError:
-            raise UserError(f"{path} is missing: {self.folder} is no finished shard folder; pack it again.") from None
+            raise UserError(
+                f"{path} is missing: {self.folder} is not a finished shard folder; pack it again."
+            ) from None
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): copy it again, or mend the disk.") from None
+            raise UserError(f"{path} cannot be read ({error.strerror}): copy it again, or check the disk.") from None
 
     def check(self, shard: Shard) -> None:
         file = self.folder / shard.name
@@ -167,7 +169,7 @@ def reading(file: object) -> Iterator[None]:
         kind = (
             CorruptDataError if error.errno == errno.EIO else UserError
         )  # a bad sector; not a lack of rights or of memory
-        raise kind(f"shard {file} cannot be read ({error.strerror}): copy it again, or mend the disk.") from None
+        raise kind(f"shard {file} cannot be read ({error.strerror}): copy it again, or check the disk.") from None
 
 
 def members_of(shard: Shard) -> list[tuple[int, int, str, str]]:

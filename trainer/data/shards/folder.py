@@ -278,7 +278,7 @@ def open_split(
 
     ``place``: a folder, or an address, whose shards are kept in ``cache`` (by default in the user's cache folder); or
     several of them, whose rows are one data set (see `joined`). ``check``: as for `ShardFolder`. Raises UserError
-    where one is no shard folder at all, its ``split`` has lost its index, or they do not go together.
+    where one is not a shard folder at all, its ``split`` has lost its index, or they do not go together.
     """
     if isinstance(place, str | Path):
         files = split_of(place, split, cache)

@@ -155,9 +155,9 @@ def parse_index(data: bytes, path: str) -> Index:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no readable JSON ({error}): pack the table again.") from None
+        raise UserError(f"{path} is not readable JSON ({error}): pack the table again.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no index: pack the table again.")
+        raise UserError(f"{path} is not an index: pack the table again.")
     if content.get("version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {content.get('version')} where this program reads {FORMAT_VERSION}: "
@@ -201,7 +201,7 @@ def _parse(content: dict[str, Any]) -> Index:
     names = [column.name for column in columns]
     _require(len(set(names)) == len(names), "a column is named twice")
     _require(ROW_ID in names, f"there is no column {ROW_ID}")
-    _require(isinstance(content["shards"], list), "shards is no list")
+    _require(isinstance(content["shards"], list), "shards is not a list")
     row_id = columns[names.index(ROW_ID)]
     _require((row_id.dtype, row_id.shape) == ("int64", ()), f"column {ROW_ID} is no int64 per row")
     shards = tuple(_parse_shard(columns, **shard) for shard in content["shards"])

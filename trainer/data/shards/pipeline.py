@@ -30,7 +30,7 @@ def row_pipeline(
 ) -> webdataset.FluidWrapper:
     """Make `ShardFolder.webdataset`; ``read`` is its `read_blocks`."""
     if shuffle < 0:
-        raise UserError(f"shuffle={shuffle} is no number of rows: give 0 or more, or True.")
+        raise UserError(f"shuffle={shuffle} is not a number of rows: give 0 or more, or True.")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size={batch_size} holds no row: give 1 or more, or None for single rows.")
     names = list(dict.fromkeys([*([column.name for column in index.columns] if columns is None else columns), ROW_ID]))

@@ -43,15 +43,15 @@ class ReadThread:
         return future
 
     def result(self, future: "Future[Answer]") -> Answer:
-        """What the call gave. Raises UserError where nothing has come for ``timeout`` seconds."""
+        """What the call gave. Raises UserError where nothing has arrived for ``timeout`` seconds."""
         asked = time.monotonic()
         while not future.done():
             quiet = self._quiet(asked)
             if quiet >= self.timeout:
                 found = self._reading()
                 raise UserError(
-                    f"nothing of {'the data' if found is None else found.what} has come for {self.timeout:g} s "
-                    "(data.timeout=): its disk, server or network does not answer; go on with ckpt_path=last when it "
+                    f"nothing of {'the data' if found is None else found.what} has arrived for {self.timeout:g} s "
+                    "(data.timeout=): its disk, server or network does not answer; resume with ckpt_path=last when it "
                     "does."
                 )
             wait([future], self.timeout - quiet)

@@ -25,7 +25,7 @@ from trainer.data.shards.tar import payload_bytes
 from trainer.errors import UserError, counted
 
 _RING = 3  # one in use, one that Lightning's loop holds ahead of it, one that is read
-_LINE = 64  # bytes; copies to an address that is no multiple of it took up to 1.7 x as long
+_LINE = 64  # bytes; copies to an address that is not a multiple of it took up to 1.7 x as long
 
 
 class ChunkArrays(NamedTuple):

@@ -11,7 +11,7 @@ from trainer.errors import UserError
 
 
 def split_of(place: Place, split: str, cache: ShardCache | None) -> Files | None:
-    """The files of a split, or None where the folder has none of it. Raises UserError where it is no shard folder."""
+    """The files of a split, or None where the folder has none of it. Raises UserError for what is no shard folder."""
     files = {name: _files(place, name, cache) for name in (split, "", "train")}
     if files[split].exists() or Path(place, split).is_dir():
         return files[split]
@@ -22,7 +22,7 @@ def split_of(place: Place, split: str, cache: ShardCache | None) -> Files | None
         if "://" not in str(place) and not Path(place).exists():
             raise UserError(f"there is no shard folder at {place}: make one by svi shard source=TABLE out={place}")
         raise UserError(
-            f"{place} is no shard folder (it holds no {INDEX_NAME}): svi shard source=TABLE out=DIR packs one"
+            f"{place} is not a shard folder (it holds no {INDEX_NAME}): svi shard source=TABLE out=DIR packs one"
         )
     return None
 
@@ -34,7 +34,7 @@ def split_files(place: Place, cache: ShardCache | None = None) -> list[Files]:
         return [own]
     splits = [(name, _files(place, name, cache)) for name in ("train", "held_out")]
     if not any(files.exists() for _, files in splits):
-        raise UserError(f"data.path={place} is no shard folder: it holds no {INDEX_NAME}.")
+        raise UserError(f"data.path={place} is not a shard folder: it holds no {INDEX_NAME}.")
     return [files for name, files in splits if files.exists() or Path(place, name).is_dir()]
 
 

@@ -95,7 +95,7 @@ def _nothing_observed(model: PlatedModel, batch: Batch) -> str:
     absent = left_at_default(model.fn, batch.columns)
     if not absent:
         return "the model observes nothing: pass a column as obs= to one of its pyro.sample sites."
-    are = "its argument {} is no column" if len(absent) == 1 else "its arguments {} are no columns"
+    are = "its argument {} is not a column" if len(absent) == 1 else "its arguments {} are no columns"
     return (
         f"the model observes nothing: {are.format(', '.join(absent))} of the data ({', '.join(batch.columns)}); rename "
         f"the column that it observes, or pack it with columns.{absent[-1]}=NAME."
@@ -226,7 +226,7 @@ def check_exchangeable(evaluate: Callable[[Batch], dict[str, Term]], batch: Batc
         if not terms:
             raise UserError(
                 "no site of the model stands in its data plate, so no row would count: put the observed sites into "
-                '`with pyro.plate("data", len(x)):`, and name in global_sites only what is no row of the data.'
+                '`with pyro.plate("data", len(x)):`, and name in global_sites only what is not a row of the data.'
             )
         return torch.stack(terms).sum()
 

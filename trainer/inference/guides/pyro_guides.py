@@ -192,7 +192,7 @@ def _check_names(q: poutine.Trace, trace: poutine.Trace) -> None:
         if is_latent(site) and name not in latents and not site["infer"].get("is_auxiliary"):
             if name in nodes:
                 raise UserError(
-                    f'the guide samples "{name}", which is no latent of the model but has its value there: leave it '
+                    f'the guide samples "{name}", which is not a latent of the model but has its value there: leave it '
                     "out of the guide."
                 )
             hint = meant(name, lacking, f"do you mean {lacking[0]}?" if lacking else "leave it out")

@@ -175,7 +175,7 @@ class DataPlate(Messenger):
         mask = (torch.arange(frame.size, device=self.batch.valid.device) < self.batch.valid).view(along)
         if self.weight is not None:
             msg["scale"] = msg["scale"] * self.weight.view(along)
-            mask = mask & (self.weight > 0).view(along)  # 0 times an infinite density is no number
+            mask = mask & (self.weight > 0).view(along)  # 0 times an infinite density is not a number
         partly = self.weight is not None or msg["mask"] is not None
         msg["mask"] = counts = mask if msg["mask"] is None else mask & msg["mask"]
         if partly and msg["is_observed"] and isinstance(msg["value"], Tensor):
@@ -228,10 +228,10 @@ class PlatedModel:
 
 
 def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model") -> tuple[str, ...]:
-    """The columns that ``fn``, a model or ``what`` else, takes by name; an argument with a default that is no column
+    """The columns that ``fn``, a model or ``what`` else, takes by name; an argument with a default that is not a column
     keeps its default.
 
-    Raises UserError for a required argument that is no column.
+    Raises UserError for a required argument that is not a column.
     """
     columns = tuple(columns)
     fn = _unwrapped(fn)
@@ -248,7 +248,7 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model
             one_of_models = ", or have it return a guide (lambda model: AutoNormal(model))" if what == "guide" else ""
             hint = meant(name, columns)
             raise UserError(
-                f'the {what} needs an argument "{name}" that is no column of the data ({shortened(columns)}'
+                f'the {what} needs an argument "{name}" that is not a column of the data ({shortened(columns)}'
                 f"{hint and f'; {hint}'}): "
                 f"name its column with columns.{name}=..., or give it with {what}.{name}=... (in Python "
                 f'columns={{"{name}": ...}}, or functools.partial){one_of_models}.'

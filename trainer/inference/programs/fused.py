@@ -213,7 +213,7 @@ class Fused:
         if not error <= _TOLERANCE[start.theta.dtype]:
             raise UserError(
                 f"the compiled step differs from the eager one by {error:.1g} of the norm on the same noise: "
-                "train with program=eager, and tell us of the model."
+                "train with program=eager, and report the model."
             )
 
     @staticmethod

@@ -58,7 +58,7 @@ class Spread(NamedTuple):
             told, remedy = "is constant", "leave it out"
         else:
             told = "is an exact function of the other columns"
-            remedy = "look for a column that holds the answer and for rows that repeat a few, leave it out"
+            remedy = "look for a column that holds the target and for rows that repeat a few, leave it out"
         return (
             f"{self.what} {told}, so the density has no maximum: it grows without end as {latent} goes to its limit; "
             f"{remedy}, or fix {latent} at the precision of the measurement."

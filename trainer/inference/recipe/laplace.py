@@ -36,7 +36,7 @@ _RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hess
 _APART, _COLUMNS_APART = 1e4, 1e6  # units of latents, scales of columns
 _NO_MAXIMUM = (
     'the log joint has no maximum along "{}", or hardly falls around it: that is usual for the scale of a centered '
-    "hierarchy; with separable data or an improper prior the answer lies at infinity, so give it a proper prior."
+    "hierarchy; with separable data or an improper prior the optimum lies at infinity, so give it a proper prior."
 )
 
 _NOT_FINITE = (
@@ -242,7 +242,7 @@ def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tens
 
 
 def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str], None]) -> None:
-    """Says which latents can stand in for each other, by the Hessian scaled to a diagonal of ones."""
+    """Says which latents are strongly correlated, by the Hessian scaled to a diagonal of ones."""
     values, vectors = torch.linalg.eigh(correlation)
     if values[0] > _RIDGE:
         return
@@ -254,7 +254,7 @@ def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str],
         )
     else:
         say(
-            f'"{first}" and "{second}" can nearly stand in for each other: their posterior sds are up to '
+            f'"{first}" and "{second}" are strongly correlated: their posterior sds are up to '
             f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; center the columns, or take a "
             "full-rank guide."
         )
