@@ -32,16 +32,16 @@ VERBS = {
     "train": "fit a model to a table or its shards",
     "predict": "new observations at the rows of a table",
     "export": "the posterior for ArviZ, or as safetensors",
-    "runs": "the runs and sweeps below a folder, as a table or a page",
-    "best": "the command of the best run of a sweep",
+    "runs": "the runs and sweeps below a folder, or the command of the best one",
     "sync": "what was logged offline, to W&B",
     "doctor": "what this machine or allocation can do, and what is wrong with it",
 }
 
 Run = Callable[[Any, Path], float]
 """A verb: its record and the folder of its run, to the number that it returns."""
-_BARE = {"runs": "dir", "best": "sweep", "sync": "dir"}  # what a first word without a key says
+_BARE = {"runs": "dir", "sync": "dir"}  # what a first word without a key says
 _FLAGS = {"--html": "html=runs.html"}
+_MOVED = {"best": "svi runs DIR best=true"}
 _SPELLINGS = {"standardise=": "standardize="}
 
 
@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         print('\nsvi VERB --help lists its options; eval "$(svi completion)" has the shell complete them.')
         return
     if arguments[0] not in VERBS:
-        hint = meant(arguments[0], VERBS)
+        moved = _MOVED.get(arguments[0])
+        hint = f"it is {moved} now" if moved else meant(arguments[0], VERBS)
         print(f"svi: {arguments[0]} is not a verb{hint and f' ({hint})'}: svi --help lists them.", file=sys.stderr)
         sys.exit(2)
     verb, *overrides = arguments

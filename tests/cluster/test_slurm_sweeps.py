@@ -28,9 +28,9 @@ def have_begun(folder: Path, *numbers: int) -> None:
 
 
 def assert_best(slurm: Cluster, folder: Path, found: list[optuna.trial.FrozenTrial]) -> None:
-    """`svi best` prints the winner's command and nothing else."""
+    """`svi runs best=true` prints the winner's command and nothing else."""
     winner = max((trial for trial in found if trial.value is not None), key=lambda trial: trial.value)
-    best = slurm.run("svi", "best", f"sweep={folder.name}")
+    best = slurm.run("svi", "runs", folder.name, "best=true")
     words = [word for word in winner.user_attrs["overrides"] if not word.startswith("sweep_dir=")]
     assert best.stdout == shlex.join(["svi", "train", *words]) + "\n"
 

@@ -29,7 +29,9 @@ def test_help_shows_the_options_of_what_is_chosen(capsys):
     assert "optimizer: adam, adamw, clipped_adam, sgd" in said
 
 
-@pytest.mark.parametrize(("word", "said"), [("trian", " (do you mean train?)"), ("x", "")])
+@pytest.mark.parametrize(
+    ("word", "said"), [("trian", " (do you mean train?)"), ("x", ""), ("best", " (it is svi runs DIR best=true now)")]
+)
 def test_a_word_that_is_no_verb_is_one_sentence(word, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([word, "data.path=x"])

@@ -273,7 +273,7 @@ def test_a_sweep_composes_with_every_launcher(launcher):
 
 @pytest.mark.slow
 def test_a_search_over_trainings_with_a_failed_and_a_nan_one_goes_on(shards, tmp_path):
-    """The command in processes of its own: three points of a grid in two goes, then `svi best`."""
+    """The command in processes of its own: three points of a grid in two goes, then the best of them."""
     folder = tmp_path / "sweep"
     common = (
         "train", "-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "model._target_=app_models.luck",
@@ -298,7 +298,7 @@ def test_a_search_over_trainings_with_a_failed_and_a_nan_one_goes_on(shards, tmp
     assert runs[str(winner.number)].headline == winner.value
     last = winner.intermediate_values[14]
     assert last == pytest.approx(winner.value, abs=0.2)
-    best = svi("best", f"sweep={folder}")
+    best = svi("runs", f"dir={folder}", "best=true")
     assert best.stdout.endswith("model.prior_sd=0.5\n")
     again = svi(*best.stdout.split()[1:], f"run_dir={tmp_path}/again")
     assert again.returncode == 0, again.stderr

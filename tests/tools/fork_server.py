@@ -20,7 +20,7 @@ import threading
 import types
 
 PRELOADED = (
-    *(f"trainer.verbs.{verb}" for verb in ("train", "predict", "export", "doctor", "shard", "runs", "best", "sync")),
+    *(f"trainer.verbs.{verb}" for verb in ("train", "predict", "export", "doctor", "shard", "runs", "sync")),
     "trainer.cli", "trainer.sweeps.sweep", "optuna.samplers", "optuna.storages", "antlr4.LL1Analyzer", "torch.profiler",
     "rich._emoji_codes",
 )  # fmt: skip

@@ -15,7 +15,6 @@ MAY_LOAD = {
     "verify": ROWS,
     "inspect": ROWS,
     "runs": set(),
-    "best": set(),
     "sync": set(),
     "predict": MODEL,
     "export": MODEL,

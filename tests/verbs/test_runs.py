@@ -1,4 +1,4 @@
-"""`svi runs` and `svi best` on made-up run folders, and what a run leaves behind of its end."""
+"""`svi runs` on made-up run folders, and what a run leaves behind of its end."""
 
 import json
 import os
@@ -192,7 +192,7 @@ def test_best_prints_the_command_of_the_winner_and_nothing_else(verb, tmp_path, 
          metrics={**DONE, "held_out_elbo_per_row": -0.55})  # fmt: skip
     made(tmp_path / "s" / "2", metrics={**DONE, "held_out_elbo_per_row": -0.1, "stop_reason": "pruned"})
     made(tmp_path / "s" / "3")
-    verb("best", "s")
+    verb("runs", "s", "best=true")
     said = capsys.readouterr()
     assert said.out == "svi train model=wide 'columns.x=[a, b]'\n"
     assert said.err == "s/1: -0.55 nats per row\n"
@@ -201,8 +201,8 @@ def test_best_prints_the_command_of_the_winner_and_nothing_else(verb, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((), "say which: sweep=DIR, or storage=ADDRESS study=NAME."),
-        (("storage=x",), "say which"),
+        (("study=x",), "a study is found by both: storage=ADDRESS study=NAME."),
+        (("storage=x",), "a study is found by both"),
         (("killed",), "no run at or below killed is done"),
         (("mixed",), "have different rows, 1000 (held out 100) and 17 (held out 100)"),
     ],
@@ -212,7 +212,7 @@ def test_best_says_what_it_cannot_compare(verb, tmp_path, capsys, words, sentenc
     made(tmp_path / "mixed" / "0", metrics=DONE)
     made(tmp_path / "mixed" / "1", metrics={**DONE, "rows": 17})
     with pytest.raises(SystemExit) as end:
-        verb("best", *words)
+        verb("runs", *words, "best=true")
     assert end.value.code == 2
     assert sentence in capsys.readouterr().err
 

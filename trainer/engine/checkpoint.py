@@ -171,7 +171,7 @@ class Checkpoints(Callback):
             self._set_aside()
 
     def _set_aside(self) -> None:
-        """Renames checkpoints of later steps than that from which the run goes on, which `newest` would prefer."""
+        """Renames checkpoints of later steps than that from which the run resumes, which `newest` would prefer."""
         later = [path for path in self.folder.glob("step_*.ckpt") if int(path.stem.partition("_")[2]) > self.saved[0]]
         for path in later:
             manifest_of(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.csv always, and whatever loggers were chosen, on rank 0, by our own step."""
+"""Where a run's metrics go: metrics.csv always, and whatever loggers were chosen, on rank 0, by our own step."""
 
 import csv
 import io

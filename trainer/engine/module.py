@@ -80,7 +80,7 @@ class ChunkModule(pl.LightningModule):
 
     @property
     def theta(self) -> Tensor:
-        """The answer [P]: the averaged iterates once averaging has begun, else the last one."""
+        """The result [P]: the averaged iterates once averaging has begun, else the last one."""
         return self.state.average
 
     @property

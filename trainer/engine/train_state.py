@@ -83,7 +83,7 @@ class TrainState:
     stopped: str | None = None
     """Why training has ended before its budget."""
     evidence: dict[str, Any] | None = None
-    """The figures that the last round was judged by."""
+    """The evidence that the last round was judged by."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, as a checkpoint holds them."""
@@ -100,7 +100,7 @@ class TrainState:
         return cls(Problem(**{**problem, "plan": PlanChoice(**content["plan"])}), **given)
 
     def resumed(self, old: "TrainState") -> None:
-        """Takes what goes on from ``old``; not the means of segments that now would end elsewhere."""
+        """Takes over what continues from ``old``; not the means of segments that now would end elsewhere."""
         for name in ("seconds", "passes", "no_newton_at", "ending", "stopped", "evidence"):
             setattr(self, name, getattr(old, name))
         before, now = old.problem, self.problem

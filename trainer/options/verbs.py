@@ -226,12 +226,7 @@ class Export:
 class Runs:
     dir: str
     html: str | None
-    debug: bool
-
-
-@dataclass(frozen=True)
-class Best:
-    sweep: str | None
+    best: bool
     storage: str | None
     study: str | None
     debug: bool
@@ -261,7 +256,6 @@ RECORDS: dict[str, type] = {
     "predict": Predict,
     "export": Export,
     "runs": Runs,
-    "best": Best,
     "sync": Sync,
     "doctor": Doctor,
 }

@@ -1,4 +1,4 @@
-"""Whether the answer lies where the priors allow it: a prior on the wrong scale is seen in its own units."""
+"""Whether the posterior lies where the priors allow it: a prior on the wrong scale is seen in its own units."""
 
 import pyro
 import torch
@@ -13,7 +13,7 @@ _FAR = 5.0  # prior sds
 
 
 def far_from_prior(inference: Inference, theta: torch.Tensor, rows: Batch) -> list[str]:
-    """A sentence for each site whose answer lies more than 5 sds of its Normal prior from that prior's mean.
+    """A sentence for each site whose posterior mean lies more than 5 sds of its Normal prior from that prior's mean.
 
     Among many groups the furthest of n is expected at about sqrt(2 log n), which is below 5 for n < 250,000.
     """

@@ -1,4 +1,4 @@
-"""What the files of a run folder tell of the run, whether it goes on or how it ended."""
+"""What the files of a run folder tell of the run, whether it runs or how it ended."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ class Run:
 
     folder: Path
     status: str
-    """``running``; ``done`` with its figures; ``pruned``, which is done too; ``stopped`` by a signal after saving;
+    """``running``; ``done`` with its metrics; ``pruned``, which is done too; ``stopped`` by a signal after saving;
     ``failed``; else ``killed``: it has ended without a word (or runs where its lock is not seen)."""
     why: str
     """It ended: its stop reason, or the sentence that it left."""
@@ -176,7 +176,7 @@ def _curve(path: Path) -> list[dict[str, str]]:
 
 
 def _of_row(row: dict[str, str]) -> dict[str, Any]:
-    """The figures of the latest chunk: its ELBO is that of the training rows at a draw or two."""
+    """The metrics of the latest chunk: its ELBO is that of the training rows at a draw or two."""
     elbo, per_row = float(row["elbo"]), float(row["elbo_per_row"])
     return {
         "elbo": elbo,

@@ -44,7 +44,7 @@ def make_loggers(cfg: Train, run_dir: Path) -> list[Logger] | bool:
             loggers.append(logger)
     facts: Any = redacted(plain(content))
     for logger in loggers:
-        if not getattr(logger, "goes_on", False):  # MLflow refuses the options of a run that goes on with others
+        if not getattr(logger, "goes_on", False):  # MLflow refuses the options of a resumed run with others
             logger.log_hyperparams({**facts, "code": code_facts()})
     return loggers or False
 

@@ -55,7 +55,7 @@ def _cell(text: str, value: float | None, column: str) -> str:
 
 
 def _curves(runs: Sequence[Run], folder: Path) -> str:
-    """ELBO per row against steps and against seconds, as SVG; of many runs the best and those that go on."""
+    """ELBO per row against steps and against seconds, as SVG; of many runs the best and those that run."""
     try:
         from matplotlib import colormaps
         from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -25,7 +25,7 @@ _OWN = ("run_dir=", "sweep_dir=", "trial=", "ckpt_path=")  # that each run has f
 
 
 def cells(run: Run, folder: Path, now: float) -> list[str]:
-    """What `COLUMNS` name, but the last. Figures of a run without an answer are of its latest chunk, with a ``~``."""
+    """What `COLUMNS` name, but the last. Metrics of a run without a result are of its latest chunk, with a ``~``."""
     about = "" if run.headline is not None else "~"
 
     def figure(name: str, form: str) -> str:
@@ -54,7 +54,7 @@ def cells(run: Run, folder: Path, now: float) -> list[str]:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """The words of each run's command that not all of them were given, as far as they matter to its answer."""
+    """The words of each run's command that not all of them were given, as far as they matter to its result."""
     words = [[word for word in run.overrides if not word.startswith(_OWN)] for run in runs]
     return [" ".join(word for word in mine if not all(word in other for other in words)) for mine in words]
 

@@ -1,4 +1,4 @@
-"""What a tracker keeps of a run besides figures: data, code, the answer, and its own name for the run."""
+"""What a tracker keeps of a run besides metrics: data, code, the result, and its own name for the run."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ _IDS = "trackers.json"
 
 
 class Tracked(Callback):
-    """Hands the data's index (by its hash, never a shard) over when training begins, and the answer at its end.
+    """Hands the data's index (by its hash, never a shard) over when training begins, and the result at its end.
 
     With ``checkpoints`` the newest checkpoint too, also where the run is stopped. What a tracker does not take is said.
     """
@@ -97,7 +97,7 @@ def code_facts() -> dict[str, str | None]:
 
 
 def kept_id(run_dir: Path, tracker: str) -> str | None:
-    """By what name ``tracker`` knows the run of this folder, if it does: a run that goes on is the same run there."""
+    """By what name ``tracker`` knows the run of this folder, if it does: a resumed run is the same run there."""
     try:
         known: str = json.loads((run_dir / _IDS).read_text())[tracker]
         return known

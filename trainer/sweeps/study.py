@@ -104,7 +104,7 @@ class Worker:
         self.study.sampler = self._sampler(sampler)
 
     def _sampler(self, node: DictConfig) -> BaseSampler:
-        """Workers of one seed draw differently, and so does a search that goes on."""
+        """Workers of one seed draw differently, and so does a resumed search."""
         if node.get("seed") is not None:
             node = OmegaConf.merge(node, {"seed": int(node.seed) + self.number})  # type: ignore[assignment]
         factory = build.make(node, partial=True)

@@ -91,7 +91,7 @@ def _run(plugin: Any, worker: Worker, trials: Sequence[optuna.Trial], fixed: lis
 
 
 def _of_trial(plugin: Any, worker: Worker, number: int, words: list[str]) -> list[str]:
-    """What a job is told beside its config: its folder, to go on where it was, and whom to report to."""
+    """What a job is told beside its config: its folder, to resume where it was, and whom to report to."""
     place, name = (QuotedString(text, Quote.single).with_quotes() for text in (worker.address, worker.study.study_name))
     resume = [] if any(word.startswith("ckpt_path=") for word in words) else ["ckpt_path=last"]
     pruned = plugin.pruner is not None and not str(plugin.pruner._target_).endswith(".NopPruner")
@@ -128,7 +128,7 @@ def _close(study: optuna.Study, folder: Path, n_trials: int, console: Console) -
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     console.print(f"{len(trials)} of {counted(n_trials, 'trial')}: {said} · {folder}")
     if done:
-        console.print(f"the best: svi best sweep={folder}")
+        console.print(f"the best: svi runs {folder} best=true")
         _plot(study, folder, console)
 
 

@@ -1,4 +1,4 @@
-"""The end of a run: the exact figures of the final parameters, and the files that hold them."""
+"""The end of a run: the exact metrics of the final parameters, and the files that hold them."""
 
 import dataclasses
 import json
@@ -167,7 +167,7 @@ def shown_error(se: float) -> str:
 
 
 def is_finished(run_dir: Path, step: int) -> bool:
-    """Whether the answer of ``step`` steps was evaluated, and written."""
+    """Whether the result of ``step`` steps was evaluated, and written."""
     try:
         return bool(json.loads((run_dir / _METRICS).read_bytes())["steps"] == step)
     except (FileNotFoundError, ValueError, KeyError):

@@ -13,11 +13,11 @@ from trainer.posterior.posterior import Posterior
 from trainer.training.precision import TYPES
 
 POSTERIOR = "posterior.pt"
-"""The file of a run folder that holds its answer."""
+"""The file of a run folder that holds its result."""
 
 
 def posterior_of(folder: Path, allow: Sequence[str] = ()) -> Posterior:
-    """The answer of a finished run, model and guide made from its config (see `refuse_others`).
+    """The result of a finished run, model and guide made from its config (see `refuse_others`).
 
     Raises UserError where there is none.
     """

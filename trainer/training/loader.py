@@ -110,7 +110,7 @@ def begun(
 
 
 class AverageRounds(Callback):
-    """Goes on from a round's average at its end."""
+    """Continues from a round's average at its end."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(module, ChunkModule)

@@ -25,7 +25,7 @@ _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 
 
 class EndRound:
-    """Goes on from the round's average after Newton steps: with a `Preconditioner` by that curvature, which is then
+    """Continues from the round's average after Newton steps: with a `Preconditioner` by that curvature, which is then
     taken anew at that place; without one by passes over all rows, after ``afford`` steps (None: never), and where they
     fail, after four times as many.
 

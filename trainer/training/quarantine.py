@@ -16,7 +16,7 @@ _NAMED = 5
 
 
 def without_damage(folder: ShardFolder, run_dir: Path, here: World, console: Console) -> ShardFolder:
-    """``folder`` with the index of its intact blocks, which is kept in ``run_dir`` and used again when the run goes on.
+    """``folder`` with the index of its intact blocks, which is kept in ``run_dir`` for when it is resumed.
 
     The ranks share the check of all shards. Raises UserError where nothing is intact, or a shard cannot be reached.
     """

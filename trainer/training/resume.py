@@ -1,4 +1,4 @@
-"""What a run fixes at its first launch, and what must be the same when it goes on.
+"""What a run fixes at its first launch, and what must be the same when it is resumed.
 
 The plan (lanes, batch size, seed) and the number of draws belong to the run, not to the launch: they come from the
 checkpoint where there is one, so that another world size reads the same rows with the same noise. Another batch size,
@@ -25,7 +25,7 @@ Saved = tuple[State, TrainState]
 
 
 def saved(ckpt_path: str | None, run_dir: Path) -> Saved | None:
-    """The checkpoint to go on from: `last` is the newest complete one of ``run_dir``, or None where none was saved."""
+    """The checkpoint to resume from: `last` is the newest complete one of ``run_dir``, or None where none was saved."""
     if ckpt_path is None:
         if any((run_dir / "checkpoints").glob("*.ckpt")):
             raise UserError(f"{run_dir} holds a run already: continue it with ckpt_path=last, or give another run_dir=")

@@ -1,4 +1,4 @@
-"""`stop=converged`: ends training at the end of the round in which the answer is there.
+"""`stop=converged`: ends training at the end of the round in which it has converged.
 
 Every figure comes from what all ranks hold alike, so they decide alike; what a decision needs is in the checkpoints.
 """
@@ -28,7 +28,7 @@ from trainer.inference.recipe.exact_fit import met_exactly
 from trainer.training.newton_steps import EndRound
 
 EXACT = "no_maximum"
-"""Why a run ends whose observations are met exactly: there is no optimum, whatever the other figures say."""
+"""Why a run ends whose observations are met exactly: there is no optimum, whatever the other measures say."""
 _WORDS = {
     "mc_error": "Monte Carlo error of the means {:.2g} sd (limit {:.2g})",
     "scale_error": "Monte Carlo error of the log sds {:.2g} (limit {:.2g})",
@@ -44,7 +44,7 @@ class Stop(Callback):
     An average that Newton steps have replaced is judged by what they leave to go, else by its segments as well. If
     they leave the log scales of small sites as averaged, the segments judge these.
     ``record`` keeps marks and the reason to stop. ``doubts``: what the start said of the
-    model, which is said again where the answer did not come.
+    model, which is said again where the run has not converged.
     """
 
     def __init__(

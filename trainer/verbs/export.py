@@ -1,4 +1,4 @@
-"""`svi export`: the answer of a run for other programs."""
+"""`svi export`: the posterior of a run for other programs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`svi runs`: the runs and sweeps below a folder, as a table and as a page."""
+"""`svi runs`: the runs and sweeps below a folder, as a table and as a page, or the command of the best one."""
 
 import os
 import time
@@ -12,15 +12,21 @@ from trainer.errors import UserError
 from trainer.options.verbs import Runs
 from trainer.runs.folder import find
 from trainer.runs.table import COLUMNS, cells, differences, sweeps
+from trainer.sweeps.winner import print_best
 
 _COLOURS = {"running": "cyan", "done": "green", "failed": "red", "killed": "red", "stopped": "yellow"}
 _WIDE = 220  # characters, where nobody's terminal says
 
 
 def run(cfg: Runs, run_dir: Path) -> float:
-    """Prints the table, writes the page where one is asked for, and returns the number of runs."""
+    """Prints the table, writes the page where one is asked for, and returns the number of runs.
+
+    With ``best`` it prints the best run's command and returns its ELBO per row.
+    """
     del run_dir
     folder = Path(cfg.dir)
+    if cfg.best or cfg.storage is not None or cfg.study is not None:
+        return print_best(folder, cfg.storage, cfg.study)
     if not folder.is_dir():
         raise UserError(f"dir={folder} is not a folder.")
     found, now = find(folder), time.time()

@@ -58,7 +58,7 @@ class ReadThread:
         return future.result()
 
     def ahead(self, calls: Iterable[Callable[[], Answer]]) -> Iterator[Answer]:
-        """What the calls give, the next one made while the caller uses this one's answer."""
+        """What the calls give, the next one made while the caller uses this one."""
         last: Future[Answer] | None = None
         for call in calls:
             coming = self.submit(call)
@@ -76,7 +76,7 @@ class ReadThread:
             self._thread.join(left)
 
     def _quiet(self, asked: float) -> float:
-        """Seconds since anything came, or since the answer was ``asked`` for."""
+        """Seconds since anything came, or since anything was ``asked`` for."""
         found = self._reading()
         return min(time.monotonic() - asked, math.inf if found is None else found.quiet)
 

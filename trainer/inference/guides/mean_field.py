@@ -61,12 +61,12 @@ class Guide(Protocol):
     """(E, n): normals an evaluation takes, without an axis over the rows and per row; the model's own among them."""
 
     kind: str
-    """Its name for reports, with what a reader has to know of the answer."""
+    """Its name for reports, with what a reader has to know of the result."""
 
     still: bool
     """Whether nothing is drawn: its ELBO is a number, without noise."""
     curved: int
-    """How many parameters, from the first, the answer needs the curvature by: `ended` takes it; 0: none."""
+    """How many parameters, from the first, the result needs the curvature by: `ended` takes it; 0: none."""
 
     @property
     def log_q_of_a_draw(self) -> Callable[[Batch], Tensor] | None:
@@ -91,7 +91,7 @@ class Guide(Protocol):
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw: ...
 
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
-        """The parameters of the answer that training leaves open, by the ``hessian`` [curved, curved] of minus the ELBO
+        """The parameters of the result that training leaves open, by the ``hessian`` [curved, curved] of minus the ELBO
         over all rows.
         """
         ...

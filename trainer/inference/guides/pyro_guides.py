@@ -231,7 +231,7 @@ def _is_factor_of(site: Site, trace: poutine.Trace) -> bool:
 
 
 def _kind(guide: Any, drawn_nothing: bool, has_latents: bool) -> str:
-    """In words, what answer a guide gives."""
+    """In words, what posterior a guide gives."""
     if not has_latents:
         return NO_LATENT
     name = type(guide).__name__ if is_autoguide(guide) else getattr(guide, "__name__", type(guide).__name__)

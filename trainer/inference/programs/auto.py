@@ -2,7 +2,7 @@
 
 A compiled step is ready after about as much time as a thousand or several thousand eager ones. Most problems of some
 thousand rows are done before. So the rounds run eagerly up to the first one of a thousand steps, another process
-compiles during the one before it, and the run goes on compiled. A first round of two thousand steps or more (large
+compiles during the one before it, and the run continues compiled. A first round of two thousand steps or more (large
 tables) is compiled from its thousandth step on. Where no round is so long, nothing is compiled.
 
 What was compiled before, how fast the machine is, and when the compiler is done change nothing: two runs take the same
@@ -53,7 +53,7 @@ class Auto:
             self.fused.begin(state, chunk, say)
 
     def prepare(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
-        """Does what is due at the step of ``state``. Raises Untraceable for what has to go on eagerly."""
+        """Does what is due at the step of ``state``. Raises Untraceable for what has to continue eagerly."""
         if state.theta.device.type == "cuda":
             self.stages = ()
         if self._is_compiled(state):

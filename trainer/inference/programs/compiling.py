@@ -1,4 +1,4 @@
-"""A chunk's shared object: found in the cache, or made by a process of its own while this one goes on.
+"""A chunk's shared object: found in the cache, or made by a process of its own while this one continues.
 
 Its name there is a hash of what it depends on and of nothing else: the recipe, the code that turns it into a graph,
 torch, the CPU, the compiler and the threads.
@@ -121,7 +121,7 @@ class Compilation:
         return lines[-1] if lines else f"it ended with exit code {code}"
 
     def abandon(self) -> None:
-        """Ends the compilation, if it goes on, and removes what it has made so far."""
+        """Ends the compilation, if it still runs, and removes what it has made so far."""
         if self._end is not None:
             self._end()
 

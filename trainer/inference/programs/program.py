@@ -56,7 +56,7 @@ class Program(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Ends what `begin` began, where it goes on."""
+        """Ends what `begin` began, where it still runs."""
         ...
 
     def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:

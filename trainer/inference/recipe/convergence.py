@@ -1,4 +1,4 @@
-"""Whether the answer is there: the Monte Carlo error of the averaged iterates, their drift, and the full gradient.
+"""Whether a run has converged: the Monte Carlo error of the averaged iterates, their drift, and the full gradient.
 
 A held-out ELBO cannot see an error of 0.3 standard deviations. The gradient over all rows, times the inverse curvature,
 is the Newton step left. Where the curvature is known that says it all, since its draws are fresh. Where it is not,

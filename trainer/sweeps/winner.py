@@ -1,22 +1,23 @@
-"""`svi best`: the command of the best run of a sweep."""
+"""The command of the best run of a sweep, or of any runs of the same rows."""
 
 import shlex
 import sys
 from pathlib import Path
 
 from trainer.errors import UserError
-from trainer.options.verbs import Best
 from trainer.runs.folder import find
 
 _OF_THE_SWEEP = ("trial=", "run_dir=", "sweep_dir=", "ckpt_path=last")
 
 
-def run(cfg: Best, run_dir: Path) -> float:
-    """Prints the command, alone on standard output, and returns the winner's ELBO per row."""
-    del run_dir
-    if (cfg.sweep is None) == (cfg.storage is None or cfg.study is None):
-        raise UserError("say which: sweep=DIR, or storage=ADDRESS study=NAME.")
-    words, value, place = _of_folder(Path(cfg.sweep)) if cfg.sweep else _of_study(str(cfg.storage), str(cfg.study))
+def print_best(folder: Path, storage: str | None, study: str | None) -> float:
+    """Prints the command, alone on standard output, and returns the winner's ELBO per row.
+
+    Of the runs below ``folder``, or of the ``study`` in ``storage``. Raises UserError where there is none.
+    """
+    if (storage is None) != (study is None):
+        raise UserError("a study is found by both: storage=ADDRESS study=NAME.")
+    words, value, place = _of_folder(folder) if storage is None else _of_study(storage, str(study))
     print(f"{place}: {value:.6g} nats per row", file=sys.stderr)
     print(shlex.join(["svi", "train", *(word for word in words if not word.startswith(_OF_THE_SWEEP))]))
     return value
