@@ -163,17 +163,6 @@ def merge(known: Field | None, found: Field, name: str, file: Path | str) -> Fie
     raise UserError(f"column '{name}' of '{file}' is {_words(found)}, and {_words(known)} before it: make them one.")
 
 
-def merge_words(known: Field | None, found: Field, name: str, file: Path | str) -> Field:
-    """As `merge`, of cells that are all text: columns that do not agree are text."""
-    for field in (known, found):
-        if field is not None and field.kind in (TWICE, NOT_UTF8):
-            return field
-    try:
-        return merge(known, found, name, file)
-    except UserError:
-        return Field("text")
-
-
 def _words(field: Field) -> str:
     return f"{field.kind} of shape {list(field.shape)}" if field.shape else field.kind
 

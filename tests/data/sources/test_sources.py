@@ -16,7 +16,7 @@ import pytest
 
 from trainer.data.fields import TWICE, Field
 from trainer.data.packing.pack import pack
-from trainer.data.sources import text
+from trainer.data.sources import csv_text, text
 from trainer.data.sources.source import Source, open_source
 from trainer.errors import UserError
 
@@ -283,7 +283,7 @@ def test_a_quote_that_is_never_closed_is_named(tmp_path: Path, monkeypatch: pyte
     file.write_text("n,word\n" + "".join(f"{n},fine\n" for n in range(50)) + '50,"lost\n' + "51,fine\n" * 50)
     with pytest.raises(UserError, match=r"""t\.csv': the cell that begins with "lost is never closed"""):
         open_source(file)
-    monkeypatch.setattr(text, "_LONGEST_CELL", 100)
+    monkeypatch.setattr(csv_text, "_LONGEST_CELL", 100)
     with pytest.raises(UserError, match="is never closed"):
         open_source(file)
     file.write_text('n,"wo\nrd"\n1,2\n')
@@ -333,8 +333,6 @@ def test_json_lines_take_their_types_from_all_rows(tmp_path: Path, monkeypatch: 
     assert source.fields == {"a": Field("float"), "b": Field("text"), "c": Field("bool")}
     assert read(source) == {"a": [1.0, 2.5, 3.0], "b": ["x", None, None], "c": [None, None, True]}
     file.write_text('{"a": 1, "b": 0}\n{"a": "one"}\n')
-    assert open_source(file).fields["a"].kind == "int and, from row 1 on, text"
-    monkeypatch.undo()
     assert open_source(file).fields["a"].kind == "numbers and text ('one' in row 1, counted from 0)"
     file.write_text('{"a": 1\n')
     with pytest.raises(UserError, match="cannot read"):

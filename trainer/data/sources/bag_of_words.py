@@ -21,7 +21,8 @@ import pyarrow.csv as pa_csv
 from trainer.data.address import Place
 from trainer.data.fields import CsrRows, Field, Piece, Raw, choose
 from trainer.data.sources.place import is_compressed, opened, stamp
-from trainer.data.sources.text import piece_text, svmlight_rows, texts
+from trainer.data.sources.svmlight import svmlight_rows
+from trainer.data.sources.text import piece_text, texts
 from trainer.errors import UserError, counted
 
 NAME = "counts"

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 from trainer.data.address import Place, filesystem, is_address
 from trainer.data.fields import Field, Piece, Raw, choose, numpy_field, pieces_of, schema_fields
 from trainer.data.sources.bag_of_words import inspect_docword, inspect_ldac, read_docword, read_ldac
+from trainer.data.sources.csv_text import inspect_csv, join_csv, read_csv
 from trainer.data.sources.h5ad import inspect_h5ad, read_h5ad
+from trainer.data.sources.json_lines import inspect_json, join_json, read_json
 from trainer.data.sources.place import opened
-from trainer.data.sources.text import inspect_csv, inspect_json, inspect_svmlight, read_csv, read_json, read_svmlight
+from trainer.data.sources.svmlight import inspect_svmlight, read_svmlight
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,3 +154,6 @@ FORMATS: dict[str, tuple[Inspect, Read]] = {
     **dict.fromkeys((".ldac", ".dat"), (inspect_ldac, read_ldac)),
     **dict.fromkeys((".svm", ".svmlight", ".libsvm"), (inspect_svmlight, read_svmlight)),
 }
+Join = Callable[[Field | None, Field, str, Place], Field]
+JOINS: dict[str, Join] = {".csv": join_csv, **dict.fromkeys((".jsonl", ".ndjson"), join_json)}
+"""The field of a column of several files, where it is not `merge`'s."""

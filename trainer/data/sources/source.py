@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 import pyarrow as pa
 
 from trainer.data.address import Place, is_address
-from trainer.data.fields import Field, Piece, Raw, choose, merge, merge_words, pieces_of, schema_fields
+from trainer.data.fields import Field, Piece, Raw, choose, merge, pieces_of, schema_fields
 from trainer.data.shards.index import INDEX_NAME
-from trainer.data.sources.formats import FORMATS, Read, open_dataset
+from trainer.data.sources.csv_text import join_csv, settle_csv
+from trainer.data.sources.formats import FORMATS, JOINS, Read, open_dataset
 from trainer.data.sources.place import files_at, suffix
 from trainer.errors import UserError, first_line
 
@@ -122,7 +123,7 @@ def open_source(pattern: str | Path, names: Iterable[str] | None = None) -> File
         return _open_folder(str(pattern), names)
     files = _files(str(pattern))
     inspect, read = FORMATS[suffix(files[0])]
-    join = merge_words if suffix(files[0]) == ".csv" else merge
+    join = JOINS.get(suffix(files[0]), merge)
     fields: dict[str, Field] = {}
     pieces: list[tuple[int, Piece]] = []
     for number, file in enumerate(files):
@@ -135,6 +136,9 @@ def open_source(pattern: str | Path, names: Iterable[str] | None = None) -> File
         pieces += [(number, part) for part in parts]
     if not pieces:
         raise UserError(f"'{pattern}' has no rows: check that it is the file you meant.")
+    if join is join_csv:
+        with _reading(pattern):
+            fields = settle_csv(files, fields, pieces)
     return FileSource(str(pattern), files, fields, pieces, read)
 
 
