@@ -22,24 +22,12 @@ from trainer.errors import RankLost, UserError, exit_code, meant
 from trainer.options.allowed import typed
 from trainer.options.config import config_folder, register_open_nodes
 from trainer.options.entrance import check, options
+from trainer.options.verbs import VERBS
 from trainer.runs.folder import end_noted
 from trainer.runs.secrets import handed_on, redact_files, redacted
 
-VERBS = {
-    "shard": "pack a table into shards",
-    "verify": "check every hash of a shard folder",
-    "inspect": "what a shard folder holds",
-    "train": "fit a model to a table or its shards",
-    "predict": "new observations at the rows of a table",
-    "export": "the posterior for ArviZ, or as safetensors",
-    "runs": "the runs and sweeps below a folder, or the command of the best one",
-    "sync": "what was logged offline, to W&B",
-    "doctor": "what this machine or allocation can do, and what is wrong with it",
-}
-
 Run = Callable[[Any, Path], float]
-"""A verb: its record and the folder of its run, to the number that it returns."""
-_BARE = {"runs": "dir", "sync": "dir"}  # what a first word without a key says
+"""`run` of `trainer.verbs.NAME`: its record and the folder of its run, to the number that it returns."""
 _FLAGS = {"--html": "html=runs.html"}
 _MOVED = {"best": "svi runs DIR best=true"}
 _SPELLINGS = {"standardise=": "standardize="}
@@ -57,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: svi VERB key=value ...\n")
-        print("\n".join(f"  svi {verb:<8} {what}" for verb, what in VERBS.items()))
+        print("\n".join(f"  svi {verb:<8} {what}" for verb, (what, *_) in VERBS.items()))
         print('\nsvi VERB --help lists its options; eval "$(svi completion)" has the shell complete them.')
         return
     if arguments[0] not in VERBS:
@@ -67,13 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     verb, *overrides = arguments
     if {"-h", "--help"} & set(overrides):
-        print(import_module("trainer.options.help").text(config_folder(), verb, VERBS[verb], overrides), end="")
+        print(import_module("trainer.options.help").text(config_folder(), verb, VERBS[verb].help, overrides), end="")
         return
     overrides = [_FLAGS.get(word, word) for word in overrides]
     for other, ours in _SPELLINGS.items():
         overrides = [ours + word.removeprefix(other) if word.startswith(other) else word for word in overrides]
-    if verb in _BARE and overrides and not re.search("^-|=", overrides[0]):
-        overrides[0] = f"{_BARE[verb]}={overrides[0]}"
+    if VERBS[verb].bare and overrides and not re.search("^-|=", overrides[0]):
+        overrides[0] = f"{VERBS[verb].bare}={overrides[0]}"
     if _rank():  # the others take the folder of rank 0
         overrides += ["hydra.run.dir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     register_open_nodes()

@@ -9,7 +9,7 @@ from trainer.options.help import text
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_every_option_of_a_verb_and_nothing_of_hydra(verb):
-    said = text(config_folder(), verb, VERBS[verb])
+    said = text(config_folder(), verb, VERBS[verb].help)
     options = _options((config_folder() / f"{verb}.yaml").read_text())
     assert "debug: false" in options[-1] or verb == "train"
     assert all(line in said for line in options)

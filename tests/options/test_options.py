@@ -71,7 +71,7 @@ def every_option() -> dict[tuple[str, str], tuple[str, ...]]:
 
 def kind_of(verb: str, name: str, cfg: DictConfig) -> Any:
     """The kind of an option, by its name; None: it is of a part, or in one, that is open."""
-    kinds, above, kind = kinds_of(verbs.RECORDS[verb]), "", None
+    kinds, above, kind = kinds_of(verbs.VERBS[verb].record), "", None
     for word in name.split("."):
         kind = kinds.get(word)
         if kind is None:
@@ -164,7 +164,7 @@ def test_what_conf_says_is_what_a_record_takes():
     for verb in cli.VERBS:
         made = options(verb, composed(verb, given(verb)))
         assert plain(made).keys() == {str(name) for name in composed(verb, given(verb))}
-        for kind in kinds_of(verbs.RECORDS[verb]).values():
+        for kind in kinds_of(verbs.VERBS[verb].record).values():
             if not hasattr(kind, "__dataclass_fields__") and part_of(kind) is None:
                 assert words(kind)
 

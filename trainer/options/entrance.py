@@ -113,7 +113,7 @@ def composed(verb: str, words: Sequence[str], hydra: bool = False) -> DictConfig
 
 def _told(verb: str, content: dict[str, Any]) -> Any:
     try:
-        return record(verbs.RECORDS[verb], content)
+        return record(verbs.VERBS[verb].record, content)
     except Unknown as error:
         raise _unknown(verb, error.key) from None
 

@@ -1,7 +1,7 @@
-"""The record of each verb: the types of its options. Defaults and comments stand in conf/VERB.yaml."""
+"""The verbs, and the record of each: the types of its options. Defaults and comments stand in conf/VERB.yaml."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -248,14 +248,27 @@ class Doctor:
     trainer: Annotated[DictConfig, PartOf(Trainer)]
 
 
-RECORDS: dict[str, type] = {
-    "shard": Shard,
-    "verify": Verify,
-    "inspect": Inspect,
-    "train": Train,
-    "predict": Predict,
-    "export": Export,
-    "runs": Runs,
-    "sync": Sync,
-    "doctor": Doctor,
+class Verb(NamedTuple):
+    """What the command knows of a verb before it loads `trainer.verbs.NAME`, whose `run` takes the record and a folder.
+
+    `run(record, folder)` prints what it finds, raises `UserError` for what the user can fix, and returns the number
+    that a search compares (nats per row), or how many things it has done.
+    """
+
+    help: str
+    record: type
+    bare: str | None = None
+    """The option that a first word without a key stands for."""
+
+
+VERBS = {
+    "shard": Verb("pack a table into shards", Shard),
+    "verify": Verb("check every hash of a shard folder", Verify),
+    "inspect": Verb("what a shard folder holds", Inspect),
+    "train": Verb("fit a model to a table or its shards", Train),
+    "predict": Verb("new observations at the rows of a table", Predict),
+    "export": Verb("the posterior for ArviZ, or as safetensors", Export),
+    "runs": Verb("the runs and sweeps below a folder, or the command of the best one", Runs, bare="dir"),
+    "sync": Verb("what was logged offline, to W&B", Sync, bare="dir"),
+    "doctor": Verb("what this machine or allocation can do, and what is wrong with it", Doctor),
 }
