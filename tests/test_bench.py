@@ -20,9 +20,9 @@ from scripts.benchmark.worker import CONTENDERS
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
 from trainer.engine.datamodule import ChunkData, Ranks
-from trainer.inference.estimates.full_elbo import Block
-from trainer.inference.estimates.full_gradient import Draws, Pass, full_gradient
+from trainer.inference.estimates.full_gradient import Draws, full_gradient
 from trainer.inference.estimates.many_draws import terms_together
+from trainer.inference.estimates.passes import Block, Pass
 from trainer.inference.objectives.elbo import ELBO
 from trainer.models.hierarchical import VaryingSlopes
 

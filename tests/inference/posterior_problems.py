@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.inference.estimates.full_elbo import Block, ElboEstimate, Reduce, full_elbo
+from trainer.inference.estimates.full_elbo import ElboEstimate, full_elbo
+from trainer.inference.estimates.passes import Block, Pass, Reduce
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO
@@ -47,7 +48,7 @@ def alone(tensor: Tensor) -> Tensor:
 
 def elbo(inference: Inference, theta: Tensor, blocks: list[Block], seed: int = 0) -> ElboEstimate:
     """On one rank."""
-    return full_elbo(inference, theta, blocks, len(blocks), seed, alone)
+    return full_elbo(inference, theta, Pass(blocks, len(blocks), seed, alone))
 
 
 class _NotYetSummed(Exception):

@@ -10,7 +10,7 @@ import torch.multiprocessing as multiprocessing
 
 from trainer.distributed.comm import ALONE, Group
 from trainer.errors import UserError
-from trainer.inference.estimates.full_elbo import Block
+from trainer.inference.estimates.passes import Block
 from trainer.posterior.full_data import together
 
 

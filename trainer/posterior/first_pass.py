@@ -7,7 +7,7 @@ import numpy as np
 from trainer.data.shards.folder import ShardFolder
 from trainer.errors import UserError
 from trainer.inference.checks.observed import RowCheck
-from trainer.inference.estimates.full_elbo import Block
+from trainer.inference.estimates.passes import Block
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import Column, Jagged, cat
 

@@ -13,17 +13,16 @@ from trainer.data.shards.index import ROW_ID
 from trainer.data.shards.read_thread import ReadThread
 from trainer.distributed.comm import Comm
 from trainer.errors import UserError
-from trainer.inference.estimates.full_elbo import Block, Reduce
 from trainer.inference.estimates.full_gradient import (
     FEW,
     Draws,
-    Pass,
     full_gradient,
     full_hessian,
     full_loss,
     full_product,
 )
 from trainer.inference.estimates.many_draws import Together, terms_together
+from trainer.inference.estimates.passes import Block, Pass, Reduce
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.ragged import cat
 from trainer.inference.optim.variance_reduction import Preconditioner
@@ -54,17 +53,18 @@ class FullData:
         """Block ``number``, or its first ``rows`` rows, of the type and on the device of ``like``."""
         return self._made(number, self._read([number])[0], like, rows)
 
-    def blocks(self, like: Tensor, step: int, count: int | None = None) -> tuple[Iterator[Block], Reduce]:
-        """This rank's blocks of the first ``count``, and the sum over the ranks of what was made of them.
+    def once(self, like: Tensor, step: int, seed: int, count: int | None = None) -> Pass:
+        """A pass over the rows, or over those of the first ``count`` blocks, by the draws of a ``seed``.
 
         ``like``: as for `block`; ``step``: how many were taken. An error that ends the blocks of one rank is raised on
         all of them, at the sum.
         """
-        return self.groups(like, step, [[number] for number in range(len(self.folder.block_rows))][:count])
+        return self.by_groups(like, step, seed, [[number] for number in range(len(self.folder.block_rows))][:count])
 
-    def groups(self, like: Tensor, step: int, groups: Groups) -> tuple[Iterator[Block], Reduce]:
-        """As `blocks`, each of the ``groups`` as one block."""
-        return together(self._groups(like, step, groups), self.comm)
+    def by_groups(self, like: Tensor, step: int, seed: int, groups: Groups) -> Pass:
+        """As `once`, each of the ``groups`` as one block."""
+        blocks, total = together(self._groups(like, step, groups), self.comm)
+        return Pass(blocks, len(groups), seed, total)
 
     def _groups(self, like: Tensor, step: int, groups: Groups) -> Iterator[Block]:
         """This rank's, the next one read ahead."""
@@ -135,9 +135,8 @@ class FullLoss:
         sizes = self.rows.folder.block_rows
         count, size = len(sizes), max(1, _TOGETHER // int(sizes[0]))
         groups = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        blocks, total = self.rows.groups(theta, step, groups)
         self.passed()
-        return Pass(blocks, len(groups), mixed_seed(self.seed, step, 0xF011 + fresh), total)
+        return self.rows.by_groups(theta, step, mixed_seed(self.seed, step, 0xF011 + fresh), groups)
 
 
 def together(blocks: Iterator[Block], comm: Comm) -> tuple[Iterator[Block], Reduce]:

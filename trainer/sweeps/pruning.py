@@ -46,8 +46,8 @@ class PruningCallback(Callback):
         assert isinstance(module, ChunkModule)
         if module.step not in self.ends or trainer.should_stop:
             return
-        here, total = self.rows.blocks(module.theta, module.step, few_blocks(self.rows.folder))
-        value = rough_elbo_per_row(module.inference, module.theta, here, self.seed, total)
+        rows = self.rows.once(module.theta, module.step, self.seed, few_blocks(self.rows.folder))
+        value = rough_elbo_per_row(module.inference, module.theta, rows)
         end = trainer.is_global_zero and self._is_pruned(self.ends.index(module.step) + 1, value)
         if module.comm.largest(int(end), module.device):
             self.record.stopped = "pruned"

@@ -56,15 +56,12 @@ class FinalEvaluation:
 
     def _evaluated(self, module: ChunkModule, theta: torch.Tensor) -> dict[str, Any]:
         inference = module.inference
-        preconditioner = module.state.preconditioner
-        count = len(self.rows.folder.block_rows)
-        here, total = self.rows.blocks(theta, module.step)
-        fitted = full_elbo(inference, theta, here, count, self.seed, total, preconditioner)
+        rows = self.rows.once(theta, module.step, self.seed)
+        fitted = full_elbo(inference, theta, rows, module.state.preconditioner)
         held_out = None
         if self.held_out is not None:
-            count = len(self.held_out.folder.block_rows)
-            here, total = self.held_out.blocks(theta, module.step)
-            held_out = held_out_elbo_per_row(inference, theta, here, count, self.seed, total, fitted)
+            rows = self.held_out.once(theta, module.step, self.seed)
+            held_out = held_out_elbo_per_row(inference, theta, rows, fitted)
         return {
             "elbo": fitted.elbo,
             "elbo_se": fitted.elbo_se,

@@ -17,6 +17,7 @@ from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.errors import UserError
 from trainer.inference.estimates.full_elbo import rough_elbo_per_row
+from trainer.inference.estimates.passes import Pass
 from trainer.inference.model.plates import Batch
 from trainer.inference.setup import guide_factory
 from trainer.inference.step import in_dtype
@@ -171,13 +172,12 @@ class VariationalModule(ChunkModule):
             return  # before there is anything to validate
         with in_dtype(self._float_type), torch.enable_grad():
             if self._final is not None and self._final.held_out is not None:
-                blocks, total = self._final.held_out.blocks(self.theta, self.step)
-                rows = 1
+                rows, size = self._final.held_out.once(self.theta, self.step, self._seed), 1
             else:
                 block = self._run_of_loader().block(batch, batch_idx)
-                blocks, total, rows = iter([block]), ALONE.sum, len(block.row_id)
-            found = rough_elbo_per_row(self.inference, self.theta, blocks, self._seed, total)
-        self.log("val_elbo_per_row", found, batch_size=rows, sync_dist=self._final is None, prog_bar=True)
+                rows, size = Pass([block], 1, self._seed, ALONE.sum), len(block.row_id)
+            found = rough_elbo_per_row(self.inference, self.theta, rows)
+        self.log("val_elbo_per_row", found, batch_size=size, sync_dist=self._final is None, prog_bar=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Prediction]:
         with in_dtype(self._float_type), torch.enable_grad():

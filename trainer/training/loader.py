@@ -15,7 +15,7 @@ from trainer.data.shards.index import Index
 from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import PlanChoice, TrainState
 from trainer.errors import UserError
-from trainer.inference.estimates.full_elbo import Block
+from trainer.inference.estimates.passes import Block
 from trainer.inference.model.plates import Batch, arguments
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.program import Eager

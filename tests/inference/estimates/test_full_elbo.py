@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.inference.estimates import full_elbo as elbo_module
 from trainer.inference.estimates.full_elbo import full_elbo, held_out_elbo_per_row, rough_elbo_per_row
 from trainer.inference.estimates.many_draws import Antithetic, terms_together
+from trainer.inference.estimates.passes import Pass
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import PlatedModel
 from trainer.models.linear import LinearRegression, Statistics, exact_posterior
@@ -89,11 +90,11 @@ def test_a_rough_elbo_is_exact_where_pairs_are_also_over_some_of_the_rows_and_on
     some = {name: column[: SIZES[0] + SIZES[1]] for name, column in table.items()}
     likelihood, divergence = tilted_exact(some, loc, scale)
     exact = likelihood / len(some["y"]) - divergence / len(table["y"])
-    found = rough_elbo_per_row(inference, at(loc, scale), blocks[:2], 0, alone)
+    found = rough_elbo_per_row(inference, at(loc, scale), Pass(blocks[:2], 2, 0, alone))
     assert math.isclose(found, exact, rel_tol=1e-12)
 
     def of_rank(rank, reduce):
-        return rough_elbo_per_row(inference, at(loc, scale), blocks[:2][rank::3], 0, reduce)
+        return rough_elbo_per_row(inference, at(loc, scale), Pass(blocks[:2][rank::3], 2, 0, reduce))
 
     assert all(math.isclose(each, exact, rel_tol=1e-12) for each in on_ranks(3, of_rank))
 
@@ -225,7 +226,7 @@ def test_ranks_agree_with_one_rank(table, few_pairs, name, world_size):
     alone_ = elbo(inference, theta, blocks, seed=2)
 
     def on(rank, reduce):
-        return full_elbo(inference, theta, iter(blocks[rank::world_size]), len(blocks), 2, reduce)
+        return full_elbo(inference, theta, Pass(iter(blocks[rank::world_size]), len(blocks), 2, reduce))
 
     for found in on_ranks(world_size, on):
         assert found.rows == alone_.rows == 24
@@ -277,7 +278,11 @@ def test_held_out_rows_pay_the_training_rows_share_of_the_kl(table, few_pairs):
     held_out = {name: column[:5] + 1.0 for name, column in table.items()}
     blocks = blocks_of(held_out, (3, 2))
     expected = tilted_exact(held_out, loc, scale)[0] / 5 - tilted_exact(table, loc, scale)[1] / 24
-    found = held_out_elbo_per_row(inference, theta, blocks, 2, 0, alone, fitted)
+    found = held_out_elbo_per_row(inference, theta, Pass(blocks, 2, 0, alone), fitted)
     assert math.isclose(found, expected, rel_tol=1e-12)
-    ranks = on_ranks(3, lambda r, sums: held_out_elbo_per_row(inference, theta, blocks[r::3], 2, 0, sums, fitted))
+
+    def of_rank(rank, reduce):
+        return held_out_elbo_per_row(inference, theta, Pass(blocks[rank::3], 2, 0, reduce), fitted)
+
+    ranks = on_ranks(3, of_rank)
     assert all(math.isclose(each, found, rel_tol=1e-12) for each in ranks)

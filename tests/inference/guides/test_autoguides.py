@@ -25,9 +25,9 @@ from svi_problems import (
 )
 
 from trainer.errors import UserError
-from trainer.inference.estimates.full_elbo import Block
-from trainer.inference.estimates.full_gradient import Pass, full_hessian
+from trainer.inference.estimates.full_gradient import full_hessian
 from trainer.inference.estimates.many_draws import terms_together
+from trainer.inference.estimates.passes import Block, Pass
 from trainer.inference.guides.auto_laplace import Laplace
 from trainer.inference.model.latents import is_latent
 from trainer.inference.setup import guide_factory, mean_field

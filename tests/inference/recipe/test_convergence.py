@@ -7,9 +7,10 @@ import pytest
 import torch
 from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
 
-from trainer.inference.estimates.full_elbo import Block, full_elbo
-from trainer.inference.estimates.full_gradient import MANY, Pass, even_normals, full_gradient, full_product
+from trainer.inference.estimates.full_elbo import full_elbo
+from trainer.inference.estimates.full_gradient import MANY, even_normals, full_gradient, full_product
 from trainer.inference.estimates.many_draws import terms_together
+from trainer.inference.estimates.passes import Block, Pass
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD
 from trainer.inference.optim.rounds import Round
@@ -164,8 +165,8 @@ def test_the_elbo_of_a_gaussian_problem_has_no_error_left(problem):
     _, covariance, log_evidence = regression_posterior(**DATA)
     precision = torch.linalg.inv(covariance)
     kl = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
-    whole = list(the_blocks(12))
-    found = full_elbo(inference, optimum, whole, 1, 0, lambda each: each, preconditioner)
+    whole = Pass(list(the_blocks(12)), 1, 0, lambda each: each)
+    found = full_elbo(inference, optimum, whole, preconditioner)
     assert found.elbo == pytest.approx(float(log_evidence - kl), abs=1e-6)
     assert found.elbo_se < 1e-6
-    assert full_elbo(inference, optimum, whole, 1, 0, lambda each: each).elbo_se > 1e-3
+    assert full_elbo(inference, optimum, whole).elbo_se > 1e-3

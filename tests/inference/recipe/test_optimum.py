@@ -7,9 +7,9 @@ import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
-from trainer.inference.estimates.full_elbo import Block
-from trainer.inference.estimates.full_gradient import Draws, Pass, full_loss
+from trainer.inference.estimates.full_gradient import Draws, full_loss
 from trainer.inference.estimates.many_draws import terms_together
+from trainer.inference.estimates.passes import Block, Pass
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO

@@ -7,17 +7,15 @@ ranks. Sums are float64.
 """
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.inference.estimates.many_draws import Antithetic, terms_together
+from trainer.inference.estimates.passes import Block, Pass, Reduce
 from trainer.inference.model.noise import mixed_seed
-from trainer.inference.model.plates import WEIGHT, Batch
-from trainer.inference.model.ragged import Column
+from trainer.inference.model.plates import WEIGHT
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.step import Inference
 
@@ -48,99 +46,55 @@ class ElboEstimate:
         return self.elbo / self.rows
 
 
-class Block(NamedTuple):
-    """One block of rows: its ``number`` names its noise."""
-
-    number: int
-    columns: dict[str, Column]
-    """Each [B, ...]."""
-    row_id: Tensor
-    """int64 [B]."""
-
-    @property
-    def batch(self) -> Batch:
-        """All of its rows, at scale 1."""
-        return Batch.whole(self.columns, self.row_id)
-
-
-Reduce = Callable[[Tensor], Tensor]
-
-
 def full_elbo(
-    inference: Inference,
-    theta: Tensor,
-    blocks: Iterable[Block],
-    num_blocks: int,
-    seed: int,
-    reduce: Reduce,
-    preconditioner: Preconditioner | None = None,
+    inference: Inference, theta: Tensor, rows: Pass, preconditioner: Preconditioner | None = None
 ) -> ElboEstimate:
-    """The ELBO over the ``num_blocks`` blocks of all ranks, of which ``blocks`` are this rank's.
-
-    ``reduce`` sums a tensor over the ranks; ``preconditioner`` gives a control variate for the draws.
-    """
-    at = _draws(inference, theta, seed)
-    likelihood, variance, rows, first = _likelihood(at, blocks, num_blocks, reduce, preconditioner)
+    """The ELBO over all ``rows``; ``preconditioner`` gives a control variate for the draws."""
+    at = _draws(inference, theta, rows.seed)
+    likelihood, variance, count, first = _likelihood(at, rows, preconditioner)
     # A rank without a block takes the KL of those that have one; these agree.
     here = (0.0, 0.0) if first is None else _global_kl(at, first, math.sqrt(variance))
-    kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, reduce)
+    kl, kl_se, ranks = _sum([*here, float(first is not None)], theta, rows.reduce)
     kl, kl_se = kl / ranks, kl_se / ranks
-    return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, rows)
+    return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, count)
 
 
-def held_out_elbo_per_row(
-    inference: Inference,
-    theta: Tensor,
-    blocks: Iterable[Block],
-    num_blocks: int,
-    seed: int,
-    reduce: Reduce,
-    fitted: ElboEstimate,
-) -> float:
-    """Nats per held-out row, each with its share of the KL that the training rows (``fitted``) paid.
-
-    ``blocks``, ``num_blocks`` and ``reduce`` as in :func:`full_elbo`, of the held-out rows.
-    """
-    likelihood, _, rows, _ = _likelihood(_draws(inference, theta, seed), blocks, num_blocks, reduce)
-    return likelihood / rows - fitted.kl / fitted.rows if rows else math.nan
+def held_out_elbo_per_row(inference: Inference, theta: Tensor, rows: Pass, fitted: ElboEstimate) -> float:
+    """Nats per held-out row, each with its share of the KL that the training rows (``fitted``) paid."""
+    likelihood, _, count, _ = _likelihood(_draws(inference, theta, rows.seed), rows)
+    return likelihood / count - fitted.kl / fitted.rows if count else math.nan
 
 
-def rough_elbo_per_row(
-    inference: Inference, theta: Tensor, blocks: Iterable[Block], seed: int, reduce: Reduce
-) -> float:
-    """Nats per row of the ``blocks`` of all ranks, from the fewest draws, the same ones at every step and in every run.
+def rough_elbo_per_row(inference: Inference, theta: Tensor, rows: Pass) -> float:
+    """Nats per row of ``rows``, all or some, from the fewest draws, the same ones at every step and in every run.
 
     To compare runs by while they go on: a hundredth of what the closing figures take.
     """
-    likelihood, kl, rows, count = 0.0, 0.0, 0.0, 0
-    at = _draws(inference, theta, seed)
-    for block in blocks:
+    likelihood, kl, count, blocks = 0.0, 0.0, 0.0, 0
+    at = _draws(inference, theta, rows.seed)
+    for block in rows.blocks:
         for pairs in at.pairs(block.batch, block.number, 0, _FEWEST_PAIRS):
             likelihood += float(pairs.inside.sum()) / _FEWEST_PAIRS
             kl -= float(pairs.outside.sum()) / _FEWEST_PAIRS
-        rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
-        count += 1
-    likelihood, kl, rows, total = _sum([likelihood, kl, rows, count], theta, reduce)
-    return likelihood / rows - kl / total / inference.num_obs
+        count += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
+        blocks += 1
+    likelihood, kl, count, total = _sum([likelihood, kl, count, blocks], theta, rows.reduce)
+    return likelihood / count - kl / total / inference.num_obs
 
 
 def _likelihood(
-    at: Antithetic,
-    blocks: Iterable[Block],
-    num_blocks: int,
-    reduce: Reduce,
-    preconditioner: Preconditioner | None = None,
+    at: Antithetic, rows: Pass, preconditioner: Preconditioner | None = None
 ) -> tuple[float, float, float, Block | None]:
     """What stands inside the data plate, over all ranks: mean, its variance, rows; and this rank's first block."""
-    most, enough = max(_FEWEST_PAIRS, _PAIRS // num_blocks), _SE / math.sqrt(num_blocks)
-    first, likelihood, variance, rows, inference = None, 0.0, 0.0, 0.0, at.together.inference
-    for block in blocks:
+    most, enough = max(_FEWEST_PAIRS, _PAIRS // rows.num_blocks), _SE / math.sqrt(rows.num_blocks)
+    first, likelihood, variance, count, inference = None, 0.0, 0.0, 0.0, at.together.inference
+    for block in rows.blocks:
         if first is None:
             first = block
         mean, se = _block_likelihood(at, block, most, enough, preconditioner)
         likelihood, variance = likelihood + mean, variance + se**2
-        rows += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
-    likelihood, variance, total = _sum([likelihood, variance, rows], at.theta, reduce)
+        count += float(block.columns[WEIGHT].sum()) if inference.model.weighted else len(block.row_id)
+    likelihood, variance, total = _sum([likelihood, variance, count], at.theta, rows.reduce)
     return likelihood, variance, total, first
 
 

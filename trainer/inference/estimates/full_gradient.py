@@ -8,7 +8,7 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from trainer.inference.estimates.derivatives import second_derivative
-from trainer.inference.estimates.full_elbo import Block
 from trainer.inference.estimates.many_draws import Normals, Together, normals_of
+from trainer.inference.estimates.passes import Block, Pass
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.optim.variance_reduction import Preconditioner
 
@@ -34,21 +34,14 @@ FEW = Draws(16, 1)
 MANY = Draws(64, 16_384)  # in smaller parts rows are not alike, as a control variate takes them to be
 
 
-class Pass(NamedTuple):
-    """Once over all rows."""
+class _Derivative(NamedTuple):
+    """What is summed over the parts of the rows."""
 
-    blocks: Iterable[Block]
-    """This rank's."""
-    num_blocks: int
-    """Of all ranks."""
-    seed: int
-    """Names the draws."""
-    reduce: Callable[[Tensor], Tensor]
-    """The sum over the ranks."""
-
-
-Derivative = Callable[[Tensor, Tensor], Tensor]
-"""Of a loss [] (nats) by theta [P], which it was made from; linear in the loss."""
+    of: Callable[[Tensor, Tensor], Tensor]
+    """float64 [size]: of a loss [] (nats) by theta [P], which it was made from; linear in the loss."""
+    size: int
+    by_chance: Callable[[Tensor, int], Tensor] | None = None
+    """float64 [size]: what a part's draws [pairs, E] add on so many rows, which has mean 0."""
 
 
 def full_gradient(
@@ -74,7 +67,7 @@ def full_gradient(
     def derivative(loss: Tensor, at: Tensor) -> Tensor:
         return torch.autograd.grad(loss, at)[0].double()
 
-    return _over_parts(together, theta, rows, draws, derivative, len(theta), preconditioner and by_chance)
+    return _over_parts(together, theta, rows, draws, _Derivative(derivative, len(theta), preconditioner and by_chance))
 
 
 def full_product(together: Together, theta: Tensor, along: Tensor, rows: Pass) -> Tensor:
@@ -85,7 +78,7 @@ def full_product(together: Together, theta: Tensor, along: Tensor, rows: Pass) -
         slope = grad[: len(along)] @ along.to(grad.dtype)
         return torch.autograd.grad(slope, at)[0][: len(along)].double()
 
-    return _over_parts(together, theta, rows, FEW, derivative, len(along))
+    return _over_parts(together, theta, rows, FEW, _Derivative(derivative, len(along)))
 
 
 def full_loss(together: Together, theta: Tensor, rows: Pass, draws: Draws) -> tuple[float, Tensor]:
@@ -94,7 +87,7 @@ def full_loss(together: Together, theta: Tensor, rows: Pass, draws: Draws) -> tu
     def derivative(loss: Tensor, at: Tensor) -> Tensor:
         return torch.cat([loss.detach()[None], torch.autograd.grad(loss, at)[0].double()])
 
-    found = _over_parts(together, theta, rows, draws, derivative, 1 + len(theta))
+    found = _over_parts(together, theta, rows, draws, _Derivative(derivative, 1 + len(theta)))
     return float(found[0]), found[1:]
 
 
@@ -105,22 +98,12 @@ def full_hessian(together: Together, theta: Tensor, size: int, rows: Pass) -> Te
         (grad,) = torch.autograd.grad(loss, at, create_graph=True)
         return second_derivative(grad[:size], at)[:, :size].double().flatten()
 
-    return _over_parts(together, theta, rows, ONE, derivative, size * size).view(size, size)
+    return _over_parts(together, theta, rows, ONE, _Derivative(derivative, size * size)).view(size, size)
 
 
-def _over_parts(
-    together: Together,
-    theta: Tensor,
-    rows: Pass,
-    draws: Draws,
-    derivative: Derivative,
-    size: int,
-    by_chance: Callable[[Tensor, int], Tensor] | None = None,
-) -> Tensor:
-    """The sum [size] of the derivatives of all parts, less what a part's draws [pairs, E] add on so many rows
-    ``by_chance``.
-    """
-    of_block, total = math.ceil(draws.pairs / rows.num_blocks), theta.new_zeros(size, dtype=torch.float64)
+def _over_parts(together: Together, theta: Tensor, rows: Pass, draws: Draws, derivative: _Derivative) -> Tensor:
+    """The sum [size] of the derivatives of all parts, less what their draws add by chance."""
+    of_block, total = math.ceil(draws.pairs / rows.num_blocks), theta.new_zeros(derivative.size, dtype=torch.float64)
     for block in rows.blocks:
         parts = min(of_block, max(1, len(block.row_id) // draws.part_rows))
         pairs = math.ceil(of_block / parts)
@@ -130,8 +113,8 @@ def _over_parts(
             signs = together.inference.objective.signs
             normals = Normals.of(elements, of_rows, [seed for seed in seeds for _ in signs], signs)
             total += _of_part(together, theta, part, normals, 1.0 / (rows.num_blocks * parts), derivative)
-            if by_chance is not None:
-                total -= by_chance(elements, len(part.row_id))
+            if derivative.by_chance is not None:
+                total -= derivative.by_chance(elements, len(part.row_id))
     return rows.reduce(total)
 
 
@@ -153,7 +136,7 @@ def _noise(
 
 
 def _of_part(
-    together: Together, theta: Tensor, block: Block, normals: Normals, share: float, derivative: Derivative
+    together: Together, theta: Tensor, block: Block, normals: Normals, share: float, derivative: _Derivative
 ) -> Tensor:
     """Of the mean loss over the draws, in slices that fit memory."""
     batch, count, at = block.batch, len(normals.seeds), theta.detach()
@@ -162,7 +145,7 @@ def _of_part(
         at = theta.detach().requires_grad_()
 
         def of(terms: Tensor, at: Tensor = at) -> Tensor:
-            return derivative(-(terms[:, 0].sum() + share * terms[:, 1].sum()) / count, at)
+            return derivative.of(-(terms[:, 0].sum() + share * terms[:, 1].sum()) / count, at)
 
         with torch.enable_grad():
             found.append(together(at, batch, normals.part(first, first + size), of))
