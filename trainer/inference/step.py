@@ -1,4 +1,4 @@
-"""One optimization step as one pure function: `step(state, noise, batch, rates) -> (state, terms, grad_norm)`.
+"""One optimization step as one pure function: `step(state, given) -> (state, terms, grad_norm)`.
 
 Every rank evaluates the draws whose lanes it holds, sums are all-reduced, and every rank makes the same update from the
 same gradient. Global terms count once over all ranks; terms inside the data plate are sums over the rows that each
@@ -46,6 +46,16 @@ class StepNoise(NamedTuple):
     """[A][R] seeds for draws that are no transformation of a normal."""
 
 
+class StepInput(NamedTuple):
+    """What a step takes from outside."""
+
+    noise: StepNoise
+    batch: Batch
+    """This rank's rows [A, B, ...]."""
+    rates: Tensor
+    """`Round.rates` at this step."""
+
+
 @dataclass(frozen=True)
 class Inference:
     """A model with its guide, objective and parameters, over N rows."""
@@ -89,19 +99,14 @@ class Inference:
 
 
 def step(
-    inference: Inference,
-    round_: Round,
-    comm: Comm,
-    state: State,
-    noise: StepNoise,
-    batch: Batch,
-    rates: Tensor,
+    inference: Inference, round_: Round, comm: Comm, state: State, given: StepInput
 ) -> tuple[State, Tensor, Tensor]:
     """The state after one step, this rank's terms [S] in full-data nats and the norm of the gradient of loss / N (over
     all ranks).
 
-    ``rates``: `Round.rates` at this step. The terms are left for the caller to sum over the ranks once a chunk.
+    The terms are left for the caller to sum over the ranks once a chunk.
     """
+    noise, batch, rates = given
     share = 1.0 / (comm.size * len(batch.valid))
     preconditioner, snapshot = state.preconditioner, state.snapshot
 

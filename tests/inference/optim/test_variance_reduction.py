@@ -12,7 +12,7 @@ from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
 from trainer.inference.optim.variance_reduction import Preconditioner, Snapshot
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.step import StepNoise, step
+from trainer.inference.step import StepInput, StepNoise, step
 
 DATA = regression_data(orthogonal=False)
 
@@ -31,7 +31,7 @@ def one_step(inference, update, state, seed, preconditioner=None):
     noise = StepNoise(eps, None, ((0,),))
     (only,) = update.rounds
     rates = only.rates(state.step, inference.num_obs)
-    return step(inference, only, ALONE, state, noise, one_group(**DATA), rates)[0]
+    return step(inference, only, ALONE, state, StepInput(noise, one_group(**DATA), rates))[0]
 
 
 def test_on_a_gaussian_posterior_every_draw_gives_the_exact_gradient():

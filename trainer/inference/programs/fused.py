@@ -28,7 +28,7 @@ from trainer.inference.programs.program import ChunkResult, Eager, draw_numbers
 from trainer.inference.programs.replay import Replay, Section
 from trainer.inference.programs.scan import Recipe, Scan, shapes_of
 from trainer.inference.programs.tracing import Traced, Untraceable, trace
-from trainer.inference.step import Inference, StepNoise, step
+from trainer.inference.step import Inference, StepInput, StepNoise, step
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
@@ -158,7 +158,7 @@ class Fused:
             frame: dict[str, Any] = {"start": start, "average_from": average_from}
             round_ = dataclasses.replace(self.update.rounds[-1], **frame)
             here = State.of_named(dict(zip(names, before)))
-            made, terms, norm = step(inference, round_, self.comm, here, noise, batch, rates)
+            made, terms, norm = step(inference, round_, self.comm, here, StepInput(noise, batch, rates))
             return *made.named().values(), terms, norm
 
         return flat, [[*carry, *(e[k] for e in each), *numbers] for k in range(len(chunk.batch_rows))]

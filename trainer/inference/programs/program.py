@@ -14,7 +14,7 @@ from trainer.distributed.comm import ALONE, Comm
 from trainer.inference.model.noise import chunk_noise, mixed_seed
 from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
-from trainer.inference.step import Inference, StepNoise, step
+from trainer.inference.step import Inference, StepInput, StepNoise, step
 
 
 class ChunkResult(NamedTuple):
@@ -117,7 +117,7 @@ class Eager:
             batch = chunk.slot(k)
             noise = self.noise(int(state.step), batch, state.theta.dtype)
             rates = here.rates(state.step, self.inference.num_obs)
-            state, values, norm = step(self.inference, here, self.comm, state, noise, batch, rates)
+            state, values, norm = step(self.inference, here, self.comm, state, StepInput(noise, batch, rates))
             terms.append(values)
             norms.append(norm)
         return ChunkResult(state, self.comm.sum(torch.stack(terms)), torch.stack(norms))

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributions import Independent, TransformedDistribution, constraints, transforms
 
 from trainer.errors import UserError
-from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.guides.mean_field import Noise
 from trainer.inference.model.latents import Site, is_discrete
 from trainer.inference.model.plates import Batch, inside
@@ -65,6 +64,16 @@ class Spread(NamedTuple):
         )
 
 
+class _Scale(NamedTuple):
+    """The latent that makes most of an observed site's spread."""
+
+    site: str
+    latent: int
+    """Its place among the D."""
+    by_ten: float
+    """How far it moves where the spread becomes ten times as large."""
+
+
 def refuse_exact(
     inference: Inference, rows: Batch, at: Tensor, joint: Callable[[Inference, Batch], Loss],
     lowest: Callable[[Loss, Tensor], Tensor] | None,
@@ -85,14 +94,13 @@ def refuse_exact(
         if slope is None or not slope.isfinite().all() or not slope.any():
             continue
         latent = int(slope.abs().argmax())
-        by_ten = math.log(10.0) / float(slope[latent])
+        scale = _Scale(name, latent, math.log(10.0) / float(slope[latent]))
         if inference.num_obs * found.numbers < len(at):  # fewer than the latents: their priors hold the density
             continue
         exact = found.is_nothing
         if not exact and lowest is not None and inference.num_obs >= len(at):  # else each row may have a latent
             exact = all(
-                _falls(inference, view, some, joint(inference, some), at.detach(), lowest, name, latent, by_ten)
-                for some in (few, rows)
+                _falls(inference, some, joint(inference, some), at.detach(), lowest, scale) for some in (few, rows)
             )
         if exact:
             raise UserError(found.sentence(f'"{view.latent_name(latent)}"'))
@@ -107,19 +115,20 @@ def met_exactly(inference: Inference, theta: Tensor, rows: Batch) -> str | None:
 
 
 def _falls(
-    inference: Inference, view: GaussianView, rows: Batch, loss: Loss, at: Tensor,
-    lowest: Callable[[Loss, Tensor], Tensor], name: str, latent: int, by_ten: float,
-) -> bool:  # fmt: skip
-    """Whether the loss is lower each time that ``latent`` takes the spread down by ten, until that is nothing."""
+    inference: Inference, rows: Batch, loss: Loss, at: Tensor, lowest: Callable[[Loss, Tensor], Tensor], scale: _Scale
+) -> bool:
+    """Whether the loss is lower each time that ``scale`` takes the spread down by ten, until that is nothing."""
+    view = inference.gaussian
+    assert view is not None
     free = torch.ones_like(at)
-    free[latent] = 0.0
+    free[scale.latent] = 0.0
     least = float(loss(at))
     for _ in range(_MOST_STEPS):
         with torch.no_grad():
-            if _spreads(inference, view.theta(at, 0.0 * at), rows)[name].is_nothing:
+            if _spreads(inference, view.theta(at, 0.0 * at), rows)[scale.site].is_nothing:
                 return True
         moved = at.clone()
-        moved[latent] -= by_ten
+        moved[scale.latent] -= scale.by_ten
         at = moved + free * lowest(lambda change: loss(moved + free * change), at)  # noqa: B023
         before, least = least, float(loss(at))
         if not least < before:
