@@ -54,7 +54,7 @@ def dense(rows: CsrRows) -> np.ndarray:
 def epochs(folder: Path, batch_size: int, use: Callable[[Any], None]) -> Iterator[float]:
     """The seconds of an epoch, each chunk of which is given to ``use``, for each time that it is asked."""
     opened = ShardFolder(folder / "train")
-    plan = Plan(opened.block_rows, 0, LANES, batch_size, 256)
+    plan = Plan(opened.block_rows, 0, LANES, batch_size)
     reader = Reader(opened, plan, ("x",), [list(range(LANES))], floats=np.dtype(np.float32))
     memory: dict[str, np.ndarray] = {}
     one = shared(reader.chunk(0, 1).columns["x"]).nbytes

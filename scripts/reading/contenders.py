@@ -43,13 +43,13 @@ def in_memory(place: Path) -> Stream:
 
 def ours(place: Path, run_rows: int = 256, steps: int = 64, lanes: int = 8, anew: bool = False) -> Stream:
     """`Reader`, in one thread, chunks of ``steps`` batches; ``anew``: every hash checked in each epoch, not in one."""
-    from trainer.data.plan import Plan
+    from trainer.data.plan import Mixing, Plan
     from trainer.data.shards.folder import ShardFolder
     from trainer.data.shards.reader import Reader
 
     ring: list[dict[str, np.ndarray]] = [{}, {}, {}]
     folder, memory = ShardFolder(place / "shards"), cycle(ring)
-    plan = Plan(folder.block_rows, 0, lanes, BATCH, run_rows)
+    plan = Plan(folder.block_rows, 0, lanes, BATCH, Mixing(run_rows))
     for epoch in count():
         if anew or epoch == 0:
             folder = ShardFolder(place / "shards")

@@ -13,7 +13,7 @@ from scipy import stats
 
 from trainer.data import plan as planning
 from trainer.data.lanes import default_lanes
-from trainer.data.plan import Pieces, Plan, _permutation
+from trainer.data.plan import Mixing, Pieces, Plan, _permutation
 from trainer.data.remainder import EpochRemainder, Part
 from trainer.engine.datamodule import Ranks
 from trainer.errors import UserError
@@ -34,17 +34,18 @@ def shapes(draw: st.DrawFn) -> dict:
         "seed": draw(st.integers(0, 2**63 - 1)),
         "lanes": lanes,
         "batch_size": draw(st.sampled_from([lanes * share, sum(block_rows), 10**6])),
-        "run_rows": draw(st.integers(1, 9)),
-        "pool_blocks": draw(st.integers(1, 4)),
-        "shard_of": np.cumsum(new_shard) - new_shard[0],
-        "shards_together": draw(st.integers(0, 3)),
+        "mixing": Mixing(
+            run_rows=draw(st.integers(1, 9)),
+            pool_blocks=draw(st.integers(1, 4)),
+            shard_of=np.cumsum(new_shard) - new_shard[0],
+            shards_together=draw(st.integers(0, 3)),
+        ),
     }
 
 
-def definition(
-    epoch: int, block_rows, seed, lanes, batch_size, run_rows, pool_blocks, shard_of, shards_together
-) -> list[list[list[Row]]]:
+def definition(epoch: int, block_rows, seed, lanes, batch_size, mixing: Mixing) -> list[list[list[Row]]]:
     """[T][L] lists of rows: what the docstring of `plan` says, with every row of the epoch in memory."""
+    run_rows, pool_blocks, shard_of, shards_together = vars(mixing).values()
     order = _permutation(len(block_rows), seed, epoch, 0, 0, 0)
     if shards_together:
         shards = _permutation(shard_of[-1] + 1, seed, epoch, 2, 0, 0).tolist()
@@ -223,7 +224,7 @@ def test_what_is_left_is_cut_as_an_epoch_is(shape: dict, step: int, share: int, 
 def test_a_rest_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten rows in two lanes of five, three steps of which one is taken; then three lanes, of six rows a step."""
     monkeypatch.setattr(planning, "_permutation", lambda n, *key: np.arange(n))
-    shape = {"block_rows": np.array([10]), "seed": 0, "run_rows": 1, "pool_blocks": 1}
+    shape = {"block_rows": np.array([10]), "seed": 0, "mixing": Mixing(run_rows=1, pool_blocks=1)}
     rest = Plan(**shape, lanes=2, batch_size=4).rest_at(1)
     assert rest == EpochRemainder(1, 1, (Part(0, 2, 0, 1, 5), Part(0, 2, 1, 1, 5)))
     plan = Plan(**shape, lanes=3, batch_size=6, rest=rest)
@@ -242,7 +243,7 @@ def test_a_rest_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_small_plan_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 3, 5 and 2 rows; every permutation turns the order around."""
     monkeypatch.setattr(planning, "_permutation", lambda n, *key: np.arange(n)[::-1])
-    plan = Plan(np.array([3, 5, 2]), 0, lanes=2, batch_size=4, run_rows=2, pool_blocks=2)
+    plan = Plan(np.array([3, 5, 2]), 0, lanes=2, batch_size=4, mixing=Mixing(run_rows=2, pool_blocks=2))
     assert (plan.steps_per_epoch, plan.capacity, plan._lane_ends(2).tolist()) == (3, 2, [0, 5, 10])
     assert [lanes_of_step(plan, t) for t in range(3)] == [
         [[(1, 2)], [(0, 2)]],
@@ -299,8 +300,10 @@ def test_one_two_four_and_eight_ranks_read_the_same_lanes() -> None:
     ("name", "value"), [("batch_size", 0), ("lanes", 0), ("lanes", -8), ("run_rows", 0), ("pool_blocks", -1)]
 )
 def test_arguments_below_one_are_refused(name: str, value: int) -> None:
+    shape = {"block_rows": np.array([5, 5]), "seed": 0, "lanes": 2, "batch_size": 4}
+    wrong = {name: value} if name in shape else {"mixing": Mixing(**{name: value})}
     with pytest.raises(UserError, match=rf"{name}={value} must be at least 1\.$"):
-        Plan(**{"block_rows": np.array([5, 5]), "seed": 0, "lanes": 2, "batch_size": 4, name: value})
+        Plan(**{**shape, **wrong})
 
 
 def test_no_rows_are_refused() -> None:
@@ -310,7 +313,7 @@ def test_no_rows_are_refused() -> None:
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     def epoch_order(seed: int, epoch: int) -> list[Row]:
-        plan = Plan(np.full(6, 40), seed, lanes=2, batch_size=20, run_rows=4)
+        plan = Plan(np.full(6, 40), seed, lanes=2, batch_size=20, mixing=Mixing(run_rows=4))
         first = epoch * plan.steps_per_epoch
         return [row for t in range(plan.steps_per_epoch) for lane in lanes_of_step(plan, first + t) for row in lane]
 

@@ -12,6 +12,7 @@ Shapes: L lanes, T steps of an epoch. Steps are global: without a rest, step s i
 
 import math
 from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -47,13 +48,27 @@ class _Stage(NamedTuple):
     stop: int
 
 
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """How rows are mixed: what stays together, and among what it is permuted."""
+
+    run_rows: int = 256
+    """Contiguous rows that stay together (1: single rows)."""
+    pool_blocks: int = 4
+    """Pieces of blocks whose runs are permuted together."""
+    shard_of: np.ndarray | None = None
+    """int64 [blocks]."""
+    shards_together: int = 0
+    """Shards are permuted, and blocks among those of so many shards alone (0: of all): few are needed at a time."""
+
+
+_USUAL = Mixing()
+
+
 class Plan:
     """Batches of an epoch differ by at most one row per lane; every row comes once an epoch.
 
-    ``run_rows``: contiguous rows that stay together (1: single rows); ``pool_blocks``: pieces of blocks whose runs are
-    permuted together. ``shard_of``: int64 [blocks], and so many ``shards_together``: the shards are permuted, and their
-    blocks among those of their group alone (0: among all), so that few shards are needed at a time. ``rest``: where the
-    plan takes over from another; it has no steps before.
+    ``block_rows``: int64 [blocks]; ``rest``: where the plan takes over from another; it has no steps before.
     """
 
     def __init__(
@@ -62,26 +77,21 @@ class Plan:
         seed: int,
         lanes: int,
         batch_size: int,
-        run_rows: int = 256,
-        pool_blocks: int = 4,
-        shard_of: np.ndarray | None = None,
-        shards_together: int = 0,
+        mixing: Mixing = _USUAL,
         rest: EpochRemainder | None = None,
     ):
         for name, value in (
             ("batch_size", batch_size),
             ("data.lanes", lanes),
-            ("data.run_rows", run_rows),
-            ("data.pool_blocks", pool_blocks),
+            ("data.run_rows", mixing.run_rows),
+            ("data.pool_blocks", mixing.pool_blocks),
         ):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1.")
         self.block_rows = np.asarray(block_rows, dtype=np.int64)
         self.num_rows = int(self.block_rows.sum())
-        self.seed, self.lanes = seed, lanes
+        self.seed, self.lanes, self.mixing = seed, lanes, mixing
         self.batch_size = min(batch_size, self.num_rows)
-        self.run_rows, self.pool_blocks = run_rows, pool_blocks
-        self.shard_of, self.shards_together = shard_of, shards_together
         if self.num_rows < 1:
             raise UserError("there are no rows to train on.")
         if self.batch_size % lanes and self.batch_size < self.num_rows:
@@ -110,9 +120,9 @@ class Plan:
     @property
     def identity(self) -> tuple[object, ...]:
         """Another for a plan of other batches."""
-        blocks = xxhash.xxh3_64_intdigest(self.block_rows.tobytes())
-        return (blocks, self.seed, self.lanes, self.batch_size, self.run_rows, self.pool_blocks, self.shards_together,
-                self.rest)  # fmt: skip
+        blocks, mixing = xxhash.xxh3_64_intdigest(self.block_rows.tobytes()), self.mixing
+        return (blocks, self.seed, self.lanes, self.batch_size, mixing.run_rows, mixing.pool_blocks,
+                mixing.shards_together, self.rest)  # fmt: skip
 
     def rows_at(self, step: int | np.ndarray) -> np.ndarray:
         """int64 [..., L]: rows of each lane at global steps [...]."""
@@ -216,9 +226,10 @@ class Plan:
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in the epoch's order, and where each begins in the stream of rows (one more for the end)."""
         order = _permutation(len(self.block_rows), self.seed, epoch, _BLOCKS, 0, 0)
-        if self.shards_together and self.shard_of is not None:
-            place = np.argsort(_permutation(int(self.shard_of[-1]) + 1, self.seed, epoch, _SHARDS, 0, 0))
-            group = place[self.shard_of] // self.shards_together
+        shard_of, together = self.mixing.shard_of, self.mixing.shards_together
+        if together and shard_of is not None:
+            place = np.argsort(_permutation(int(shard_of[-1]) + 1, self.seed, epoch, _SHARDS, 0, 0))
+            group = place[shard_of] // together
             order = order[np.argsort(group[order], kind="stable")]
         return order, np.concatenate([[0], np.cumsum(self.block_rows[order])])
 
@@ -232,7 +243,7 @@ class Plan:
         i = np.arange(np.searchsorted(starts, low, "right") - 1, np.searchsorted(starts, high, "left"))
         first = np.maximum(low - starts[i], 0)
         rows = np.minimum(high, starts[i + 1]) - starts[i] - first
-        pages = np.add.reduceat(rows, np.arange(0, len(rows), _PAGE * self.pool_blocks))
+        pages = np.add.reduceat(rows, np.arange(0, len(rows), _PAGE * self.mixing.pool_blocks))
         return Pieces(order[i], first, rows), [0, *np.cumsum(pages).tolist()]
 
     def _page_runs(self, first_step: int, lane: int, number: int, page: int) -> np.ndarray:
@@ -245,19 +256,19 @@ class Plan:
         part = parts[number]
         before = sum(each.rows for each in parts[:number]) - part.first  # from here to the lane's stream
         segments, page_ends = self._lane(part.epoch, part.lanes, part.lane)
-        size = _PAGE * self.pool_blocks
+        size = _PAGE * self.mixing.pool_blocks
         block, first, rows = (column[page * size : (page + 1) * size] for column in segments)
-        counts = -(-rows // self.run_rows)
+        counts = -(-rows // self.mixing.run_rows)
         ends = counts.cumsum()
         segment = np.arange(len(rows)).repeat(counts)
-        offset = (np.arange(ends[-1]) - (ends - counts)[segment]) * self.run_rows
-        of_pools = np.add.reduceat(counts, np.arange(0, len(rows), self.pool_blocks)).tolist()
+        offset = (np.arange(ends[-1]) - (ends - counts)[segment]) * self.mixing.run_rows
+        of_pools = np.add.reduceat(counts, np.arange(0, len(rows), self.mixing.pool_blocks)).tolist()
         pools = zip(accumulate([0, *of_pools]), of_pools, range(page * _PAGE, (page + 1) * _PAGE))
         order = np.concatenate(
             [b + _permutation(n, self.seed, part.epoch, _RUNS, part.lane, pool) for b, n, pool in pools]
         )
         segment, offset = segment[order], offset[order]
-        rows = np.minimum(self.run_rows, rows[segment] - offset)
+        rows = np.minimum(self.mixing.run_rows, rows[segment] - offset)
         starts = page_ends[page] + rows.cumsum() - rows
         begin, end = max(page_ends[page], part.first), min(page_ends[page + 1], part.stop)
         low, high = self._step_of(np.array([begin, end - 1]) + before, stage.steps, lane_rows).tolist()

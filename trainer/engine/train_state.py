@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from trainer.data.plan import Plan
+from trainer.data.plan import Mixing, Plan
 from trainer.data.remainder import EpochRemainder
 from trainer.data.shards.folder import ShardFolder
 from trainer.engine.datamodule import Ranks
@@ -29,17 +29,9 @@ class PlanChoice:
 
     def plan(self, folder: ShardFolder) -> Plan:
         """The order of the rows of ``folder``."""
-        return Plan(
-            folder.block_rows,
-            self.seed,
-            self.lanes,
-            self.batch_size,
-            run_rows=self.run_rows,
-            pool_blocks=self.pool_blocks,
-            shard_of=folder.shard_of,
-            shards_together=self.shards_together,
-            rest=EpochRemainder.of(self.rest),
-        )
+        mixing = Mixing(self.run_rows, self.pool_blocks, folder.shard_of, self.shards_together)
+        rest = EpochRemainder.of(self.rest)
+        return Plan(folder.block_rows, self.seed, self.lanes, self.batch_size, mixing, rest)
 
     def ranks(self, rank: int, size: int) -> Ranks:
         """A rank's share of it."""

@@ -14,7 +14,7 @@ from trainer.data.fields import VaryingRows
 from trainer.data.packing.columns import ColumnMap
 from trainer.data.packing.pack import pack
 from trainer.data.packing.running_moments import RunningMoments
-from trainer.data.plan import Plan
+from trainer.data.plan import Mixing, Plan
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.concatenated import ConcatenatedFiles
 from trainer.data.shards.files import AHEAD, LocalFiles
@@ -56,7 +56,7 @@ def opened(days: list[Path], split: str = "train") -> ShardFolder:
 def rows_of(folder: ShardFolder) -> dict[int, dict[str, Any]]:
     """What a whole epoch on three lanes gives for each row id."""
     names = [column.name for column in folder.index.columns if column.name != ROW_ID]
-    plan = Plan(folder.block_rows, 1, 3, 12, run_rows=2, pool_blocks=2)
+    plan = Plan(folder.block_rows, 1, 3, 12, Mixing(run_rows=2, pool_blocks=2))
     reader, found = Reader(folder, plan, names, [[0, 1], [2]], with_row_id=True), {}
     try:
         chunk = reader.chunk(0, plan.steps_per_epoch)

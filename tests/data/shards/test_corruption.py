@@ -13,7 +13,7 @@ import pytest
 from servers import faulty, s3
 from shard_tools import csr, flip, sign, write_folder
 
-from trainer.data.plan import Plan
+from trainer.data.plan import Mixing, Plan
 from trainer.data.shards import remote
 from trainer.data.shards.cache import RemoteFiles, ShardCache
 from trainer.data.shards.files import LocalFiles, read_index
@@ -197,7 +197,7 @@ DAMAGE = {**{each.__name__: each for each in BYTES}, **{name: forged(change) for
 
 def read_all(folder: ShardFolder) -> dict[int, bytes]:
     """The bytes of each row by its number, as training reads them."""
-    plan = Plan(folder.block_rows, 0, 2, 4, run_rows=1)
+    plan = Plan(folder.block_rows, 0, 2, 4, Mixing(run_rows=1))
     reader = Reader(folder, plan, tuple(COLUMNS), [[0, 1]], with_row_id=True)
     found = {}
     try:

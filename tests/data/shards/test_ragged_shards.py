@@ -8,7 +8,7 @@ import pytest
 from shard_tools import csr, flip, ragged, sign, write_folder
 
 from trainer.data.fields import CsrRows, RaggedRows, VaryingRows, concatenate
-from trainer.data.plan import Plan
+from trainer.data.plan import Mixing, Plan
 from trainer.data.shards import gather as gathering
 from trainer.data.shards.files import read_index
 from trainer.data.shards.folder import ShardFolder
@@ -130,7 +130,7 @@ def test_a_chunk_holds_the_plans_rows(
     """Two epochs, in memory that held other rows; padded rows repeat the rows that the dense columns repeat."""
     if not compiled:
         monkeypatch.setattr(gathering, "_compiled", lambda: None)
-    plan = Plan(folder.block_rows, 5, lanes, batch_size, run_rows=3, pool_blocks=2)
+    plan = Plan(folder.block_rows, 5, lanes, batch_size, Mixing(run_rows=3, pool_blocks=2))
     size = lanes // groups
     reader = Reader(folder, plan, list(TABLE), [list(range(i * size, (i + 1) * size)) for i in range(groups)])
     memory: dict[str, np.ndarray] = {}
@@ -198,12 +198,12 @@ def test_no_step_of_any_epoch_exceeds_its_room(seed: int) -> None:
     lanes = int(generator.choice([1, 2, 8]))
     batch = int(min(generator.integers(1, 30) * lanes, blocks.sum()))
     batch = batch // lanes * lanes or int(blocks.sum())
-    shuffled = {"run_rows": int(generator.choice([1, 3, 8, 256])), "pool_blocks": int(generator.choice([1, 2, 4]))}
-    plan = Plan(blocks, seed, lanes, batch, **shuffled)
+    mixing = Mixing(int(generator.choice([1, 3, 8, 256])), int(generator.choice([1, 2, 4])))
+    plan = Plan(blocks, seed, lanes, batch, mixing)
     if seed % 4 > 1:  # takes over, again and again, from lanes that were cut elsewhere
         for other in (1, 2, 4, lanes):
             step = plan.rest.step + int(generator.integers(0, 3))
-            plan = Plan(blocks, seed, other, max(batch // other, 1) * other, **shuffled, rest=plan.rest_at(step))
+            plan = Plan(blocks, seed, other, max(batch // other, 1) * other, mixing, plan.rest_at(step))
     room = most_entries(plan, widest, sum(int(each.sum()) for each in lengths), lanes)
     for step in range(plan.rest.step, plan.rest.step + 20 * plan.steps_per_epoch):
         held = 0

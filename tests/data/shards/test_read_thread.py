@@ -13,7 +13,7 @@ import pytest
 from servers import faulty
 from shard_tools import csr, ragged, write_folder
 
-from trainer.data.plan import Plan
+from trainer.data.plan import Mixing, Plan
 from trainer.data.shards import folder as shard_folder
 from trainer.data.shards import verify
 from trainer.data.shards.cache import RemoteFiles, ShardCache
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> ShardFolder:
 
 
 def chunks(folder: ShardFolder) -> Iterator[Any]:
-    plan = Plan(folder.block_rows, 5, 1, 10, run_rows=256, pool_blocks=1)
+    plan = Plan(folder.block_rows, 5, 1, 10, Mixing(run_rows=256, pool_blocks=1))
     reader = Reader(folder, plan, ["x"], [[0]])
     try:
         yield from reader.chunks(spans(0, 10, lambda: 1))
@@ -189,7 +189,7 @@ def test_the_memory_of_the_chunks_is_what_it_is_said_to_be(tmp_path: Path, float
     }
     write_folder(tmp_path / "train", table, [40] * 10)
     folder = ShardFolder(tmp_path / "train")
-    plan = Plan(folder.block_rows, 1, 4, 40, run_rows=4)
+    plan = Plan(folder.block_rows, 1, 4, 40, Mixing(run_rows=4))
     reader = Reader(folder, plan, list(table), [[0, 1], [2, 3]], with_row_id=True, floats=floats)
     steps = reader.most_steps(10 * 3 * reader.step_bytes)
     assert steps == 10

@@ -15,7 +15,7 @@ import pytest
 import torch
 from shard_tools import all_dtypes, flip, write_folder
 
-from trainer.data.plan import Plan
+from trainer.data.plan import Mixing, Plan
 from trainer.data.shards import folder as shard_folder
 from trainer.data.shards import gather as gathering
 from trainer.data.shards.folder import ShardFolder, open_split
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> ShardFolder:
 
 
 def plan_of(folder: ShardFolder, lanes: int = 8, batch_size: int = 24) -> Plan:
-    return Plan(folder.block_rows, 5, lanes, batch_size, run_rows=3, pool_blocks=2)
+    return Plan(folder.block_rows, 5, lanes, batch_size, Mixing(run_rows=3, pool_blocks=2))
 
 
 def read(folder: ShardFolder, plan: Plan, ranks: Ranks, first: int, steps: int) -> ChunkArrays:
@@ -235,7 +235,7 @@ def test_every_block_is_read_once_a_process(folder: ShardFolder) -> None:
 @pytest.mark.parametrize("floats", [None, np.dtype(np.float32), np.dtype(np.float64)])
 def test_rows_are_copied_alike(folder: ShardFolder, floats: np.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiled gather or by Python's, in the types stored or others, with pages asked for ahead or not."""
-    plan = Plan(folder.block_rows, 5, 4, 24, run_rows=256, pool_blocks=2)
+    plan = Plan(folder.block_rows, 5, 4, 24, Mixing(run_rows=256, pool_blocks=2))
     assert gathering._compiled() is not None
     found = []
     for compiler, ahead in (("cc", False), ("cc", True), ("false", False)):
@@ -357,7 +357,7 @@ def test_few_shards_are_mapped_at_a_time_and_none_is_left(tmp_path: Path, monkey
 
 def test_damage_ahead_is_raised_when_its_turn_comes(folder: ShardFolder) -> None:
     """The chunks before it are given; then one sentence that names shard and block, from the reader's thread."""
-    plan = Plan(folder.block_rows, 0, 1, 10, run_rows=256, pool_blocks=1)
+    plan = Plan(folder.block_rows, 0, 1, 10, Mixing(run_rows=256, pool_blocks=1))
     last = int(plan.pieces(plan.steps_per_epoch - 1, 0).block[-1])
     flip_payload(folder, last, "int32")
     reader = Reader(folder, plan, ["int32"], [[0]])

@@ -13,7 +13,7 @@ import pytest
 from servers import Faulty, faulty, nginx, s3
 from shard_tools import all_dtypes, flip, write_folder
 
-from trainer.data.plan import Plan
+from trainer.data.plan import Mixing, Plan
 from trainer.data.shards import remote
 from trainer.data.shards.cache import RemoteFiles, ShardCache
 from trainer.data.shards.files import AHEAD
@@ -232,7 +232,7 @@ def test_chunks_from_afar_are_those_of_the_folder(folder: Path, server: Faulty, 
     near = ShardFolder(folder / "train")
     cache.limit = sum(shard.bytes for shard in near.index.shards) // 2
     far = remote_folder(server, cache)
-    plan = Plan(near.block_rows, 3, 2, 10, run_rows=2, shard_of=near.shard_of, shards_together=2)
+    plan = Plan(near.block_rows, 3, 2, 10, Mixing(run_rows=2, shard_of=near.shard_of, shards_together=2))
     readers = [Reader(each, plan, ["float32", "int8"], [[0, 1]], with_row_id=True) for each in (near, far)]
     spans = [(first, 2) for first in range(0, 2 * plan.steps_per_epoch, 2)]
     for one, other in zip(*(reader.chunks(spans) for reader in readers), strict=True):

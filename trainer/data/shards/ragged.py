@@ -34,9 +34,9 @@ def _runs(plan: Plan, n: int) -> int:
     """The most runs in which ``n`` rows of a lane's step come."""
     rows, parts = np.sort(plan.block_rows), plan.most_parts
     # Those that n rows touch, and all but two of each part of them whole.
-    pools = 2 * parts + n // int(rows[: plan.pool_blocks].sum())
-    short = min(parts * (int((rows % plan.run_rows > 0).sum()) + 2), plan.pool_blocks * pools)
-    return min(n, n // plan.run_rows + 2 * parts + short)
+    pools = 2 * parts + n // int(rows[: plan.mixing.pool_blocks].sum())
+    short = min(parts * (int((rows % plan.mixing.run_rows > 0).sum()) + 2), plan.mixing.pool_blocks * pools)
+    return min(n, n // plan.mixing.run_rows + 2 * parts + short)
 
 
 class Slots(NamedTuple):
