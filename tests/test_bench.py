@@ -19,7 +19,7 @@ from scripts.benchmark.ours import Repeated
 from scripts.benchmark.worker import CONTENDERS
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder
-from trainer.engine.datamodule import ChunkData, Ranks
+from trainer.engine.datamodule import ChunkData, Cuts, Ranks, RowTensors
 from trainer.inference.estimates.full_gradient import Draws, full_gradient
 from trainer.inference.estimates.many_draws import terms_together
 from trainer.inference.estimates.passes import Block, Pass
@@ -55,10 +55,11 @@ def test_blocks_that_repeat_are_read_as_rows_of_their_own(tmp_path):
     write_folder(tmp_path / "train", {"x": np.arange(30)}, [10, 20])
     folder = Repeated(ShardFolder(tmp_path / "train"), 90)
     plan = Plan(folder.block_rows, 0, 2, 10)
-    data = ChunkData(cast("ShardFolder", folder), plan, Ranks(1, 0, 2, 1), ("x",), torch.float32, False, 3)
+    rows = RowTensors(("x",), torch.float32)
+    data = ChunkData(cast("ShardFolder", folder), plan, Ranks(1, 0, 2, 1), rows, Cuts(3))
     data.last = plan.steps_per_epoch
-    rows = [x for chunk in data for x in chunk.columns["x"].ravel().tolist()]
-    assert sorted(rows) == sorted(3 * list(range(30)))
+    found = [x for chunk in data for x in chunk.columns["x"].ravel().tolist()]
+    assert sorted(found) == sorted(3 * list(range(30)))
 
 
 def test_the_optimum_is_stationary():

@@ -18,7 +18,7 @@ from trainer.data.lanes import default_lanes
 from trainer.data.plan import Plan
 from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import Column
-from trainer.engine.datamodule import ChunkData, Ranks
+from trainer.engine.datamodule import ChunkData, Cuts, Ranks, RowTensors
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO
@@ -81,8 +81,8 @@ class Ours:
         folder: Any = stored if setting.num_obs == stored.num_rows else Repeated(stored, setting.num_obs)
         lanes = default_lanes(setting.batch, 1, setting.num_obs)
         plan = Plan(folder.block_rows, setting.seed, lanes, setting.batch)
-        columns, ranks = tuple(self.first.columns), Ranks(1, 0, lanes, 1)
-        data = ChunkData(folder, plan, ranks, columns, torch.float32, False, self.slots)
+        rows = RowTensors(tuple(self.first.columns), torch.float32)
+        data = ChunkData(folder, plan, Ranks(1, 0, lanes, 1), rows, Cuts(self.slots))
         data.last = _FOREVER
         for chunk in data:
             assert isinstance(chunk, Batch)

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -138,10 +138,19 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Checkpoints(Callback):
-    """Saves every ``every_n_steps`` steps, every ``every_minutes`` and at the end of training, however it ended.
+class CheckpointPolicy(NamedTuple):
+    """When a run is saved, besides its end, and how much of that stays."""
 
-    Keeps the newest ``keep``. A state is saved once all ranks were found to hold the same; between such points rank 0
+    every_n_steps: int | None = None
+    every_minutes: float | None = None
+    keep: int = 2
+    """So many of the newest."""
+
+
+class Checkpoints(Callback):
+    """Saves as the ``policy`` says, and at the end of training, however it ended.
+
+    A state is saved once all ranks were found to hold the same; between such points rank 0
     saves by its own clock. ``saved``: the step that needs no saving; ``say``: tells the user a sentence.
     """
 
@@ -150,17 +159,15 @@ class Checkpoints(Callback):
         folder: Path,
         record: TrainState,
         saved: int,
-        every_n_steps: int | None = None,
-        every_minutes: float | None = None,
-        keep: int = 2,
+        policy: CheckpointPolicy,
         say: Callable[[str], None] = print,
     ):
-        if keep < 1:
-            raise UserError(f"checkpoint.keep_last={keep} must be at least 1.")
-        self.folder, self.record, self.keep, self.say = folder, record, keep, say
+        if policy.keep < 1:
+            raise UserError(f"checkpoint.keep_last={policy.keep} must be at least 1.")
+        self.folder, self.record, self.keep, self.say = folder, record, policy.keep, say
         self.saved = (saved, record.ending)  # a step may be saved before and after its round ends
-        self.every = every_n_steps
-        self.seconds = 60 * every_minutes if every_minutes else math.inf
+        self.every = policy.every_n_steps
+        self.seconds = 60 * policy.every_minutes if policy.every_minutes else math.inf
         self.when = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ from trainer.data.shards.reader import ChunkArrays, Reader
 from trainer.engine.transfer import sent_ahead
 from trainer.errors import UserError
 from trainer.inference.model.plates import Batch
+from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import shared
 
 
@@ -42,12 +43,37 @@ class Ranks:
         return [list(mine[i * size : (i + 1) * size]) for i in range(len(self.groups))]
 
 
+@dataclass(frozen=True)
+class RowTensors:
+    """What a step is given of its rows."""
+
+    columns: tuple[str, ...]
+    """The model's."""
+    dtype: torch.dtype
+    """Of the columns that hold fractions."""
+    with_row_id: bool = False
+    """Whether the ids come too, by which rows have noise of their own."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where the stream of steps is cut into chunks."""
+
+    slots: int | None = None
+    """Steps of a chunk at the most; None: chosen before the first is asked for."""
+    every: tuple[tuple[int, int], ...] = ()
+    """As for `spans`."""
+    ends: tuple[int, ...] = ()
+    """As for `spans`."""
+    memory: int = 2**30
+    """Bytes of rows that are held at a time, at the most."""
+
+
 class ChunkData(pl.LightningDataModule):
     """Streams the training chunks of this rank from step ``first`` to ``last``.
 
-    ``slots``: steps of a chunk, set before the first is asked for; another number holds for those that are not read
-    yet. A chunk also ends where `spans` says.
-    ``memory``: bytes of rows that are held at a time, at the most.
+    ``slots`` of the ``cuts`` may be set to another number, which then holds for the chunks that are not read yet.
+    ``first_pass``: checks rows that come for the first time, for whoever trains on the chunks.
     """
 
     def __init__(
@@ -55,19 +81,14 @@ class ChunkData(pl.LightningDataModule):
         folder: ShardFolder,
         plan: Plan,
         ranks: Ranks,
-        columns: tuple[str, ...],
-        dtype: torch.dtype,
-        with_row_id: bool,
-        slots: int | None,
-        every: tuple[tuple[int, int], ...] = (),
-        ends: tuple[int, ...] = (),
-        memory: int = 2**30,
+        rows: RowTensors,
+        cuts: Cuts,
+        first_pass: FirstPass | None = None,
     ):
         super().__init__()
-        self.folder, self.plan, self.ranks = folder, plan, ranks
-        self.columns, self.dtype, self.with_row_id = columns, dtype, with_row_id
-        self.slots, self.every, self.ends = slots, every, ends
-        self.memory = memory
+        self.folder, self.plan, self.ranks, self.rows = folder, plan, ranks, rows
+        self.slots, self.every, self.ends, self.memory = cuts.slots, cuts.every, cuts.ends, cuts.memory
+        self.first_pass = first_pass
         self.first, self.last = 0, 0
 
     def train_dataloader(self) -> "ChunkData":
@@ -118,8 +139,9 @@ class ChunkData(pl.LightningDataModule):
             reader.close()
 
     def _reader(self) -> Reader:
-        floats = np.dtype(str(self.dtype).removeprefix("torch."))
-        return Reader(self.folder, self.plan, self.columns, self.ranks.lanes_by_group, self.with_row_id, floats)
+        rows, lanes = self.rows, self.ranks.lanes_by_group
+        floats = np.dtype(str(rows.dtype).removeprefix("torch."))
+        return Reader(self.folder, self.plan, rows.columns, lanes, rows.with_row_id, floats)
 
     def _chunk(self, arrays: ChunkArrays) -> Batch:
         return Batch(

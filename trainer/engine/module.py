@@ -23,7 +23,6 @@ from trainer.inference.programs.nan_rows import nan_rows
 from trainer.inference.programs.program import ChunkResult, Program
 from trainer.inference.programs.tracing import Untraceable
 from trainer.inference.step import Inference
-from trainer.posterior.first_pass import FirstPass
 
 _CHUNK_SECONDS, _CHUNK_BYTES = 0.1, 128 * 2**20
 _TRIAL_SLOTS = 4
@@ -56,15 +55,14 @@ class ChunkModule(pl.LightningModule):
         data: ChunkData | None,
         seconds: float = 0.0,
         say: Callable[[str], None] = print,
-        first_pass: FirstPass | None = None,
     ) -> None:
         """Gives the module what it trains.
 
         ``data``: None where whoever trains gives it chunks of one step each; ``seconds``: those of the start, or before
-        a resume; ``say``: tells the user a sentence; ``first_pass``: checks rows as they come.
+        a resume; ``say``: tells the user a sentence.
         """
         self.inference, self.update, self.program, self.state = program.inference, update, program, state
-        self.data, self.say, self.first_pass = data, say, first_pass
+        self.data, self.say = data, say
         self.seconds_before = seconds
         self._started = self._previous = time.monotonic()
 
@@ -165,9 +163,9 @@ class ChunkModule(pl.LightningModule):
 
     def _checked(self, chunk: Batch) -> UserError | None:
         """What is wrong with rows that come for the first time."""
-        if self.first_pass is None or self.data is None:
+        if self.data is None or self.data.first_pass is None:
             return None
-        return self.first_pass.of_chunk(chunk, self.step, self.data.row_ids)
+        return self.data.first_pass.of_chunk(chunk, self.step, self.data.row_ids)
 
     def compare_ranks(self) -> None:
         """Raises UserError on all ranks where their states, made by the same updates, are not the same to the bit."""

@@ -18,8 +18,8 @@ from trainer.data.plan import Plan
 from trainer.distributed.launch import memory_share
 from trainer.distributed.local_ranks import LocalRanks
 from trainer.distributed.ranks import World
-from trainer.engine.checkpoint import Checkpoints
-from trainer.engine.datamodule import ChunkData
+from trainer.engine.checkpoint import CheckpointPolicy, Checkpoints
+from trainer.engine.datamodule import ChunkData, Cuts, RowTensors
 from trainer.engine.metrics import MetricsFile
 from trainer.engine.module import ChunkModule
 from trainer.engine.progress import ProgressBar
@@ -73,18 +73,18 @@ def assembled(
     program = build.program(cfg.program)(inference, update, choice.seed, ranks.groups, here.comm)
     full = FullData(splits.train, inference.model.arguments, here.comm, context.check, checked)
     held = None if splits.held_out is None else replace(full, folder=splits.held_out)
-    data = ChunkData(
-        splits.train,
-        plan,
-        ranks,
+    rows = RowTensors(
         inference.model.arguments,
         torch.get_default_dtype(),
         with_row_id=bool(inference.guide.noise_size[1] or cfg.data.log_rows),
+    )
+    cuts = Cuts(
         slots=cfg.slots,
-        every=_cuts(plan, every, by_epoch or bool(update.anchored)),
+        every=_every(plan, every, by_epoch or bool(update.anchored)),
         ends=(*(end for each in update.rounds for end in _round_ends(each, plan, program)), *program.stages),
         memory=cfg.data.memory or memory_share(here.local_size),
     )
+    data = ChunkData(splits.train, plan, ranks, rows, cuts, checked)
     data.first, data.last = int(prepared.state.step), update.horizon
 
     def counted() -> None:
@@ -102,20 +102,21 @@ def assembled(
 
 def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModule, Finish]:
     """Trains to the end of the budget, or of what the stop rule asks for; ``keep``: whether the run folder stays."""
-    cfg, splits, plan, _, update, state, record, _, checked, _ = prepared
+    cfg, splits, plan, _, update, state, record, *_ = prepared
     run_dir, here, _, console, signals = context
     say, bar = console.print, ProgressBar(console, update.horizon)
     every = cfg.checkpoint.every_n_steps or 0
     data, full, held, snapshots, stop, program = assembled(prepared, context, every, passed=bar.on_pass)
     _refuse_between_syncs(cfg, program)
     module = ChunkModule()
-    module.begin(update, program, state, data, record.seconds, say, checked)
+    module.begin(update, program, state, data, record.seconds, say)
     report = _report(cfg, held or full, update.horizon, program.sync_every, record)
     data.ends = (*data.ends, *(end for each in report for end in each.ends))
     figures = MetricsFile(run_dir / "metrics.csv", say)
     final = FinalEvaluation(full, held, plan, cfg.seed, stop)
     finish = Finish(run_dir, final, console, figures, f" · {run_dir}" if keep else "")
     others = LocalRanks()
+    policy = CheckpointPolicy(every, cfg.checkpoint.every_minutes, cfg.checkpoint.keep_last)
     callbacks = [
         FailTogether(others),
         signals,
@@ -125,11 +126,10 @@ def trained(prepared: Prepared, context: Context, keep: bool) -> tuple[ChunkModu
         figures,
         stop,
         *report,
-        Checkpoints(run_dir / "checkpoints", record, data.first, every, cfg.checkpoint.every_minutes,
-                    cfg.checkpoint.keep_last, say),
+        Checkpoints(run_dir / "checkpoints", record, data.first, policy, say),
         finish,
         Tracked(run_dir, splits.train, figures, cfg.checkpoint.track),
-    ]  # fmt: skip
+    ]
     if (record.stopped and stop.rule is not None) or data.first >= data.last:
         data.last = data.first  # what was cut short at the end, if anything, is all there is to do
     if data.first < data.last or not is_finished(run_dir, data.first):
@@ -158,7 +158,7 @@ def _round_ends(round_: Round, plan: Plan, program: Program) -> tuple[int, ...]:
     return (round_.horizon, *segment_ends(round_, plan.steps_per_epoch, program.sync_every))
 
 
-def _cuts(plan: Plan, every: int, by_epoch: bool) -> tuple[tuple[int, int], ...]:
+def _every(plan: Plan, every: int, by_epoch: bool) -> tuple[tuple[int, int], ...]:
     """Where chunks end: at multiples of ``every``, and where an epoch begins."""
     epochs = (plan.steps_per_epoch, plan.first_whole)
     return (*([(every, 0)] if every else []), *([epochs] if by_epoch else []))

@@ -54,7 +54,7 @@ class VariationalModule(ChunkModule):
     Raises UserError, in ``fit``, for what cannot be right.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what its user gives, by name
         self,
         model: Any,
         guide: Any = "mean_field",
@@ -106,9 +106,7 @@ class VariationalModule(ChunkModule):
             self._float_type = torch.get_default_dtype()
             made = assembled(prepared, context, by_epoch=True)
             update, state, record = prepared.update, prepared.state, prepared.record
-            self.begin(
-                update, made.program, state, made.data, record.seconds, context.console.print, prepared.first_pass
-            )
+            self.begin(update, made.program, state, made.data, record.seconds, context.console.print)
         made.data.trainer = self.trainer
         self._progress, self.steering = record, [*made.snapshots, made.stop]
         self._final = FinalEvaluation(made.full, made.held, prepared.plan, cfg.seed, made.stop)

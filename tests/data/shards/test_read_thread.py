@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from servers import faulty
 from shard_tools import csr, ragged, write_folder
 
@@ -21,7 +22,7 @@ from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.read_thread import ReadThread, within
 from trainer.data.shards.reader import Reader
 from trainer.data.shards.remote import Store
-from trainer.engine.datamodule import ChunkData, Ranks, spans
+from trainer.engine.datamodule import ChunkData, Cuts, Ranks, RowTensors, spans
 from trainer.errors import UserError
 
 SOON = 1.0  # seconds to wait for what never comes
@@ -157,8 +158,9 @@ def test_any_exception_of_the_thread_reaches_the_caller_with_its_traceback(
         raise MemoryError("as large as that")
 
     monkeypatch.setattr(Reader, "_gather", broken)
-    data = ChunkData(folder, Plan(folder.block_rows, 5, 1, 10), Ranks(1, 0, 1, 1), ("x",), np.float32, False, 1)
-    data.dtype, data.last = "torch.float32", 5  # type: ignore[assignment]
+    rows = RowTensors(("x",), torch.float32)
+    data = ChunkData(folder, Plan(folder.block_rows, 5, 1, 10), Ranks(1, 0, 1, 1), rows, Cuts(1))
+    data.last = 5
     before = set(threading.enumerate())  # with those that earlier tests left stuck on purpose
     with pytest.raises(MemoryError, match="as large as that") as raised:
         list(data)

@@ -21,7 +21,7 @@ from trainer.data.shards import gather as gathering
 from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import ROW_ID
 from trainer.data.shards.reader import ChunkArrays, Reader
-from trainer.engine.datamodule import ChunkData, Ranks, spans
+from trainer.engine.datamodule import ChunkData, Cuts, Ranks, RowTensors, spans
 from trainer.errors import UserError
 
 BLOCKS = [7, 1, 30, 2, 19, 30, 11, 8, 24, 5]
@@ -289,7 +289,8 @@ def test_abandoned_halfway_it_leaves_no_thread_and_no_file(tmp_path: Path) -> No
 
     before = set(threading.enumerate())  # with those that earlier tests left stuck on purpose
     folder = ShardFolder(tmp_path / "train")
-    data = ChunkData(folder, plan_of(folder), Ranks(1, 0, 8, 1), ("int8",), torch.float32, True, 2)
+    rows = RowTensors(("int8",), torch.float32, with_row_id=True)
+    data = ChunkData(folder, plan_of(folder), Ranks(1, 0, 8, 1), rows, Cuts(2))
     data.last = 1000
     for count, chunk in enumerate(data):
         assert chunk.columns["int8"].shape[0] == 2
