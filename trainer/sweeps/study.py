@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from filelock import FileLock
@@ -67,19 +67,21 @@ def best_of(storage: BaseStorage, name: str) -> FrozenTrial:
         raise UserError(f"no trial of study {name} is complete.") from error
 
 
-class Worker:
-    """One process that takes trials of a study. ``command``: what every worker of the study must have been given."""
+class Search(NamedTuple):
+    """What a study looks for, and how."""
 
-    def __init__(
-        self,
-        folder: Path,
-        address: str,
-        name: str,
-        sampler: DictConfig,
-        pruner: DictConfig,
-        dimensions: space.Space,
-        command: list[str],
-    ):
+    dimensions: space.Space
+    sampler: DictConfig
+    pruner: DictConfig
+    command: list[str]
+    """The words that every worker of the study must have been given."""
+
+
+class Worker:
+    """One process that takes trials of study ``name``, in the storage at ``address``."""
+
+    def __init__(self, folder: Path, address: str, name: str, search: Search):
+        dimensions, sampler, pruner, command = search
         self.folder, self.address, self.dimensions = folder, absolute(address), dimensions
         self.locks = folder / ".workers"
         self.locks.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from trainer.errors import counted, first_line
 from trainer.runs.folder import cut_short
 from trainer.runs.secrets import redact_files, redacted
 from trainer.sweeps import search_space as space
-from trainer.sweeps.study import Grid, Worker
+from trainer.sweeps.study import Grid, Search, Worker
 
 _SHOWN = 10  # trials of the closing table
 
@@ -38,9 +38,8 @@ def sweep(plugin: Any, arguments: Sequence[str]) -> float:
     plugin.validate_batch_is_legal([[*fixed, *space.overrides_of({n: space.first(d) for n, d in dimensions.items()})]])
     folder, n_trials = Path(str(plugin.config.hydra.sweep.dir)), int(plugin.n_trials)
     command = redacted(sorted(word for word in words if not word.startswith("sweep_dir=")))
-    worker = Worker(
-        folder, str(plugin.storage), str(plugin.study_name), plugin.sampler, plugin.pruner, dimensions, command
-    )
+    search = Search(dimensions, plugin.sampler, plugin.pruner, command)
+    worker = Worker(folder, str(plugin.storage), str(plugin.study_name), search)
     if plugin.sampler._target_ == f"{Grid.__module__}.{Grid.__name__}":
         n_trials = min(n_trials, space.count(dimensions))
     OmegaConf.save(plugin.config, folder / "multirun.yaml")  # as Hydra's own sweeper does

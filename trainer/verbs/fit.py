@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -36,7 +36,7 @@ from trainer.training.weights import packed_for
 _AGREE = 1.05
 
 
-def fit(
+def fit(  # noqa: PLR0913  what its user gives, by name
     model: Any,
     data: MemoryTable | ShardFolder | str | Path | Sequence[str | Path],
     guide: Any = "mean_field",
@@ -94,7 +94,7 @@ def fit(
     with own_state(), contextlib.ExitStack() as opened:
         keep = run_dir is not None
         folder = Path(run_dir or opened.enter_context(TemporaryDirectory(prefix="svi-run-")))
-        path = _packed(data, columns, packing, dtype, weight, (model, guide), opened, console)
+        path = _packed(data, _Packing(columns, weight, dtype, packing), (model, guide), opened, console)
         if weight is not None and _is_packed(data):
             chosen["weight"] = weight
         fits = []
@@ -115,17 +115,21 @@ def fit(
     return replace(best, rhat=rhat)
 
 
+class _Packing(NamedTuple):
+    """How a table is to be packed."""
+
+    columns: ColumnMap | None
+    weight: str | None
+    dtype: str | None
+    options: Mapping[str, Any]
+    """The others of `pack`, which a packed table does without."""
+
+
 def _packed(
-    data: Any,
-    columns: ColumnMap | None,
-    packing: Mapping[str, Any],
-    dtype: str | None,
-    weight: str | None,
-    takers: tuple[Any, ...],
-    opened: contextlib.ExitStack,
-    console: Console,
+    data: Any, asked: _Packing, takers: tuple[Any, ...], opened: contextlib.ExitStack, console: Console
 ) -> str | list[str]:
     """The shard folder of ``data``, or several: its own, or one that is removed with ``opened``."""
+    columns, weight, dtype, packing = asked
     if _is_packed(data):
         if columns or any(value not in ((), 0.0, "error") for value in packing.values()):
             raise UserError(f"columns, {', '.join(packing)} belong to packing: this data is packed already.")
