@@ -15,7 +15,7 @@ from rich.console import Console
 
 from trainer.data.packing.columns import source_columns
 from trainer.data.packing.pack import pack
-from trainer.data.packing.parts import Parts
+from trainer.data.packing.parts import PartOf, Parts
 from trainer.data.sources.mixed import refuse_mixed
 from trainer.data.sources.source import Source, open_source
 from trainer.data.sources.synthetic import SyntheticSource
@@ -59,21 +59,22 @@ def run(cfg: Shard, run_dir: Path) -> float:
 
 def _part(cfg: Shard, parts: Parts, console: Console) -> float:
     """Reads one part; where all are read already, makes its share of the shards. Returns the rows read."""
-    part, of = _part_of(str(cfg.part))
+    part = _part_of(str(cfg.part))
+    number, of = part
     resources = _resources(cfg)
-    with _stopping_on_signals(f"start part={part}/{of} again: it does what is left of it"):
-        with RowProgress(console, f"reading part {part} of {of}") as watch:
+    with _stopping_on_signals(f"start part={number}/{of} again: it does what is left of it"):
+        with RowProgress(console, f"reading part {number} of {of}") as watch:
             source, truth = _source(cfg)
-            rows = parts.read(source, part, of, progress=watch.show, **_options(cfg), **resources)
+            rows = parts.read(source, part, progress=watch.show, **_options(cfg), **resources)
             if truth is not None and not (parts.packed / "truth.json").exists():
                 _write_truth(parts.packed, truth)
         missing, made = parts.missing(), 0
         if not missing:
             del resources["overwrite"]
-            with RowProgress(console, f"writing part {part} of {of}") as watch:
-                made = parts.write(part, of, progress=watch.show, **resources)
+            with RowProgress(console, f"writing part {number} of {of}") as watch:
+                made = parts.write(part, progress=watch.show, **resources)
     console.print(
-        f"part {part} of {of}: "
+        f"part {number} of {of}: "
         + ("read before" if rows is None else f"{counted(rows, 'row')} read")
         + (
             f" · {len(missing)} of {of} parts to come"
@@ -84,12 +85,12 @@ def _part(cfg: Shard, parts: Parts, console: Console) -> float:
     return float(rows or 0)
 
 
-def _part_of(text: str) -> tuple[int, int]:
-    """Read "3/16" as 3 and 16."""
+def _part_of(text: str) -> PartOf:
+    """Read "3/16" as part 3 of 16."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None:
         raise UserError(f"part={text} is not a part: write part=1/16 for the first of 16.")
-    return int(found[1]), int(found[2])
+    return PartOf(int(found[1]), int(found[2]))
 
 
 def _options(cfg: Shard) -> dict[str, Any]:

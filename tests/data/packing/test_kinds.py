@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainer.data.packing.pack import pack
-from trainer.data.packing.parts import Parts
+from trainer.data.packing.parts import PartOf, Parts
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import Index
 from trainer.data.sources.memory import MemorySource
@@ -211,7 +211,7 @@ def test_parts_workers_and_memory_agree_on_the_type(tmp_path: Path) -> None:
     small, _ = pack(tmp_path / "t.parquet", tmp_path / "small", memory_bytes=1 << 16, workers=2)
     parts = Parts(tmp_path / "parts")
     for part in (1, 2):
-        parts.read(tmp_path / "t.parquet", part, 2)
+        parts.read(tmp_path / "t.parquet", PartOf(part, 2))
     assert whole.digest == small.digest == parts.finish()[0].digest
 
 

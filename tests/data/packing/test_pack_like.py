@@ -7,7 +7,7 @@ import pytest
 
 from trainer.data.fields import CsrRows
 from trainer.data.packing.pack import pack
-from trainer.data.packing.parts import Parts
+from trainer.data.packing.parts import PartOf, Parts
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.sources.memory import MemorySource
 from trainer.errors import UserError
@@ -70,7 +70,7 @@ def test_parts_are_packed_like_it_too(monday: Path, tmp_path: Path) -> None:
     pack(MemorySource(TUESDAY), tmp_path / "whole", like=monday)
     parts = Parts(tmp_path / "parts")
     for part in (1, 2):
-        parts.read(MemorySource(TUESDAY), part, 2, like=monday)
+        parts.read(MemorySource(TUESDAY), PartOf(part, 2), like=monday)
     assert parts.finish()[0].digest == ShardFolder(tmp_path / "whole" / "train").index.digest
 
 

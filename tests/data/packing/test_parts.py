@@ -17,7 +17,7 @@ import pytest
 from shard_tools import csr, ragged
 
 from trainer.data.packing.pack import pack
-from trainer.data.packing.parts import Parts, _share
+from trainer.data.packing.parts import PartOf, Parts, _share
 from trainer.data.packing.runs import RunsFile
 from trainer.data.shards.tar import ShardWriter
 from trainer.data.sources import memory
@@ -81,8 +81,8 @@ def test_parts_in_any_order_give_the_bytes_of_one_process(tmp_path: Path, name: 
     job, rows, made = Parts(tmp_path / "out"), 0, 0
     for _ in range(rounds):
         for part in np.random.default_rng(parts).permutation(parts) + 1:
-            rows += job.read(table, int(part), parts, memory_bytes=1 << 18, workers=2, **options) or 0
-            made += 0 if job.missing() else job.write(int(part), parts, memory_bytes=1 << 18, workers=2)
+            rows += job.read(table, PartOf(int(part), parts), memory_bytes=1 << 18, workers=2, **options) or 0
+            made += 0 if job.missing() else job.write(PartOf(int(part), parts), memory_bytes=1 << 18, workers=2)
     assert rows == ROWS
     job.finish(memory_bytes=1 << 17)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
@@ -100,7 +100,7 @@ def test_a_synthetic_table_is_packed_in_parts(tmp_path: Path) -> None:
     assert len(table.piece_rows) == 3
     pack(table, tmp_path / "one")
     job = Parts(tmp_path / "out")
-    assert sum(job.read(table, part, 2) or 0 for part in (1, 2)) == 600_000
+    assert sum(job.read(table, PartOf(part, 2)) or 0 for part in (1, 2)) == 600_000
     job.finish()
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
@@ -108,7 +108,7 @@ def test_a_synthetic_table_is_packed_in_parts(tmp_path: Path) -> None:
 def test_parts_share_the_rows() -> None:
     pieces = [5, 1, 1, 1, 9, 2, 0, 3]
     for parts in (1, 2, 3, 8, 50):
-        shares = [_share(pieces, part, parts) for part in range(1, parts + 1)]
+        shares = [_share(pieces, PartOf(part, parts)) for part in range(1, parts + 1)]
         assert [piece for share in shares for piece in share] == list(range(8))
 
 
@@ -116,7 +116,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     job = Parts(tmp_path / "out")
     with pytest.raises(UserError, match=r"there are no parts in .*out\.parts"):
         job.finish()
-    job.read(source(), 2, 4)
+    job.read(source(), PartOf(2, 4))
     assert job.missing() == [1, 3, 4]
     with pytest.raises(UserError, match=r"of the 4 parts in .* these are missing: 1, 3, 4; run each again"):
         job.finish()
@@ -125,24 +125,24 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 def test_parts_of_other_options_or_another_table_are_refused(tmp_path: Path) -> None:
     job = Parts(tmp_path / "out")
-    job.read(source(), 1, 2, seed=1)
+    job.read(source(), PartOf(1, 2), seed=1)
     for table, parts, options in (
         (source(), 2, {"seed": 2}),
         (source(), 3, {"seed": 1}),
         (source(("word",)), 2, {"seed": 1}),
     ):
         with pytest.raises(UserError, match="were given other options, or another table, than part 2"):
-            job.read(table, 2, parts, **options)  # type: ignore[arg-type]
+            job.read(table, PartOf(2, parts), **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="part=3/2 is not a part"):
-        job.read(source(), 3, 2, seed=1)
+        job.read(source(), PartOf(3, 2), seed=1)
 
 
 def test_an_out_that_exists_is_kept_unless_asked(tmp_path: Path) -> None:
     pack(source(), tmp_path / "out", seed=9)
     before, job = contents(tmp_path / "out"), Parts(tmp_path / "out")
     with pytest.raises(UserError, match="exists: choose another out="):
-        job.read(source(), 1, 1)
-    job.read(source(), 1, 1, overwrite=True)
+        job.read(source(), PartOf(1, 1))
+    job.read(source(), PartOf(1, 1), overwrite=True)
     assert contents(tmp_path / "out") == before
     with pytest.raises(UserError, match="exists: choose another out="):
         job.finish()
@@ -159,14 +159,14 @@ def test_a_full_disk_ends_a_part_whose_work_is_done_when_it_is_run_again(
 
     pack(source(), tmp_path / "one", **SMALL)
     job = Parts(tmp_path / "out")
-    job.read(source(), 1, 2, **SMALL)
+    job.read(source(), PartOf(1, 2), **SMALL)
     with monkeypatch.context() as broken:
         broken.setattr(RunsFile, "_keep", full)
         with pytest.raises(UserError, match=r"no space is left on the disk of '.*out'"):
-            job.read(source(), 2, 2, **SMALL)
+            job.read(source(), PartOf(2, 2), **SMALL)
     assert job.missing() == [2]
     assert sorted(os.listdir(job.folder)) == ["packed", "part-1-of-2.rows", "plan.json"]
-    job.read(source(), 2, 2, **SMALL)
+    job.read(source(), PartOf(2, 2), **SMALL)
     with monkeypatch.context() as broken:
         broken.setattr(ShardWriter, "close", full)
         with pytest.raises(UserError, match=r"no space is left on the disk of '.*out'"):
@@ -188,7 +188,7 @@ def test_a_finish_that_was_killed_at_any_step_is_run_again(tmp_path: Path, monke
     for last in itertools.count():
         if not (tmp_path / "out").exists() and not job.folder.exists():
             for part in (1, 2):
-                job.read(source(), part, 2, **SMALL)
+                job.read(source(), PartOf(part, 2), **SMALL)
         seen = 0
 
         def dying(call: Any, last: int = last) -> Any:
@@ -218,7 +218,7 @@ def test_a_finish_that_was_killed_at_any_step_is_run_again(tmp_path: Path, monke
 
 def test_half_a_file_of_rows_is_none(tmp_path: Path) -> None:
     job = Parts(tmp_path / "out")
-    job.read(source(), 1, 1)
+    job.read(source(), PartOf(1, 1))
     (file,) = job.folder.glob("part-*.rows")
     whole = file.read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
@@ -234,7 +234,7 @@ def test_the_first_bad_row_is_named_whoever_finds_one(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no value for 'x' in row 650 \(counted from 0\)"):
             pack(MemorySource({"x": x}), tmp_path / "out", workers=workers)
     with pytest.raises(UserError, match=r"no value for 'x' in row 1300 "):
-        Parts(tmp_path / "out").read(MemorySource({"x": x}), 3, 6, workers=2)
+        Parts(tmp_path / "out").read(MemorySource({"x": x}), PartOf(3, 6), workers=2)
     assert "out" not in os.listdir(tmp_path)
 
 
@@ -242,13 +242,14 @@ def test_bad_resources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="workers=0 do nothing"):
         pack(source(), tmp_path / "out", workers=0)
     with pytest.raises(UserError, match="memory_bytes=10 is too little"):
-        Parts(tmp_path / "out").read(source(), 1, 1, memory_bytes=10)
+        Parts(tmp_path / "out").read(source(), PartOf(1, 1), memory_bytes=10)
 
 
 KILLED = """
 import sys
-from trainer.data.packing.parts import Parts
-Parts(sys.argv[2]).read(sys.argv[1], 2, 2, workers=1, progress=lambda done, total: print(done, flush=True) or input())
+from trainer.data.packing.parts import PartOf, Parts
+part = PartOf(2, 2)
+Parts(sys.argv[2]).read(sys.argv[1], part, workers=1, progress=lambda done, total: print(done, flush=True) or input())
 """
 
 
@@ -259,7 +260,7 @@ def test_a_killed_part_is_started_again(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": np.arange(rows)}), table, row_group_size=300_000)
     pack(table, tmp_path / "one")
     job = Parts(tmp_path / "out")
-    job.read(table, 1, 2)
+    job.read(table, PartOf(1, 2))
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(table), str(tmp_path / "out")],
         stdin=subprocess.PIPE,
@@ -274,8 +275,8 @@ def test_a_killed_part_is_started_again(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         assert process.wait(10) == -signal.SIGKILL
     assert job.missing() == [2]
-    assert job.read(table, 1, 2) is None
-    assert job.read(table, 2, 2) == rows // 2
+    assert job.read(table, PartOf(1, 2)) is None
+    assert job.read(table, PartOf(2, 2)) == rows // 2
     assert not list(job.folder.glob(".part-*"))
     job.finish()
     assert contents(tmp_path / "out") == contents(tmp_path / "one")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.packing.emit import SIDES, Cut
 from trainer.data.packing.ingest import Table, Tally, check_rounding, check_rows, total
@@ -40,6 +40,14 @@ from trainer.data.store import atomic_write, sync_folder
 from trainer.errors import UserError
 
 
+class PartOf(NamedTuple):
+    """One of the parts of a table, as 3 of 16."""
+
+    number: int
+    """From 1."""
+    parts: int
+
+
 class Parts:
     """The parts of the table that becomes ``out``."""
 
@@ -52,8 +60,7 @@ class Parts:
     def read(
         self,
         source: Source | str | Path,
-        part: int,
-        parts: int,
+        part: PartOf,
         *,
         memory_bytes: int = 1 << 30,
         workers: int | None = None,
@@ -61,12 +68,13 @@ class Parts:
         progress: OnProgress | None = None,
         **options: Any,
     ) -> int | None:
-        """Reads part ``part`` (from 1) of ``parts``; returns its rows, or None where that was done before.
+        """Reads a ``part``; returns its rows, or None where that was done before.
 
         The rest as for `pack`. Raises UserError for other options than those of the other parts.
         """
-        if not 1 <= part <= parts:
-            raise UserError(f"part={part}/{parts} is not a part: write part=1/{parts} to part={parts}/{parts}.")
+        number, parts = part
+        if not 1 <= number <= parts:
+            raise UserError(f"part={number}/{parts} is not a part: write part=1/{parts} to part={parts}/{parts}.")
         check_resources(memory_bytes, workers)
         with disk_of(self.out):
             check_out(self.out, overwrite)
@@ -75,7 +83,7 @@ class Parts:
             given = {"source": name, "parts": parts, **options}
             given = json.loads(json.dumps(given, default=str))
             known = self._plan()
-            if known is not None and known["given"] == given and self._tail(part, known) is not None:
+            if known is not None and known["given"] == given and self._tail(number, known) is not None:
                 return None
             opened, table = settle(source, Packing(**options))
             plan = {"given": given, "table": table.content()}
@@ -84,20 +92,20 @@ class Parts:
                     file.write(json.dumps(plan).encode())
             elif known != plan:
                 raise UserError(
-                    f"the parts in '{self.folder}' were given other options, or another table, than part {part}: give "
-                    "all the same, or remove that folder to start over."
+                    f"the parts in '{self.folder}' were given other options, or another table, than part {number}: "
+                    "give all the same, or remove that folder to start over."
                 )
-            pieces = _share(opened.piece_rows, part, parts)
+            pieces = _share(opened.piece_rows, part)
             rows = sum(opened.piece_rows[piece] for piece in pieces)
             workers = workers or default_workers(rows * table.row_bytes)
             shown, share = Progress(progress, rows, workers, passes=1), memory_share(memory_bytes, workers, table)
-            with self._temporary(f"part-{part}-of-{parts}") as path:
+            with self._temporary(f"part-{number}-of-{parts}") as path:
                 runs = RunsFile(table.recipes, path)
                 whole = None
                 try:
                     tallies = scatter(opened, table, runs, pieces, share, shown)
                     about = {"plan": _digest(plan), "tallies": [tally.state() for tally in tallies]}
-                    whole = self._part(part, parts)
+                    whole = self._part(part)
                 finally:
                     runs.close(about if whole else {}, whole)
             sync_folder(self.folder)
@@ -110,16 +118,16 @@ class Parts:
 
     def write(
         self,
-        part: int,
-        parts: int,
+        part: PartOf,
         *,
         memory_bytes: int = 1 << 30,
         workers: int | None = None,
         progress: OnProgress | None = None,
     ) -> int:
-        """Makes the shards of part ``part``; returns how many there were to make."""
+        """Makes the shards of a ``part``; returns how many there were to make."""
+        number, parts = part
         with disk_of(self.out), self._cut(memory_bytes, workers) as (cut, workers):
-            mine = slice(len(cut.tasks) * (part - 1) // parts, len(cut.tasks) * part // parts)
+            mine = slice(len(cut.tasks) * (number - 1) // parts, len(cut.tasks) * number // parts)
             return self._make(cut, cut.tasks[mine], workers, progress)
 
     def finish(
@@ -171,11 +179,11 @@ class Parts:
             raise UserError(f"there are no parts in '{self.folder}': run svi shard part=1/N and the others first.")
         return plan
 
-    def _part(self, part: int, parts: int) -> Path:
-        return self.folder / f"part-{part}-of-{parts}.rows"
+    def _part(self, part: PartOf) -> Path:
+        return self.folder / f"part-{part.number}-of-{part.parts}.rows"
 
     def _tail(self, part: int, plan: dict[str, Any]) -> RunsTail | None:
-        path = self._part(part, plan["given"]["parts"])
+        path = self._part(PartOf(part, plan["given"]["parts"]))
         if not path.exists():
             return None
         tail = read_tail(path)
@@ -260,11 +268,11 @@ def _digest(plan: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def _share(piece_rows: Sequence[int], part: int, parts: int) -> range:
-    """The pieces of one part: neighbors, of about as many rows as the others'. A piece is where its middle lies."""
+def _share(piece_rows: Sequence[int], part: PartOf) -> range:
+    """The pieces of a part: neighbors, of about as many rows as the others'. A piece is where its middle lies."""
     rows, before, mine = sum(piece_rows), 0, []
     for number, count in enumerate(piece_rows):
-        if (2 * before + count) * parts // (2 * rows) == part - 1:
+        if (2 * before + count) * part.parts // (2 * rows) == part.number - 1:
             mine.append(number)
         before += count
     return range(mine[0], mine[-1] + 1) if mine else range(0)
