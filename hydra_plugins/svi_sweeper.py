@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 class OptunaSweeper(Sweeper):
     """Trials of an Optuna study as jobs of the chosen launcher; conf/hydra/sweeper/optuna.yaml has the options."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the fields of its config
         self,
         n_trials: int,
         n_jobs: int,

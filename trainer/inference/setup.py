@@ -104,7 +104,7 @@ def _of_autoguide(made: Any, model: Any, columns: Iterable[str], plate: str) -> 
     return PyroGuide(PlatedModel(made, columns, plate, like=model), plate)
 
 
-def set_up(
+def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
     model: Callable[..., Any],
     guide: GuideFactory,
     batch: Batch,

@@ -220,7 +220,7 @@ def _parse_column(
     return Column(name, dtype, tuple(shape), vocabulary, statistics, kind)
 
 
-def _parse_shard(
+def _parse_shard(  # noqa: PLR0913  the fields of a JSON object
     columns: tuple[Column, ...],
     name: str,
     bytes: int,
