@@ -19,7 +19,7 @@ from trainer.inference.programs.tracing import Untraceable
 class OnRankZeroAlone:
     """A program that rank 1 cannot compile."""
 
-    eager = "eager"
+    reference = "eager"
 
     def __init__(self, rank: int):
         self.rank, self.abandoned = rank, False
