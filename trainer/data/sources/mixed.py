@@ -118,7 +118,7 @@ def _sentence(table: str, name: str, found: Mapping[str, tuple[int, str]]) -> st
         at, word = found["word"]
         return (
             f"column '{name}' of '{table}' holds text and numbers ('{word}' in row {at}, '{number}' in row {row}, "
-            "counted from 0): mend it, leave the cell empty where it stands for a missing value, or pack it with "
+            "counted from 0): fix it, leave the cell empty where it stands for a missing value, or pack it with "
             f"categories=[{name}] where all are names."
         )
     how, remedy = "as text", "make them numbers"
