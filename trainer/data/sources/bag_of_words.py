@@ -95,7 +95,7 @@ def _docword(file: Place, _changed: object) -> tuple[dict[str, Field], list[Piec
             if document[0] < last or (np.diff(document) < 0).any() or document[-1] > documents or document[0] < 1:
                 raise UserError(f"'{file}' has documents out of order, or beyond {documents:,}: sort its lines.")
             if triples[:, 1].min() < 1 or triples[:, 1].max() > words or triples[:, 2].min() < 0:
-                raise UserError(f"'{file}' has a word beyond 1 to {words:,}, or a negative count: mend it.")
+                raise UserError(f"'{file}' has a word beyond 1 to {words:,}, or a negative count: fix it.")
             new = int(np.searchsorted(document, last, "right"))
             if seen and new < len(triples) and not is_compressed(file):
                 lines = np.flatnonzero(np.frombuffer(text, np.uint8) == 10)
