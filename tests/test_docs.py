@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import can_fork, command_environment
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -40,7 +42,7 @@ case $1 in
   train) set -- "$@" max_steps=3 program=eager ;;
 esac
 case "$*" in *sweeper=optuna*) set -- "$@" hydra.sweeper.n_trials=2 ;; esac
-exec "$PYTHON" -m trainer "$@"
+exec "$PYTHON" TRAINER "$@"
 """
 STAND_INS = {"svi": SVI, "pip": "#!/usr/bin/env bash\n", "python": '#!/usr/bin/env bash\nexec "$PYTHON" "$@"\n'}
 
@@ -266,13 +268,13 @@ def test_the_commands_of_a_page_run(scripts, tmp_path):
             copy_example(example.parent, tmp_path / "examples" / example.parent.name)
     commands = tmp_path / "commands"
     commands.mkdir()
+    env = command_environment(PATH=f"{commands}:{os.environ['PATH']}", PYTHON=sys.executable, PYTHONPATH=str(ROOT))
+    trainer = "-m trainer"
+    if can_fork(env):
+        env[forked.ADDRESS], trainer = forked.server().address, shlex.quote(forked.__file__)
     for name, text in STAND_INS.items():
-        (commands / name).write_text(text)
+        (commands / name).write_text(text.replace("TRAINER", trainer))
         (commands / name).chmod(0o755)
-    env = {
-        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
     elbos = 0
     for block in scripts:
         done = subprocess.run(

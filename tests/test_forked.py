@@ -48,17 +48,19 @@ def test_a_fork_sees_what_a_fresh_process_sees(tmp_path, monkeypatch):
 def test_a_fork_ends_as_it_is_ended(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text("import sys\nsys.stdout.write('begun\\n')\nsys.stdout.flush()\nwhile True: pass\n")
-    for number in (signal.SIGKILL, signal.SIGHUP):
+    for number in (signal.SIGKILL, signal.SIGALRM):
         process = start(*ASK, output=subprocess.PIPE, start_new_session=True)
-        assert process.stdout.readline() == "begun\n"
-        assert process.poll() is None
-        assert os.getpgid(process.pid) == process.pid
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.0)
-        process.send_signal(number)
-        assert process.communicate(timeout=60) == ("", "")
-        assert process.returncode == process.poll() == -number
-        process.kill()  # of what has ended: nothing
+        try:
+            assert process.stdout.readline() == "begun\n"
+            assert process.poll() is None
+            assert os.getpgid(process.pid) == process.pid
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.0)
+            process.send_signal(number)
+            assert process.communicate(timeout=60) == ("", "")
+            assert process.returncode == process.poll() == -number
+        finally:
+            process.kill()  # of what has ended: nothing
 
 
 def test_what_a_process_reads_at_its_start_is_not_forked():

@@ -1,7 +1,6 @@
 """`svi train -m hydra/sweeper=optuna` on a function in place of training: spaces, failures, workers, restarts."""
 
 import math
-import os
 import re
 import signal
 import subprocess
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from app_tools import HERE, svi
+from app_tools import HERE, start, svi
+from forked import Forked
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -202,44 +202,26 @@ def test_a_point_that_does_not_compose_fails_alone(sweep):
     assert sorted(states(found)) == ["COMPLETE", "COMPLETE", "FAIL", "FAIL"]
 
 
-WORKER = """
-import os, sys, time
-from pathlib import Path
-from trainer import cli
-from trainer.verbs import train
-
-def run(cfg, run_dir):
-    time.sleep(0.2)
-    marker = Path("die")
-    if marker.exists():
-        marker.unlink()
-        os.kill(os.getpid(), 9)
-    return -abs(cfg.optimizer.lr - 0.1)
-
-train.run = run
-cli.main(sys.argv[1:])
-"""
-
-
-def worker(folder: Path, n_trials: int) -> subprocess.Popen:
-    command = ["train", "-m", "hydra/sweeper=optuna", "data.path=x", "sweep_dir=sweep", LR,
-               f"hydra.sweeper.n_trials={n_trials}", "hydra/sweeper/pruner=none"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", WORKER, *command], cwd=folder, env=env, stdout=subprocess.DEVNULL)
+def worker(n_trials: int) -> "subprocess.Popen[str] | Forked":
+    """A process in the current folder whose trainings take no time."""
+    return start("train", "-m", "hydra/sweeper=optuna", "data.path=x", "sweep_dir=sweep", LR,
+                 f"hydra.sweeper.n_trials={n_trials}", "hydra/sweeper/pruner=none",
+                 launcher=("-m", "sweep_worker"))  # fmt: skip
 
 
 @pytest.mark.slow
-def test_two_workers_share_a_study_and_take_over_from_one_that_was_killed(tmp_path):
-    both = [worker(tmp_path, 12) for _ in range(2)]
+def test_two_workers_share_a_study_and_take_over_from_one_that_was_killed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = [worker(12) for _ in range(2)]
     assert [each.wait(120) for each in both] == [0, 0]
     found = study(tmp_path)
     assert states(found) == ["COMPLETE"] * 12
     assert [trial.number for trial in found.trials] == list(range(12))
     assert {trial.user_attrs["worker"] for trial in found.trials} == {0, 1}
     (tmp_path / "die").touch()
-    assert worker(tmp_path, 14).wait(120) == -signal.SIGKILL
+    assert worker(14).wait(120) == -signal.SIGKILL
     assert states(study(tmp_path))[12:] == ["RUNNING"]
-    assert worker(tmp_path, 14).wait(120) == 0
+    assert worker(14).wait(120) == 0
     assert states(study(tmp_path)) == ["COMPLETE"] * 14
 
 

@@ -17,6 +17,7 @@ from trainer.options.entrance import composed, options
 
 HERE = Path(__file__).parent
 SVI = ("-m", "trainer")
+FORKED = (SVI, ("-m", "sweep_worker"))
 WEIGHTS = np.array([1.0, -2.0, 0.5])
 
 
@@ -41,8 +42,8 @@ def start(
 ) -> "subprocess.Popen[str] | Forked":  # fmt: skip
     """`svi ARGUMENTS` in a process of its own, left running: a fork where that is the same and not ``real``."""
     env = command_environment(**environment)
-    if launcher == SVI and not real and can_fork(env):
-        return Forked(arguments, env, output, start_new_session=start_new_session)
+    if launcher in FORKED and not real and can_fork(env):
+        return Forked(launcher[1], arguments, env, output, start_new_session)
     command = [sys.executable, *launcher, *arguments]
     return subprocess.Popen(command, env=env, text=True, stdout=output, stderr=output,
                             start_new_session=start_new_session)  # fmt: skip

@@ -1,8 +1,8 @@
 """The process that tests fork `svi ...` from: it has imported what the command needs, and does nothing else.
 
-`python fork_server.py FD` serves the Unix socket FD (see `forked.py`) until its other end closes. For each request it
-forks; the child takes over the request's arguments, environment, folder and files, undoes what the fork has changed,
-and goes on as `python -m trainer ARGUMENTS` does, to its last line: the interpreter's own exit.
+`python fork_server.py SOCKET` listens there (see `forked.py`) until its input ends. For each request it forks; the
+child takes over the request's arguments, environment, folder and files, undoes what the fork has changed, and goes on
+as `python -m MODULE ARGUMENTS` does, to its last line: the interpreter's own exit.
 """
 
 import contextlib
@@ -18,55 +18,72 @@ import sys
 import tempfile
 import threading
 import types
+from typing import Any
 
 PRELOADED = (
     *(f"trainer.verbs.{verb}" for verb in ("train", "predict", "export", "doctor", "shard", "runs", "sync")),
     "trainer.cli", "trainer.sweeps.sweep", "optuna.samplers", "optuna.storages", "antlr4.LL1Analyzer", "torch.profiler",
-    "rich._emoji_codes",
+    "torch._inductor.compile_fx", "rich._emoji_codes",
 )  # fmt: skip
 LONGEST = 2**20
 """The bytes that a request may have."""
 
 
-def serve(requests: socket.socket) -> dict:
-    """Forks for each request, and tells how each child ended. Returns in a child only, with its request."""
-    children: dict[int, tuple[int, int]] = {}  # the descriptor of a process: its id, and where to tell how it ended
+Children = dict[int, tuple[int, socket.socket]]
+"""The descriptor of a process: its id, and the connection that asked for it."""
+
+
+def serve(listener: socket.socket) -> dict:
+    """Forks for each request, and answers with the child's id, then how it ended. Returns in a child only, with its
+    request.
+    """
+    children: Children = {}
     poll = select.poll()
-    poll.register(requests, select.POLLIN)
+    for file in (sys.stdin, listener):
+        poll.register(file, select.POLLIN)
     while True:
         for ready, _ in poll.poll():
-            if ready == requests.fileno():
-                content, files, _, _ = socket.recv_fds(requests, LONGEST, 5)
-                if not content:
-                    os._exit(0)
-                *standard, told = files
+            if ready == sys.stdin.fileno():
+                os._exit(0)
+            elif ready == listener.fileno():
+                connection, _ = listener.accept()
+                content, files, _, _ = socket.recv_fds(connection, LONGEST, 3)
                 pid = os.fork()
                 if pid == 0:
-                    for number, file in enumerate(standard):
-                        os.dup2(file, number)
-                    requests.close()
-                    for file in (*files, *children, *(other for _, other in children.values())):
-                        os.close(file)
+                    take_over(files, children, listener, connection)
                     return json.loads(content)
-                for file in standard:
+                for file in files:
                     os.close(file)
                 descriptor = os.pidfd_open(pid)
-                children[descriptor] = (pid, told)
+                children[descriptor] = (pid, connection)
                 poll.register(descriptor, select.POLLIN)
-                requests.send(str(pid).encode())
+                connection.send(str(pid).encode())
             else:
                 poll.unregister(ready)
-                pid, told = children.pop(ready)
-                _, status = os.waitpid(pid, 0)
-                os.close(ready)
-                with contextlib.suppress(BrokenPipeError):  # nobody waits for it
-                    os.write(told, str(status).encode())
-                os.close(told)
+                tell(ready, *children.pop(ready))
 
 
-def become_fresh(request: dict, base: list[str]) -> None:
+def take_over(files: list[int], children: Children, *sockets: socket.socket) -> None:
+    """Makes the request's files those of this child, and closes what is the server's."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    for other in (*sockets, *(connection for _, connection in children.values())):
+        other.close()
+    for file in (*files, *children):
+        os.close(file)
+
+
+def tell(descriptor: int, pid: int, connection: socket.socket) -> None:
+    """Tells who asked for the process how it has ended."""
+    _, status = os.waitpid(pid, 0)
+    os.close(descriptor)
+    with connection, contextlib.suppress(BrokenPipeError):  # nobody waits for it
+        connection.send(str(status).encode())
+
+
+def become_fresh(request: dict, base: list[str], on_interrupt: Any) -> None:
     """Makes this fork what a process is that begins with the request; ``base``: the import path of any process."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, on_interrupt)
     if request["new_session"]:
         os.setsid()
     os.chdir(request["folder"])
@@ -76,11 +93,12 @@ def become_fresh(request: dict, base: list[str]) -> None:
     sys.path[:] = [os.getcwd(), *(os.path.abspath(place) for place in places if place), *base]
     sys.path_importer_cache.clear()
     sys.argv = ["-m", *request["arguments"]]
-    sys.orig_argv[:] = [sys.executable, "-m", "trainer", *request["arguments"]]
+    sys.orig_argv[:] = [sys.executable, "-m", request["module"], *request["arguments"]]
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.modules["__main__"].__dict__["__builtins__"] = __builtins__
     tempfile.tempdir = None
     sys.modules["numpy"].random.seed()
+    sys.modules["torch"].default_generator.seed()
     sys.modules["trainer.inference.isolation"]._is_fork = False  # no thread is missing: there was one
 
 
@@ -97,10 +115,14 @@ def preload() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests and their commands
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests and their commands
     given = [os.path.abspath(place) for place in os.environ["PYTHONPATH"].split(os.pathsep)]
     rest = [place for place in sys.path[1:] if place not in given]
     sys.path[:] = [os.getcwd(), *rest]
-    preload()
-    become_fresh(serve(socket.socket(fileno=int(sys.argv[1]))), rest)
-    runpy._run_module_as_main("trainer")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(sys.argv[1])
+        listening.listen()
+        preload()
+        asked = serve(listening)
+    become_fresh(asked, rest, handler)
+    runpy._run_module_as_main(asked["module"])

@@ -1,7 +1,8 @@
 """`svi ...` forked from a process that has imported all it needs: what tests use of `subprocess.Popen`, at a tenth of
 its time.
 
-Tests of what a process loads, of launchers, of caches between processes and of packages start real ones.
+Tests of what a process loads, of launchers, of caches between processes and of packages start real ones. In a script
+of a test `python forked.py ARGUMENTS` is `svi ARGUMENTS`.
 """
 
 import atexit
@@ -13,17 +14,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-_FIXED = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYRO", "CUDA", "GLOO", "NCCL", "COVERAGE_")
+_FIXED = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYRO", "CUDA", "GLOO", "NCCL")
 """How the names of variables begin that a process reads as it starts or imports."""
-_LATER = ("PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # these are read when they are needed
+_LATER = ("PYTHON", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # read by scripts, set anew, read when needed
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")  # Lightning reads them as it is imported
-_LIMIT = 120.0  # seconds that the server may take to start
+ADDRESS = "SVI_FORK_SERVER"  # names the socket of a server to `python forked.py`
+_SHORT = 20  # bytes of an answer
 
 
 def command_environment(**changes: str) -> dict[str, str]:
@@ -52,40 +55,34 @@ def can_fork(environment: dict[str, str]) -> bool:
 
 
 class Forked:
-    """A process of `svi ARGUMENTS`. ``output``: `subprocess.PIPE` or `subprocess.DEVNULL`."""
+    """A process of `python -m MODULE ARGUMENTS`. ``output``: `subprocess.PIPE` or `subprocess.DEVNULL`."""
 
     def __init__(
-        self, arguments: Sequence[str], environment: dict[str, str], output: int, start_new_session: bool = False
-    ):
-        self.args = [sys.executable, "-m", "trainer", *arguments]
+        self, module: str, arguments: Sequence[str], environment: dict[str, str], output: int,
+        start_new_session: bool = False,
+    ):  # fmt: skip
+        self.args = [sys.executable, "-m", module, *arguments]
         self.returncode: int | None = None
-        request = {
-            "arguments": list(arguments), "environment": environment, "folder": os.getcwd(),
-            "new_session": start_new_session,
-        }  # fmt: skip
-        self._status, told = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
         self.stdout, out = _reader(output, null)
         self.stderr, err = _reader(output, null)
+        request = _request(module, arguments, environment, start_new_session)
         try:
-            self.pid = _server().ask(request, [null, out, err, told])
+            self.pid, self._connection = server().ask(request, [null, out, err])
         finally:
-            for file in {null, out, err, told}:
+            for file in {null, out, err}:
                 os.close(file)
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code, or minus the number of the signal that ended it."""
         if self.returncode is None:
             waiting = select.poll()
-            waiting.register(self._status, select.POLLIN)
+            waiting.register(self._connection, select.POLLIN)
             if not waiting.poll(None if timeout is None else max(0.0, 1000 * timeout)):
                 assert timeout is not None
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            status = os.read(self._status, 20)
-            os.close(self._status)
-            if not status:
-                raise RuntimeError("the fork server has ended before its child")
-            self.returncode = os.waitstatus_to_exitcode(int(status))
+            with self._connection:
+                self.returncode = _ended(self._connection)
         return self.returncode
 
     def poll(self) -> int | None:
@@ -140,41 +137,77 @@ def _read(said: dict[str, str], name: str, file: IO[str]) -> None:
         said[name] = file.read()
 
 
+def _request(module: str, arguments: Sequence[str], environment: dict[str, str], new_session: bool) -> bytes:
+    request = {"module": module, "arguments": list(arguments), "environment": environment, "folder": os.getcwd(),
+               "new_session": new_session}  # fmt: skip
+    return json.dumps(request).encode()
+
+
+def _asked(address: str, request: bytes, files: Sequence[int]) -> socket.socket:
+    """The connection on which the server at ``address`` tells the process's id, then how it has ended."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(address)
+        socket.send_fds(connection, [request], files)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _ended(connection: socket.socket) -> int:
+    status = connection.recv(_SHORT)
+    if not status:
+        raise RuntimeError("the fork server has ended before its child")
+    return os.waitstatus_to_exitcode(int(status))
+
+
 class _Server:
     """`fork_server.py`, which ends with this process."""
 
     def __init__(self) -> None:
-        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._turn = threading.Lock()
-        with other:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(other.fileno())],
-                env=_ENVIRONMENT, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory(prefix="fork-")
+        self.address = f"{self._folder.name}/server"
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py")), self.address],
+            env=_ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
         atexit.register(self.end)
-        self._socket.settimeout(_LIMIT)
 
-    def ask(self, request: dict[str, Any], files: Sequence[int]) -> int:
-        """The id of the process that was forked."""
-        with self._turn:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], files)
+    def ask(self, request: bytes, files: Sequence[int]) -> tuple[int, socket.socket]:
+        """The id of a new process, and the connection that tells how it has ended."""
+        while self._process.poll() is None:
             try:
-                answer = self._socket.recv(20)
-            except ConnectionResetError:
-                answer = b""
-            if not answer:
-                assert self._process.stdout is not None
-                raise RuntimeError(f"the fork server has ended: {self._process.stdout.read()}")
-            return int(answer)
+                connection = _asked(self.address, request, files)
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.05)  # it does not listen yet
+                continue
+            if answer := connection.recv(_SHORT):
+                return int(answer), connection
+            self._process.wait()
+        assert self._process.stdout is not None
+        raise RuntimeError(f"the fork server has ended: {self._process.stdout.read()}")
 
     def end(self) -> None:
-        self._socket.close()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        self._process.communicate()
+        self._folder.cleanup()
 
 
 @functools.cache
-def _server() -> _Server:
+def server() -> _Server:
+    """The one of this process, which starts at the first call."""
     return _Server()
+
+
+def main() -> None:
+    """`svi ARGUMENTS` with the environment, the folder and the files of this process, by the server that it names."""
+    environment = dict(os.environ)
+    address = environment.pop(ADDRESS)
+    with _asked(address, _request("trainer", sys.argv[1:], environment, False), [0, 1, 2]) as connection:
+        connection.recv(_SHORT)
+        code = _ended(connection)
+    sys.exit(code if code >= 0 else 128 - code)  # as a shell says it
+
+
+if __name__ == "__main__":
+    main()

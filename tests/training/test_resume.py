@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_a_compiled_run_killed_from_outside_and_continued(shards, tmp_path):
         saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
         run = start(*common, f"run_dir={tmp_path}/run")
         while run.poll() is None and checkpoint.newest(tmp_path / "run" / "checkpoints") == saved:
-            pass
+            time.sleep(0.01)  # leaves the processor to the run
         run.kill()
         assert run.wait() == -signal.SIGKILL
     done = svi(*common, f"run_dir={tmp_path}/run")
