@@ -239,7 +239,7 @@ def test_the_first_bad_row_is_named_whoever_finds_one(tmp_path: Path) -> None:
 
 
 def test_bad_resources(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="workers=0 do nothing"):
+    with pytest.raises(UserError, match="workers=0 is too few"):
         pack(source(), tmp_path / "out", workers=0)
     with pytest.raises(UserError, match="memory_bytes=10 is too little"):
         Parts(tmp_path / "out").read(source(), PartOf(1, 1), memory_bytes=10)

@@ -78,9 +78,9 @@ def test_every_flipped_byte_and_every_truncation_is_noticed(folder: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "no readable JSON"),
-        ("PK\x03\x04", "no readable JSON"),
-        ("[" * 100_000, "no readable JSON"),
+        ("", "not readable JSON"),
+        ("PK\x03\x04", "not readable JSON"),
+        ("[" * 100_000, "not readable JSON"),
         ("[]", "is not an index"),
         ("null", "is not an index"),
         ("{}", "format version None where this program reads 1"),

@@ -102,7 +102,7 @@ def test_a_pipe_in_place_of_a_shard_is_named(folder: ShardFolder) -> None:
     path = Path(folder.place) / "000003.tar"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UserError, match=rf"nothing of shard {path} has come"):
+    with pytest.raises(UserError, match=rf"nothing of shard {path} has arrived"):
         list(chunks(folder))
     os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # lets the thread go
 
