@@ -97,6 +97,7 @@ VARYING = ("csr", "ragged")
 TWICE = "twice"
 """The kind of what two columns of a table are named."""
 NOT_UTF8 = "text that is not UTF-8"
+LONG = "integers, some beyond 64 bits"
 
 _NUMPY_KINDS = {"f": "float", "i": "int", "u": "int", "b": "bool", "U": "text", "S": "text"}
 
@@ -201,9 +202,17 @@ def _kind_of(value: Any) -> str:
     return "text" if isinstance(value, str) else type(value).__name__
 
 
+def _is_missing(value: Any) -> bool:
+    """None, and what is unlike itself: NaN, NaT, and pandas' NA, which cannot even say so."""
+    try:
+        return value is None or bool(value != value)
+    except (TypeError, ValueError) as error:
+        return isinstance(error, TypeError)  # else an array
+
+
 def object_field(values: Sequence[Any], first_row: int = 0) -> Field:
     """The field of Python objects; its kind tells where the second kind begins, when they are of several."""
-    values = [None if value is None or value != value else value for value in values]  # NaN is unlike itself
+    values = [None if _is_missing(value) else value for value in values]
     kinds = [_kind_of(value) for value in values]
     first = next((i for i, value in enumerate(values) if value is not None), None)
     if first is None:
@@ -213,9 +222,11 @@ def object_field(values: Sequence[Any], first_row: int = 0) -> Field:
             where = f"{str(values[i])[:20]!r} in row {first_row + i}, counted from 0"
             return Field(f"{kinds[first]} and {kinds[i]} ({where})")
     try:
-        return arrow_field(pa.infer_type(values))
+        found = arrow_field(pa.infer_type(values))
     except pa.ArrowException:
         return Field(kinds[first])
+    is_long = found.kind == "int" and any(value is not None and not -(2**63) <= value < 2**63 for value in values)
+    return Field(LONG) if is_long else found
 
 
 def numpy_field(dtype: np.dtype, shape: tuple[int, ...]) -> Field:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from trainer.data.address import Place
-from trainer.data.fields import NOT_UTF8, TWICE, Field, Piece, Raw, arrow_field, choose
+from trainer.data.fields import LONG, NOT_UTF8, TWICE, Field, Piece, Raw, arrow_field, choose
 from trainer.data.sources.place import opened
 from trainer.data.sources.text import arrow_type, in_blocks, piece_text, texts
 
@@ -23,9 +23,8 @@ _OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _PADDED = r"^[ \t]*0(\d+|[xX][0-9a-fA-F]+)[ \t]*$"
 _ENDS, _DIGITS = np.zeros(256, bool), np.zeros(256, bool)
 _ENDS[list(b',"\r\n \t')] = _DIGITS[list(b"0123456789abcdefABCDEFxX")] = True
-_LONG = "integers, some beyond 64 bits"
 _LADDERS = (  # of kinds, each of which holds the cells of those before it; of the last, with "?", only some
-    ("int", _LONG, "float"),
+    ("int", LONG, "float"),
     ("int", "bool", "bool?"),
     ("date32[day]", "timestamp[s]"),
     ("date32[day]", "timestamp[s]", "timestamp[ns]", "timestamp[ns]?"),
@@ -96,7 +95,7 @@ def _kinds(text: bytes, header: Sequence[str], table: pa.Table) -> dict[str, str
         words = _csv_table(text, header, dict.fromkeys(beyond, pa.string()))
         for name in beyond:
             if pc.all(pc.match_substring_regex(words.column(name), r"^[ \t]*-?\d+[ \t]*$")).as_py():
-                kinds[name] = _LONG
+                kinds[name] = LONG
     return kinds
 
 
@@ -157,7 +156,7 @@ def settle_csv(
 ) -> dict[str, Field]:
     """``fields`` that `join_csv` has made of all ``pieces``, where what had to be tried is tried, or else text."""
     tried = {name: field.kind.removesuffix("?") for name, field in fields.items() if field.kind.endswith("?")}
-    open_ones = {*tried, *(name for name, field in fields.items() if field.kind == _LONG)}
+    open_ones = {*tried, *(name for name, field in fields.items() if field.kind == LONG)}
     for number, piece in pieces:
         if not tried:
             break

@@ -121,7 +121,7 @@ def _column(name: str, column: Any) -> Rows | pa.ChunkedArray:
         try:
             found = column.to_arrow() if hasattr(column, "to_arrow") else pa.array(column, from_pandas=True)
             return found if isinstance(found, pa.ChunkedArray) else pa.chunked_array([found])
-        except (pa.ArrowException, NotImplementedError):
+        except (pa.ArrowException, NotImplementedError, OverflowError):
             return np.asarray(column)
     if hasattr(column, "tocsr") or all(hasattr(column, part) for part in ("indptr", "indices", "data", "shape")):
         return _sparse(name, column)
@@ -140,7 +140,7 @@ def _array(name: str, column: Any) -> np.ndarray | pa.ChunkedArray:
         return array
     try:
         return pa.chunked_array([pa.array(array, from_pandas=True)])
-    except (pa.ArrowException, NotImplementedError):
+    except (pa.ArrowException, NotImplementedError, OverflowError):
         return array
 
 
