@@ -1,7 +1,7 @@
 """Tables that we write, a piece at a time: Parquet or CSV, there whole or not at all."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -38,9 +38,17 @@ def table_writer(path: Path) -> Iterator[Writer]:
                 writer = (pq.ParquetWriter if kind == ".parquet" else pa_csv.CSVWriter)(file, table.schema)
             writer.write_table(table)
 
-        yield write
-        if writer is not None:
-            writer.close()
+        def close() -> None:
+            if writer is not None:
+                writer.close()
+
+        try:
+            yield write
+        except BaseException:
+            with suppress(Exception):  # where it is left open, it ends later, in a file that is closed, and says so
+                close()
+            raise
+        close()
 
 
 def _column(values: np.ndarray, kind: str) -> pa.Array:
