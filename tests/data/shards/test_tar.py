@@ -13,8 +13,17 @@ from shard_tools import all_dtypes, csr, ragged, write_folder
 
 from trainer.data.fields import Rows
 from trainer.data.shards.folder import ShardFolder
-from trainer.data.shards.index import ROW_ID
-from trainer.data.shards.tar import RECORD, ShardWriter, tar_header
+from trainer.data.shards.index import DTYPES, ROW_ID, Column
+from trainer.data.shards.tar import (
+    RECORD,
+    ShardWriter,
+    member_name,
+    npy_header,
+    padding,
+    payload_bytes,
+    tar_header,
+    widest_of,
+)
 
 BLOCKS = [7, 1, 384, 30, 2, 19, 30]  # 384 bytes and their header fill a tar record
 COLUMNS = all_dtypes(sum(BLOCKS))
@@ -116,3 +125,60 @@ def test_tar_headers_are_those_of_the_standard_library(name: str, size: int) -> 
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = size, 0o644, 0
     assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
+@pytest.mark.parametrize("rows", [0, 1, 384])
+def test_npy_headers_and_sizes_are_numpys(dtype: str, shape: tuple[int, ...], rows: int) -> None:
+    column, file = Column("x", dtype, shape), io.BytesIO()
+    values = np.zeros((rows, *shape), np.dtype(dtype).newbyteorder("<"))
+    np.lib.format.write_array(file, values, (1, 0))
+    assert npy_header(column, rows) + values.tobytes() == file.getvalue()
+    assert payload_bytes(column, rows) == values.nbytes
+
+
+def test_a_member_fills_whole_records() -> None:
+    assert [padding(size) for size in (0, 1, 511, 512, 513, 2**40)] == [0, 511, 1, 0, 511, 0]
+    assert member_name(12, "x") == "00000012.x.npy"
+
+
+@pytest.mark.parametrize("lengths", [[3], [0, 0], [1, 5, 0, 2, 7, 7], [4, 0, 0, 0, 0, 0, 0, 9, 1]])
+def test_the_most_entries_of_rows_that_follow_each_other(lengths: list[int]) -> None:
+    """Of 2^j rows, by looking at every run of them; of fewer where the block has no more."""
+    spans = [2**j for j in range((len(lengths) - 1).bit_length() + 1)]
+    runs = [[lengths[i : i + span] for i in range(max(len(lengths) - span, 0) + 1)] for span in spans]
+    assert widest_of(np.cumsum([0, *lengths])) == [max(map(sum, of_span)) for of_span in runs]
+
+
+@pytest.mark.parametrize("blocks", [([1, 5, 0, 2], [9]), ([9], [1, 5, 0, 2]), ([2] * 9, [1, 30], [3, 3, 3])])
+def test_blocks_add_to_what_was_widest(blocks: tuple[list[int], ...]) -> None:
+    """A shorter block counts with all its rows where 2^j are more than it has."""
+    most = max((len(each) - 1).bit_length() for each in blocks)
+    found: list[int] = []
+    for lengths in blocks:
+        found = widest_of(np.cumsum([0, *lengths]), found)
+    assert found == [max(sum(each[i : i + 2**j]) for each in blocks for i in range(len(each))) for j in range(most + 1)]
+
+
+def test_a_shard_ends_before_a_block_that_would_exceed_it(tmp_path: Path) -> None:
+    index = write_folder(tmp_path / "probe", {"x": np.zeros(8)}, [2])
+    block = index.shards[0].bytes - 2 * RECORD
+    for bytes_, shards in ((2 * block, [2, 2, 1]), (2 * block - 1, [1] * 5), (1, [1] * 5), (5 * block, [5])):
+        folder = tmp_path / str(bytes_)
+        folder.mkdir()
+        writer = ShardWriter(folder, index.columns, bytes_, shard=3, block=10)
+        for first in range(0, 10, 2):
+            writer.write({"x": np.zeros(2), ROW_ID: np.arange(first, first + 2)})
+        made = writer.close()
+        assert [len(shard.rows) for shard in made] == shards
+        assert [shard.name for shard in made] == [f"{3 + i:06d}.tar" for i in range(len(shards))]
+        with tarfile.open(folder / made[-1].name) as tar:
+            assert tar.getnames()[-1] == f"00000014.{ROW_ID}.npy"
+
+
+def test_nothing_written_is_no_shard_and_an_old_one_is_not_overwritten(tmp_path: Path) -> None:
+    index = write_folder(tmp_path / "a", {"x": np.zeros(2)}, [2])
+    assert ShardWriter(tmp_path, index.columns, 100).close() == ()
+    with pytest.raises(FileExistsError):
+        ShardWriter(tmp_path / "a", index.columns, 100).write({"x": np.zeros(2), ROW_ID: np.arange(2)})
