@@ -7,6 +7,7 @@ differ, it makes words of numbers, or it crashes.
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ from trainer.data.sources.text import arrow_type, blocks, in_blocks, piece_text,
 from trainer.errors import first_line
 
 _MIXED = "mixed"
+_NULL = re.compile(rb"\n[ \t\r]*null")
 _WIDER = ({"int", "float"}, "float"), ({"timestamp[s]", "text"}, "text")
 _WORDS = {
     **dict.fromkeys(("int", "float"), "numbers"),
@@ -74,12 +76,19 @@ def _read(text: bytes, block: int, options: pa_json.ParseOptions | None = None) 
     return pa_json.read_json(io.BytesIO(text), pa_json.ReadOptions(use_threads=threads, block_size=block), options)
 
 
+def _has_null(block: bytes) -> bool:
+    """Whether a line is null: in front of all objects it crashes Arrow, and behind one it is a row without values."""
+    return _NULL.search(b"\n" + block.removeprefix(b"\xef\xbb\xbf")) is not None
+
+
 def _lines(block: bytes) -> list[bytes]:
     return [line for line in block.splitlines() if line.strip()]
 
 
 def _block_kinds(block: bytes) -> tuple[int, dict[str, str]] | None:
     """The rows of lines of objects, and the kinds of their keys; None where Arrow cannot say."""
+    if _has_null(block):
+        return None
     try:
         table = _read(block, len(block) + 1)
     except pa.ArrowInvalid:
@@ -148,7 +157,7 @@ def _unreadable(lines: Sequence[bytes], first_row: int) -> ValueError:
     """Names the first of ``lines`` that is not one object."""
     for row, line in enumerate(lines, first_row):
         try:
-            count, reason = len(_read(line, len(line) + 1)), "of several"
+            count, reason = (0, "null") if _has_null(line) else (len(_read(line, len(line) + 1)), "of several")
         except pa.ArrowInvalid as error:
             count, reason = 0, first_line(error).removeprefix("JSON parse error: ").removesuffix(" in row 0")
         if count != 1:
