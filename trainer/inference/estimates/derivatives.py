@@ -24,10 +24,12 @@ def second_derivative(grad: Tensor, at: Tensor) -> Tensor:
     if not grad.requires_grad:
         return at.new_zeros(len(grad), len(at))
 
-    def rows(directions: Tensor) -> Tensor:
-        return torch.autograd.grad(grad, at, directions, retain_graph=True, is_grads_batched=True)[0]
+    def rows(directions: Tensor, batched: bool) -> Tensor:
+        options: dict[str, bool] = {"retain_graph": True, "is_grads_batched": batched, "allow_unused": True}
+        (found,) = torch.autograd.grad(grad, at, directions, **options)
+        return at.new_zeros(*directions.shape[:-1], len(at)) if found is None else found
 
     try:
-        return torch.cat([rows(some) for some in unit.split(_ROWS_AT_ONCE)])
+        return torch.cat([rows(some, True) for some in unit.split(_ROWS_AT_ONCE)])
     except RuntimeError:  # an operation that cannot be batched
-        return torch.stack([torch.autograd.grad(grad, at, each, retain_graph=True)[0] for each in unit])
+        return torch.stack([rows(each, False) for each in unit])
