@@ -21,6 +21,8 @@ def refusing_fractions(index: Index, batch: Batch) -> Iterator[None]:
             if packed.dtype != "int64" or packed.kind != "dense" or not values.is_floating_point():
                 continue
             broken = (values != values.floor()).reshape(len(values), -1).any(1)
+            if not broken.any():
+                continue
             row = int(broken.int().argmax())
             number = row if batch.row_id is None else int(batch.row_id[row])
             raise UserError(
