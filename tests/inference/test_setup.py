@@ -142,11 +142,3 @@ def test_a_model_with_a_float32_matrix_of_its_own_is_not_wide(own_matrix):
     assert theta.dtype == torch.float32
     assert inference.wide is not own_matrix
     assert torch.get_default_dtype() == torch.float32
-
-
-def test_a_guide_and_a_model_without_parameters_have_nothing_to_train():
-    def fixed(x, y=None):
-        pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
-
-    with pytest.raises(UserError, match="neither guide nor model has a parameter to train"):
-        set_up(regression, guide_factory(fixed, DATA), batch_of(**DATA), 12, ELBO())

@@ -85,7 +85,7 @@ def test_what_is_not_cpp_is_compiled_at_once(inductor):
 def test_a_file_that_does_not_compile_is_an_error_where_it_is_linked(inductor):
     with SideBySide(Path("noise.cpp"), Path("out")):
         made("broken", "broken.cpp")
-        with pytest.raises(RuntimeError, match="broken.cpp does not compile"):
+        with pytest.raises(RuntimeError, match=r"broken\.cpp does not compile"):
             made("linked", "broken.o", compile_only=False)
     assert "linked" not in names(inductor)
 
