@@ -11,13 +11,10 @@ import optuna
 import pytest
 from app_tools import HERE, start, svi
 from forked import Forked
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from trainer import cli
 from trainer.errors import UserError
 from trainer.runs import folder as run_folder
-from trainer.sweeps import search_space as space
 from trainer.sweeps.study import open_storage
 from trainer.verbs import train
 
@@ -50,50 +47,6 @@ def study(folder: Path, name: str = "sweep"):
 
 def states(study) -> list[str]:
     return [trial.state.name for trial in study.trials]
-
-
-def dimension(word: str):
-    (override,) = OverridesParser.create().parse_overrides([word])
-    return space.distribution(override)
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("a=interval(1,5)", FloatDistribution(1.0, 5.0)),
-        ("a=tag(log,interval(1e-4,1e-1))", FloatDistribution(1e-4, 1e-1, log=True)),
-        ("a=int(interval(1,5))", IntDistribution(1, 5)),
-        ("a=range(1,10,2)", IntDistribution(1, 9, step=2)),
-        ("a=range(9,0,-2)", IntDistribution(1, 9, step=2)),
-        ("a=tag(log,range(1,100))", IntDistribution(1, 99, log=True)),
-        ("a=range(0,0.5,0.25)", FloatDistribution(0.0, 0.25, step=0.25)),
-        ("a=adam,sgd", CategoricalDistribution(["adam", "sgd"])),
-        ("a=choice(1,2.5,true,'b c','3','')", CategoricalDistribution([1, 2.5, True, "b c", "'3'", "''"])),
-        ("a=null,[1,2]", CategoricalDistribution(["null", "[1,2]"])),
-    ],
-)
-def test_hydras_grammar_is_the_search_space(word, expected):
-    assert dimension(word) == expected
-
-
-@pytest.mark.parametrize(
-    ("word", "sentence"),
-    [
-        ("a=tag(slow,interval(0,1))", "the tags ['slow'] of a are not known"),
-        ("a=tag(log,interval(-1,1))", "the search space of a cannot be used"),
-        ("a=tag(log,choice(1,2))", "a has choices, which have no scale"),
-        ("a=range(3,1)", "the range of a holds no value"),
-    ],
-)
-def test_a_space_that_cannot_be_is_one_sentence(word, sentence):
-    with pytest.raises(UserError, match=re.escape(sentence)):
-        dimension(word)
-
-
-def test_a_value_becomes_the_word_that_hydra_reads_back():
-    values = {"a": "null", "b": "[1,2]", "c": "'3'", "d": True, "e": 1e-05, "+f": 3}
-    read = OverridesParser.create().parse_overrides(space.overrides_of(values))
-    assert [each.value() for each in read] == [None, [1, 2], "3", True, 1e-05, 3]
 
 
 def test_many_trials_find_the_highest_value_and_end_in_a_table_and_plots(sweep, tmp_path, capsys):

@@ -13,13 +13,11 @@ import torch
 from rich.console import Console
 
 from trainer import Posterior, UserError, fit
-from trainer.data.fields import CsrRows
 from trainer.data.packing.pack import pack
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.sources.memory import MemorySource
 from trainer.training.columns import precision_lines, refuse_spared
-from trainer.training.columns_line import columns_line
 from trainer.training.tables import shards_of
 
 N = 120
@@ -180,20 +178,6 @@ def test_what_float32_cannot_hold_is_said_in_one_line(tmp_path: Path) -> None:
         "float32 rounds the integers of column t", "float32 rounds the values of column s",
     ]  # fmt: skip
     assert not precision_lines(index, ["t", "s"], torch.float64)
-
-
-def test_the_line_of_columns_tells_their_types(tmp_path: Path) -> None:
-    table = {
-        "x": np.ones((2, 3)), "w": CsrRows(np.array([0, 1, 1]), np.array([4]), np.array([2], np.uint8), 5),
-        "g": ["a", "b"], "one": ["a", "a"], "year": pd.Categorical([2011, 2010]), "t": [True, False],
-    }  # fmt: skip
-    index, _ = pack(MemorySource(table), tmp_path / "out", held_out=0)
-    assert columns_line(index) == (
-        "columns: x float32[3] · w uint8 sparse[5] · g 2 categories · one 1 category · "
-        "year 2 categories (0 stands for 2010) · t bool"
-    )
-    many, _ = pack(MemorySource({f"c{i}": [1.0] for i in range(25)}), tmp_path / "many", held_out=0)
-    assert columns_line(many).endswith(" · c19 float32 · 5 more")
 
 
 def test_an_argument_that_is_no_column_is_told_beside_all_columns_of_the_table() -> None:

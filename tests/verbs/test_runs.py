@@ -17,7 +17,6 @@ from trainer import cli
 from trainer.engine.signals import Stopped
 from trainer.errors import UserError
 from trainer.runs import folder as run_folder
-from trainer.runs.table import age
 from trainer.verbs import train
 
 DONE = {"elbo": -500.0, "elbo_per_row": -0.5, "held_out_elbo_per_row": -0.6, "rows": 1000, "held_out_rows": 100,
@@ -229,10 +228,6 @@ def test_a_run_leaves_word_of_its_end(verb, tmp_path, monkeypatch, capsys):
     assert (run.status, run.why, run.model, run.headline) == ("failed", "no such data.", "", None)
     verb("runs")
     assert "no such data." in capsys.readouterr().out
-
-
-def test_an_age_is_in_its_largest_unit():
-    assert [age(seconds) for seconds in (-1, 90, 600, 9000, 1e6)] == ["0 s", "90 s", "10 min", "2 h", "12 d"]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def parted(overrides: Sequence[Override]) -> tuple[Space, list[str]]:
 
 
 def points(space: Space) -> dict[str, list[Any]]:
-    """All values of each dimension. Raises UserError for an interval."""
+    """All values of each dimension. Raises UserError for an interval of floats, and for a logarithmic one."""
     return {name: _values(name, each) for name, each in space.items()}
 
 

@@ -15,7 +15,7 @@ import torch
 from fused_process import dense, key_of, program
 from svi_problems import regression
 
-from trainer.cache import cache_folder, prune
+from trainer.cache import cache_folder
 from trainer.inference.model.noise import chunk_noise
 from trainer.inference.programs import compiling
 from trainer.inference.programs.compiler import compiler_line
@@ -200,20 +200,6 @@ def test_the_line_that_tells_is_found():
     said = "C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.cpp: In function 'f':\nx.cpp:3: error: no name\n"
     assert compiler_line(Exception(said)) == "x.cpp:3: error: no name"
     assert compiler_line(ValueError()) == "ValueError"
-
-
-def test_what_nobody_uses_is_pruned(tmp_path):
-    """By age, then by size, the least recently used first; what a killed process left after a day."""
-    now, day = time.time(), 86_400
-    ages = {"old.so": 100, "c.so": 3, "b.so": 2, "a.so": 1, "killed.part": 2, "killed.lock": 2, "fresh.lock": 0}
-    for name, days in ages.items():
-        (tmp_path / name).write_bytes(bytes(1000))
-        os.utime(tmp_path / name, (now - (days + 0.1) * day,) * 2)
-    prune(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.so", "b.so", "c.so", "fresh.lock"}
-    prune(tmp_path, most=3500)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.so", "b.so", "fresh.lock"}
-    prune(tmp_path / "absent")
 
 
 @pytest.mark.slow
