@@ -210,7 +210,7 @@ def test_the_splits_are_apart(tmp_path: Path) -> None:
     assert alone.num_rows == 5
     assert open_split(tmp_path / "train", "held_out") is None
     for path in (tmp_path / "none", Path(__file__).parent):
-        with pytest.raises(UserError, match="no(t a)? shard folder"):
+        with pytest.raises(UserError, match=r"no(t a)? shard folder"):
             open_split(path, "train")
     (tmp_path / "held_out" / "index.json").unlink()
     with pytest.raises(UserError, match=r"held_out/index\.json is missing"):
