@@ -25,7 +25,7 @@ SAVED = ("checkpoint.py", "store.py")  # the files whose lines write a checkpoin
 
 def state_at(step):
     zero = torch.zeros((), dtype=torch.int64)
-    return State(torch.tensor(step), torch.full((3,), float(step)), (), torch.zeros(3), zero)
+    return State(torch.tensor(step), torch.full((3,), float(step)), torch.zeros(3), zero, {})
 
 
 def save_and_die(path: Path, line: int) -> None:
