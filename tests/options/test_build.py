@@ -1,5 +1,6 @@
 """What a config's classes are given is what they take."""
 
+import app_models
 import pytest
 import torch
 from app_tools import config
@@ -31,6 +32,15 @@ def test_an_option_that_a_model_does_not_take(words, sentence):
     with pytest.raises(UserError) as refused:
         build.model(config("train", "data.path=x", *words).model)
     assert sentence in str(refused.value)
+
+
+def test_a_function_is_called_without_a_detour():
+    """With its options where it has some; a step calls it many times."""
+    plain = build.model(config("train", "data.path=x", "model._target_=app_models.linear").model)
+    assert plain is app_models.linear
+    bound = build.model(config("train", "data.path=x", "model._target_=app_models.dying", "model.at=3").model)
+    assert bound.func is app_models.dying
+    assert bound.keywords["at"] == 3
 
 
 class Narrow(MeanField):

@@ -1,5 +1,6 @@
 """The only place that calls Hydra's instantiate: from config nodes to the objects of the layers below."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +91,8 @@ def model(node: DictConfig) -> Any:
         )
     found = imported(str(node._target_))
     made = make(node) if inspect.isclass(found) else make(node, partial=True)
+    if isinstance(made, functools.partial):  # of a function that Hydra would check again at each call
+        made = functools.partial(found, *made.args, **made.keywords) if made.args or made.keywords else found
     if callable(made) and not _is_pair(made):
         return made
     if hasattr(made, "model"):  # as in Pyro's VAE example: an object with the methods model and guide
