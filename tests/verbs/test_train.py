@@ -119,7 +119,7 @@ BAD = {
     "model._target_=app_models.local_latent": 'latent site "z" stands inside plate "data"',
     "model._target_=app_models.discrete": 'latent site "k" is discrete',
     "model._target_=app_models.centring": "not exchangeable over rows",
-    "data.path=/nowhere": "is not a shard folder",
+    "data.path=/nowhere": "there is no shard folder at /nowhere",
     "batch_size=0": "batch_size=0 must be a whole number from 1 up.",
     "batch_size=250 data.lanes=8": "batch_size(250) % lanes(8) != 0",
     "data.lanes=8 draws=3": "lanes(8) % draws(3) != 0",
@@ -219,7 +219,7 @@ def test_the_horizon_and_the_average_are_whole_epochs(shards):
     plan = Plan(np.full(10, 100), 0, 8, 96)
     update = update_of(config("train", "data.path=x", "max_epochs=20"), plan, whitened=False, anchored=0)
     assert (plan.steps_per_epoch, update.horizon) == (11, 220)
-    assert update.average_from == 220 - 55
+    assert update.rounds[-1].average_from == 220 - 55
     assert (
         update_of(
             config("train", "data.path=x", "max_epochs=20", "max_steps=100"), plan, whitened=False, anchored=0
