@@ -37,7 +37,7 @@ ROOMS_OF = {
     "torch": {"distributed", "inference", "models", "posterior", "engine", *ROOF},
 }
 INFERENCE = (  # its own floors, from the ground up
-    *("model", "guides", "objectives", "optim", "step", "checks", "setup"),
+    *("model", "rows", "guides", "objectives", "optim", "step", "checks", "setup"),
     *("programs", "estimates", "recipe", "isolation"),
 )
 MODULES = sorted((ROOT / "trainer").rglob("*.py"))

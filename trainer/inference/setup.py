@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -30,6 +31,7 @@ from trainer.inference.model.parameters import Parameters
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Objective
+from trainer.inference.rows.marginal import without_latents_of_rows
 from trainer.inference.step import Inference, in_dtype
 
 GuideFactory = Callable[[PlatedModel, Batch], Guide]
@@ -37,6 +39,10 @@ GuideFactory = Callable[[PlatedModel, Batch], Guide]
 _NOTHING = (
     "the model has neither a latent site nor a parameter: add a pyro.sample without obs=, or a pyro.param.",
     "neither guide nor model has a parameter to train: give the guide a pyro.param.",
+)
+_OF_ROWS_ALONE = (
+    "all latents are of rows, which are integrated out, so nothing is left to learn: give what they have in common "
+    '(their mean, their spread) a prior outside plate "data".'
 )
 
 
@@ -52,7 +58,20 @@ def of_family(family: GuideFactory, plated: PlatedModel, batch: Batch) -> Guide:
     return PyroGuide(PlatedModel(no_guide, (), plated.plate), plated.plate)
 
 
-mean_field: GuideFactory = functools.partial(of_family, MeanField)
+@dataclass(frozen=True)
+class OfGlobals:
+    """Makes a guide of latents outside the data plate, so that those of rows have to be integrated out."""
+
+    make: GuideFactory
+    can_be_empty: bool = False
+
+    def __call__(self, plated: PlatedModel, batch: Batch) -> Guide:
+        if plated.sites is not None and not self.can_be_empty and not has_latents(plated, batch):
+            raise UserError(_OF_ROWS_ALONE)
+        return self.make(plated, batch)
+
+
+mean_field: GuideFactory = OfGlobals(functools.partial(of_family, MeanField), can_be_empty=True)
 """Makes the default guide."""
 
 
@@ -69,11 +88,11 @@ def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> Gu
     made = guide.func if isinstance(guide, functools.partial) else guide
     guide = made if isinstance(guide, functools.partial) and not (guide.args or guide.keywords) else guide
     if is_family(made):
-        return functools.partial(of_family, guide)
+        return OfGlobals(functools.partial(of_family, guide), can_be_empty=True)
     if inspect.isclass(made) and is_autoguide(made):
-        return lambda plated, _: _of_autoguide(guide(plated.fn), plated.fn, columns, plate)
+        return OfGlobals(lambda plated, _: _of_autoguide(guide(plated.fn), plated.fn, columns, plate))
     if is_autoguide(guide):
-        return lambda _plated, _batch: _of_autoguide(guide, guide.model, columns, plate)
+        return OfGlobals(lambda _plated, _batch: _of_autoguide(guide, guide.model, columns, plate))
     return lambda plated, _: _of_callable(guide, plated.fn, tuple(columns), plate)
 
 
@@ -119,12 +138,14 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
 
     ``global_sites``: observed sites that may stand outside the data plate. Raises UserError for what cannot be right.
     """
-    plated = PlatedModel(model, batch.columns, plate)
+    plated, of_globals = PlatedModel(model, batch.columns, plate), isinstance(guide, OfGlobals) or is_family(guide)
     torch.manual_seed(seed)
     made: list[Guide] = []
     derived: list[str] = []
 
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+        nonlocal plated
+        plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals)
         derived.extend(check_model(plated, batch, tuple(global_sites)))
         made.append(guide(plated, batch))
         return made[0].setup(plated, batch), (model, *made[0].callables)
@@ -132,6 +153,8 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
     with pyro.validation_enabled(True), on_the_first_batch():
         parameters = Parameters.capture(run)
         refuse_batch_norm(parameters.modules)
+        if not parameters.shapes and plated.sites is not None:
+            raise UserError(_OF_ROWS_ALONE)
         if not parameters.shapes:
             raise UserError(_NOTHING[has_latents(plated, batch)])
         theta = parameters.flatten(parameters.initial).to(batch.dtype)
@@ -146,7 +169,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
         with torch.no_grad():
             first = evaluate(batch)
             if not is_finite(first):
-                RowCheck(plated, with_parameters(parameters, theta)).refuse(batch, density=True)
+                RowCheck(plated.at_first, with_parameters(parameters, theta)).refuse(batch, density=True)
             check_finite(first)
             check_exchangeable(evaluate, batch)
         wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)

@@ -139,14 +139,23 @@ def predicts_by(inference: Inference, theta: Tensor, batch: Batch, name: str) ->
     return False
 
 
+def observed_and_latent(inference: Inference) -> tuple[list[str], list[str]]:
+    """The observed sites of the rows, and the latents of rows that are integrated out."""
+    sites = inference.model.sites
+    if sites is None:
+        return [name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood"], []
+    return list(sites.observed), [*(each.name for each in sites.continuous), *sites.discrete]
+
+
 def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int) -> dict[str, Site]:
     """The observed sites, as nodes of a trace in which they are drawn given draw ``number`` of the latents.
 
     ``batch`` need not have the observed columns where the model gives them a default.
     """
-    model = PlatedModel(inference.model.fn, batch.columns, inference.model.plate)
-    observed = {name for name, kind in zip(inference.sites, inference.kinds) if kind == "likelihood"}
-    aside = _Aside(observed)
+    generative = inference.model.generative
+    model = PlatedModel(generative.fn, batch.columns, generative.plate)
+    observed, of_rows = observed_and_latent(inference)
+    aside = _Aside({*observed, *of_rows})
     with _in_guides(aside):
         drawn = draw(replace(inference, model=cast(PlatedModel, aside(model))), theta, batch, seed, number)
     latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
@@ -157,7 +166,7 @@ def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, n
         trace = inference.parameters.call(
             inference.parameters.unflatten(theta), lambda _: poutine.trace(free).get_trace(batch)
         )
-    nodes = {name: trace.nodes[name] for name in inference.sites if name in observed}
+    nodes = {name: trace.nodes[name] for name in observed}
     return {name: node for name, node in nodes.items() if not isinstance(node["fn"], dist.Unit)}
 
 

@@ -56,7 +56,7 @@ def first_pass(
     names, bounds = inference.model.arguments, _bounds(folder)
     if inference.model.weighted and bounds.get(WEIGHT, (0.0, 1.0))[1] == 0:
         raise UserError(f'column "{WEIGHT}" is 0 in every row, so that none counts: give them weights above 0.')
-    check = RowCheck(inference.model, with_parameters(inference.parameters, theta), bounds)
+    check = RowCheck(inference.model.at_first, with_parameters(inference.parameters, theta), bounds)
     check.refuse(rows, density=inference.gaussian is not None)
     check.learn(rows)
     made = FirstPass(check, folder, until)

@@ -147,6 +147,8 @@ def _described(prepared: Prepared, context: Context) -> list[str]:
         f"({epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs) · {counted(context.world.size, 'rank')} x "
         f"{counted(context.threads, 'thread')}"
     ]
+    if (of_rows := inference.model.sites) is not None:
+        lines.append(f"latents of rows: {of_rows.sentence()}")
     if inference.guide.kind == NO_LATENT:
         lines.append(f"no latent site: maximum likelihood of {inference.parameters.size:,} parameters")
     elif inference.guide.kind != MEAN_FIELD:

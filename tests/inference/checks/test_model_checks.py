@@ -16,7 +16,7 @@ from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import PlatedModel
 from trainer.inference.objectives.elbo import ELBO
-from trainer.inference.setup import set_up
+from trainer.inference.setup import guide_factory, set_up
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = (torch.randn(12, dtype=F64, generator=GENERATOR) for _ in range(2))
@@ -202,10 +202,7 @@ def drawing(x, y):
         (beside, 'observed site "total" stands outside plate "data".*global_sites=\\[total\\]'),
         (unseen, "the model observes nothing: pass a column as obs="),
         (unlabeled, "observes nothing: its argument label is not a column of the data .x, y.; .* columns.label=NAME"),
-        (local, 'latent site "z" stands inside plate "data"'),
-        (missing, 'obs_mask= at site "y".*poutine.mask'),
         (discrete, 'latent site "k" is discrete'),
-        (functools.partial(discrete, where="inside"), 'latent site "k" is discrete'),
         (subsampled, 'latent site "w" stands in plate "groups", which takes 5 of its 50'),
         (square, r'site "y" has densities of shape \[12, 12\].*is \[12, 12\] and its value \[12\]; give both one.*\.$'),
         (column, r'site "y" has densities of shape \[12, 12\].*is \[12\] and its value \[12, 1\]; give both one.*\.$'),
@@ -236,8 +233,14 @@ def test_refused(model, words):
         build(model, x=X, y=Y)
 
 
+@pytest.mark.parametrize("model", [local, missing, functools.partial(discrete, where="inside")])
+def test_latents_of_rows_are_integrated_out(model):
+    assert build(model, x=X, y=Y)[0].guide.sites[0].name == "w"
+
+
 @pytest.mark.parametrize("autoguide", [AutoNormal, AutoDiagonalNormal])
-def test_an_autoguide_with_one_parameter_per_row_is_refused(autoguide):
+def test_an_autoguide_has_no_parameter_of_a_row(autoguide):
+    assert len(build(local, guide_factory(autoguide, ("x", "y")), x=X, y=Y)[1]) == 2
     with pytest.raises(UserError, match='latent site "z" stands inside plate "data"'):
         build(local, lambda model, _: PyroGuide(autoguide(model)), x=X, y=Y)
 

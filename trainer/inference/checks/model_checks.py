@@ -66,12 +66,12 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
         with AtZero(batch.dtype, batch.valid.device):
             trace = _first_trace(model, batch)
     except (RuntimeError, IndexError, ValueError):
-        RowCheck(model).refuse(batch, density=True, of_all=False)  # it may be the fault of some rows
+        RowCheck(model.at_first).refuse(batch, density=True, of_all=False)  # it may be the fault of some rows
         raise
     plate = model.plate
     for site in observed(trace, plate):
         _refuse_selected(site, plate)
-    RowCheck(model).refuse(batch)
+    RowCheck(model.at_first).refuse(batch)
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
     seen = {name: site for name, site in sites.items() if site["is_observed"] and not is_deterministic(site)}
     if not seen:

@@ -9,7 +9,6 @@ Shapes: S draws, B rows, E normals of a draw, n of a row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -21,6 +20,7 @@ from trainer.inference.guides.mean_field import KL, Noise
 from trainer.inference.model.noise import chunk_noise, mixed_seed
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import maker, parts
+from trainer.inference.model.vmapped import silent_vmap
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Terms
 from trainer.inference.programs.tracing import trace
@@ -94,7 +94,7 @@ class Together:
         """``of`` what is made of the draws at ``theta`` [P], [S, n]: that itself, or its derivative."""
         if len(normals.seeds) < self.fewest:
             return of(self.one_by_one(theta, batch, normals))
-        with _silent_vmap():
+        with silent_vmap():
             if self.way is None:
                 self.way = self._decided(theta, batch, normals.part(0, 2), of)
             try:
@@ -221,17 +221,6 @@ def normals_of(
 def _sum(terms: Terms, scaled: bool, batch: Batch) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device=batch.valid.device)
     return sum((term.value for term in terms.values() if term.scaled == scaled), zero)
-
-
-@contextmanager
-def _silent_vmap() -> Iterator[None]:
-    """No warnings of operations that vmap takes one by one."""
-    warn: Any = vars(torch._C._functorch)["_set_vmap_fallback_warning_enabled"]
-    warn(False)
-    try:
-        yield
-    finally:
-        warn(True)
 
 
 class _Written(TorchDispatchMode):

@@ -213,10 +213,27 @@ class PlatedModel:
     ):
         columns = tuple(columns)
         self.fn, self.plate = fn, plate
+        self.sites: Any = None
+        """What is integrated out of each row (`trainer.inference.rows.sites.RowSites`), None where nothing is."""
         self.own = arguments(like or fn, columns, what)
         self.weighted = WEIGHT in columns and WEIGHT not in self.own
         self.arguments = (*self.own, WEIGHT) if self.weighted else self.own
         """The columns that a batch has to hold."""
+
+    @property
+    def evaluations(self) -> int:
+        """About how many evaluations of the user's model one of this takes."""
+        return 1
+
+    @property
+    def generative(self) -> "PlatedModel":
+        """The model as the user wrote it, latents of rows included."""
+        return self
+
+    @property
+    def at_first(self) -> "PlatedModel":
+        """`generative`, in which nothing of a row is drawn."""
+        return self
 
     def __call__(self, batch: Batch) -> Any:
         own = {name: batch.columns[name] for name in self.own if name in batch.columns}  # predictions may lack some

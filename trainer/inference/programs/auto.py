@@ -3,7 +3,8 @@
 A compiled step is ready after about as much time as a thousand or several thousand eager ones. Most problems of some
 thousand rows are done before. So the rounds run eagerly up to the first one of a thousand steps, another process
 compiles during the one before it, and the run continues compiled. A first round of two thousand steps or more (large
-tables) is compiled from its thousandth step on. Where no round is so long, nothing is compiled.
+tables) is compiled from its thousandth step on. Where no round is so long, nothing is compiled. A model whose latents
+of rows are integrated out takes some twenty evaluations a step, so fifty of its steps are worth as much.
 
 What was compiled before, how fast the machine is, and when the compiler is done change nothing: two runs take the same
 steps by the same program, so a run that is cut and resumed is bit for bit the same. A GPU runs compiled from the start.
@@ -46,7 +47,8 @@ class Auto:
     def __post_init__(self) -> None:
         given = self.inference, self.update, self.seed, self.groups, self.comm
         self.reference, self.fused = Eager(*given), Fused(*given)
-        self.stages = stages([each.horizon for each in self.update.rounds])
+        worth = WORTH // self.inference.model.evaluations
+        self.stages = stages([each.horizon for each in self.update.rounds], worth)
 
     def begin(self, state: State, chunk: Batch, say: Callable[[str], None] = print) -> None:
         with _not_for_good():
@@ -72,11 +74,14 @@ class Auto:
         return state.theta.device.type == "cuda" or bool(self.stages and int(state.step) >= self.stages[1])
 
 
-def stages(ends: Sequence[int]) -> tuple[int, ...]:
-    """When to begin to compile and when to run compiled, for rounds with these ``ends``; () for never."""
-    places = [0, *([WORTH] if ends[0] >= 2 * WORTH else []), *ends]
+def stages(ends: Sequence[int], worth: int = WORTH) -> tuple[int, ...]:
+    """When to begin to compile and when to run compiled, for rounds with these ``ends``; () for never.
+
+    ``worth``: steps, for which it is worth waiting for a compiler.
+    """
+    places = [0, *([worth] if ends[0] >= 2 * worth else []), *ends]
     for (before, here), (_, after) in pairwise(pairwise(places)):
-        if after - here >= WORTH:
+        if after - here >= worth:
             return before, here
     return ()
 

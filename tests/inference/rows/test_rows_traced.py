@@ -1,0 +1,68 @@
+"""A step with latents of rows as one traced graph: the numbers of the eager one, for chunks of any rows."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from svi_problems import F64, build, chunk_of
+
+from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
+from trainer.inference.optim.schedules import Constant
+from trainer.inference.programs import fused as fused_module
+from trainer.inference.programs.fused import Fused
+from trainer.inference.programs.program import Eager
+from trainer.inference.programs.replay import Replay
+
+ONE = torch.ones((), dtype=F64)
+
+
+def effects(x, y):
+    b = pyro.sample("b", dist.Normal(0 * ONE, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(ONE))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.StudentT(4.0, b * x + u, 0.8), obs=y)
+
+
+def slopes(x, y):
+    tau = pyro.sample("tau", dist.HalfNormal(ONE))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, tau).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(u[:, 0] + u[:, 1] * x, 0.8), obs=y)
+
+
+def mixture(x, y):
+    share = pyro.sample("share", dist.Beta(ONE, ONE))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(share))
+        pyro.sample("y", dist.Normal(x + 2 * k, 1.0), obs=y)
+
+
+def chain(x, y):
+    stay = pyro.sample("stay", dist.Beta(2 * ONE, ONE))
+    move = torch.stack([torch.stack([stay, 1 - stay]), torch.stack([1 - stay, stay])])
+    with pyro.plate("data", len(x)):
+        state = 0
+        for t in pyro.markov(range(3)):
+            state = pyro.sample(f"z_{t}", dist.Categorical(move[state]))
+            pyro.sample(f"y_{t}", dist.Normal(2.0 * state + x, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("model", [effects, slopes, mixture, chain], ids=lambda model: model.__name__)
+def test_the_traced_step_is_the_eager_one(model, monkeypatch):
+    chunk = chunk_of(3, 2, 9, x=(), y=())
+    inference, theta = build(model, num_obs=100, x=chunk.columns["x"][0, 0], y=chunk.columns["y"][0, 0])
+    update = one_round(Adam(lr=0.05), Constant(), 10, 5)
+    state, eager, traced = update.init(theta), Eager(inference, update, 3, [0, 1]), Fused(inference, update, 3, [0, 1])
+    monkeypatch.setattr(fused_module.Fused, "_made", made)
+    traced.prepare(state, chunk, lambda said: None)
+    want, got = eager.run(state, chunk, 3), traced.run(state, chunk, 3)
+    torch.testing.assert_close(got.state.theta, want.state.theta, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got.terms, want.terms, rtol=1e-10, atol=1e-10)
+
+
+def made(self, traced, rates, state, chunk, say):
+    """The traced graph itself, which Python calls."""
+    module = fused_module.Scan(traced.graph, rates.graph, len(rates.constants))
+    return lambda: Replay(module.before, module.step, lambda work: work)

@@ -1,0 +1,18 @@
+"""torch.vmap without its warnings."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def silent_vmap() -> Iterator[None]:
+    """No warnings of operations that vmap takes one by one."""
+    warn: Any = vars(torch._C._functorch)["_set_vmap_fallback_warning_enabled"]
+    warn(False)
+    try:
+        yield
+    finally:
+        warn(True)

@@ -1,0 +1,229 @@
+"""A model whose latents of rows are integrated out: what is left to a guide are its latents outside the data plate.
+
+At each draw of these the density of a row is a number, log p(y_i | z): discrete latents of the row are summed out
+(Pyro's enumeration; Obermeyer, Bingham, Jankowiak, Chiu, Pradhan, Rush and Goodman, "Tensor variable elimination for
+plated factor graphs", ICML 2019), continuous ones integrated (`trainer.inference.rows.integral`). Nothing is kept of a
+row, so the number of rows costs no memory, and the rest of the program sees a model without latents of rows.
+
+Shapes: B rows, d continuous numbers of a row.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Container, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.packed import pack
+from pyro.ops.rings import LogRing
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from trainer.inference.model.latents import is_deterministic, is_discrete, is_latent, log_prob
+from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
+from trainer.inference.rows.integral import around_the_mode, log_integral, nodes_of
+from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
+
+Columns = Mapping[str, Any]
+Globals = dict[str, Tensor]
+_EVALUATIONS = 20  # of the model, for the modes and the integrals of the rows
+
+
+class Marginal:
+    """The model ``fn`` as a callable of its columns, its latents of rows integrated out.
+
+    ``nodes``: of the quadrature, along each of up to two numbers; ``draws``: of the importance draws for more, each
+    with its mirror image.
+    """
+
+    def __init__(self, fn: Callable[..., Any], plate: str, sites: RowSites, nodes: int = 9, draws: int = 8):
+        self.generative, self.plate, self.sites = fn, plate, sites
+        self.nodes, self.draws = nodes, draws
+        self.site = "+".join(sites.observed)
+        """The site that stands for the observed ones."""
+
+    def __call__(self, **columns: Any) -> None:
+        outside = _Outside(self.plate, self.sites.kept)
+        rows = Batch.whole({name: value for name, value in columns.items() if value is not None})
+        with outside, DataPlate(self.plate, rows):
+            self.generative(**columns)
+        density = self.log_density(columns, outside.values)
+        with pyro.plate(self.plate, rows.size):
+            pyro.factor(self.site, density)
+
+    def log_density(self, columns: Columns, at: Globals) -> Tensor:
+        """log p(y_i | z) [B] at the latents ``at`` outside the data plate."""
+        rows = Batch.whole({name: value for name, value in columns.items() if value is not None})
+        if not self.sites.continuous:
+            return self._joint(columns, rows, at, None)
+        still = {name: value.detach() for name, value in at.items()}
+        start = torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
+        normal = around_the_mode(lambda u: self._joint(columns, rows, still, u), start)
+        nodes = nodes_of(self.sites.size, self.nodes, self.draws, start)
+        return log_integral(lambda u: self._joint(columns, rows, at, u), normal, nodes)
+
+    def _joint(self, columns: Columns, rows: Batch, at: Globals, u: Tensor | None) -> Tensor:
+        """log p(y_i, u_i | z) [B], discrete latents summed out."""
+        given = _Given(at, {} if u is None else {each.name: each.of(u) for each in self.sites.continuous})
+        enumerated = bool(self.sites.discrete)
+        model = config_enumerate(self.generative, default="parallel") if enumerated else self.generative
+        with (
+            poutine.block(hide_fn=lambda site: site["type"] == "sample"),
+            poutine.trace() as tracer,
+            poutine.enum(first_available_dim=-1 - self.sites.nesting) if enumerated else nullcontext(),
+            given,
+            DataPlate(self.plate, rows),
+        ):
+            model(**columns)
+        sites = {
+            name: site
+            for name, site in tracer.trace.nodes.items()
+            if site["type"] == "sample" and not isinstance(site["fn"], _Subsample) and inside(site, self.plate)
+            if name not in self.sites.kept
+        }
+        for name, site in sites.items():
+            value = log_prob(site)
+            if name in given.jacobian:
+                value = value + given.jacobian[name]
+            site["log_prob"] = site["unscaled_log_prob"] = _scaled(site, value)
+        if enumerated:
+            return _summed_out(tracer.trace, sites, self.plate, rows.size)
+        total = [_by_row(site, self.plate, rows.size) for site in sites.values()]
+        return torch.stack(total).sum(0)
+
+
+class MarginalModel(PlatedModel):
+    """A model without its latents of rows."""
+
+    def __init__(self, model: PlatedModel, batch: Batch, sites: RowSites):
+        super().__init__(Marginal(model.fn, model.plate, sites), batch.columns, model.plate, like=model.fn)
+        self.sites = sites
+        self._generative, self._at_first = model, PlatedModel(AtFirst()(model.fn), batch.columns, model.plate)
+
+    @property
+    def evaluations(self) -> int:
+        return _EVALUATIONS if self.sites.continuous else 1
+
+    @property
+    def generative(self) -> PlatedModel:
+        return self._generative
+
+    @property
+    def at_first(self) -> PlatedModel:
+        return self._at_first
+
+
+def without_latents_of_rows(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> PlatedModel:
+    """``model`` with its latents of rows integrated out, or as it is where it has none or cannot run.
+
+    ``guide_holds``: but the continuous ones, which are the guide's. Raises NotIntegrable for what cannot be.
+    """
+    try:
+        sites = row_sites(model, batch, guide_holds)
+    except NotIntegrable:
+        raise
+    except Exception:  # of the model, as the checks that follow say
+        return model
+    return MarginalModel(model, batch, sites) if sites and sites.observed else model
+
+
+class _Outside(Messenger):
+    """Keeps what stands inside the data plate from the handlers around, and notes the values of other latents."""
+
+    def __init__(self, plate: str, kept: Container[str] = ()):
+        super().__init__()
+        self.plate, self.kept = plate, kept
+        self.values: Globals = {}
+
+    def _pyro_sample(self, msg: Message[..., Any]) -> None:
+        fn: Any = msg["fn"]
+        if isinstance(fn, _Subsample):
+            msg["stop"] = msg["name"] == self.plate
+            return
+        if not inside(msg, self.plate) or msg["name"] in self.kept:
+            return
+        msg["stop"] = True
+        if is_latent(msg) and not msg["done"]:
+            msg["done"] = True
+            if is_discrete(fn):
+                msg["value"] = fn.enumerate_support(expand=False)[0].expand(fn.shape())
+            else:
+                transform = biject_to(fn.support)
+                like = fn.mean if hasattr(fn, "mean") else torch.zeros(())
+                msg["value"] = transform(torch.zeros(transform.inverse_shape(fn.shape()), device=like.device))
+
+    def _pyro_post_sample(self, msg: Message[..., Any]) -> None:
+        known = not inside(msg, self.plate) or msg["name"] in self.kept
+        if is_latent(msg) and known and not is_deterministic(msg):
+            self.values[str(msg["name"])] = msg["value"]  # type: ignore[assignment]
+
+
+class _Given(Messenger):
+    """Gives latents outside the data plate their values, and those of rows theirs from unconstrained ones."""
+
+    def __init__(self, at: Globals, u: dict[str, Tensor]):
+        super().__init__()
+        self.at, self.u = at, u
+        self.jacobian: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Message[..., Any]) -> None:
+        name, fn = str(msg["name"]), msg["fn"]
+        if msg["is_observed"] or isinstance(fn, _Subsample):
+            return
+        if name in self.at:
+            msg["value"], msg["done"] = self.at[name], True
+        elif name in self.u:
+            support: Any = fn.support  # type: ignore[attr-defined]
+            transform = biject_to(support)
+            u = self.u[name]
+            value = transform(u)
+            if not isinstance(support, type(constraints.real)):
+                jacobian = transform.log_abs_det_jacobian(u, value)
+                batch = fn.batch_shape  # type: ignore[attr-defined]
+                self.jacobian[name] = jacobian.reshape(*batch, -1).sum(-1)
+            msg["value"], msg["done"] = value, True
+
+
+def _scaled(site: Any, value: Tensor) -> Tensor:
+    """Under the site's own scale and mask; a latent that is masked is still somewhere, so it keeps its density."""
+    mask = site["mask"] if site["is_observed"] else None
+    if mask is not None and mask is not True:
+        value = torch.where(torch.as_tensor(mask, device=value.device), value, value.new_zeros(()))
+    scaled: Tensor = value * site["scale"]
+    return scaled
+
+
+def _by_row(site: Any, plate: str, rows: int) -> Tensor:
+    """The site's log density [B]."""
+    value: Tensor = site["log_prob"]
+    (frame,) = [each for each in site["cond_indep_stack"] if each.name == plate]
+    if value.dim() < -frame.dim or value.shape[frame.dim] == 1:
+        shape = list(value.shape)
+        shape = [1] * (-frame.dim - len(shape)) + shape
+        shape[frame.dim] = rows
+        value = value.expand(shape)
+    others = [dim for dim in range(-value.dim(), 0) if dim != frame.dim]
+    summed: Tensor = value.sum(others) if others else value
+    return summed
+
+
+def _summed_out(trace: poutine.Trace, sites: dict[str, Any], plate: str, rows: int) -> Tensor:
+    """log of the sum over the states of each row, [B]."""
+    trace.symbolize_dims()
+    symbols = trace.plate_to_symbol
+    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    for site in sites.values():
+        packed = pack(site["log_prob"], site["infer"]["_dim_to_symbol"])
+        ordinal = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+        tree.setdefault(ordinal, []).append(packed)
+    states = set(trace.symbol_to_dim) - set(symbols.values())
+    ring = LogRing(dim_to_size={symbols[plate]: rows})  # a packed tensor has no axis of one row
+    found: Tensor = contract_to_tensor(tree, states, frozenset([symbols[plate]]), ring=ring)
+    return found.expand(rows) if found.dim() == 0 else found

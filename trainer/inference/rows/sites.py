@@ -1,0 +1,152 @@
+"""What a row of a model has of its own: latents inside the data plate, found once on the first rows.
+
+Shapes: B rows, d continuous numbers of a row in unconstrained space.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor
+from torch.distributions import biject_to
+
+from trainer.errors import UserError, counted
+from trainer.inference.model.latents import AtZero, Site, is_deterministic, is_discrete, is_latent
+from trainer.inference.model.plates import Batch, PlatedModel, inside
+
+_MOST_STATES = 2**16  # of a site
+_MOST_NUMBERS = 16  # of a row
+
+
+class NotIntegrable(UserError):
+    """A latent of the rows that cannot be summed or integrated out."""
+
+
+@dataclass(frozen=True)
+class RowLatent:
+    """A continuous latent of each row."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the unconstrained values of all rows, 0 where the axis of the rows is."""
+    axis: int
+    """That of the rows, counted from the end."""
+    start: int
+    """Where the site begins among the d numbers."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(n for place, n in enumerate(self.shape) if place - len(self.shape) != self.axis)
+
+    def of(self, u: Tensor) -> Tensor:
+        """The site's unconstrained values, of ``u`` [B, d]."""
+        own = u[:, self.start : self.start + self.size]
+        others = [n for place, n in enumerate(self.shape) if place - len(self.shape) != self.axis]
+        return own.reshape(len(u), *others).movedim(0, len(self.shape) + self.axis)
+
+
+@dataclass(frozen=True)
+class RowSites:
+    """The latents of a row, and what enumerating the discrete ones takes."""
+
+    continuous: tuple[RowLatent, ...]
+    discrete: tuple[str, ...]
+    observed: tuple[str, ...]
+    """The observed sites inside the data plate, which the rows' density stands for."""
+    nesting: int
+    """How many axes plates take, at the most."""
+    kept: tuple[str, ...] = ()
+    """Latents of rows that the guide holds."""
+
+    @property
+    def size(self) -> int:
+        """d."""
+        return sum(each.size for each in self.continuous)
+
+    def sentence(self) -> str:
+        """What is done with them, for the log."""
+        said = []
+        if self.continuous:
+            names = ", ".join(each.name for each in self.continuous)
+            said.append(f"{names} of each row integrated out ({counted(self.size, 'number')})")
+        if self.discrete:
+            some = [*self.discrete[:3], "..."] if len(self.discrete) > 4 else list(self.discrete)
+            said.append(f"{', '.join(some)} of each row summed out")
+        return "; ".join(said)
+
+    def __bool__(self) -> bool:
+        return bool(self.continuous or self.discrete)
+
+
+class AtFirst(Messenger):
+    """Gives discrete latents their first state, so that none is drawn."""
+
+    def _pyro_sample(self, msg: Message[..., Any]) -> None:
+        fn: Any = msg["fn"]
+        if is_latent(msg) and not msg["done"] and is_discrete(fn):
+            msg["value"], msg["done"] = _states(str(msg["name"]), fn)[0].expand(fn.shape()), True
+
+
+def row_sites(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> RowSites:
+    """The latents inside the data plate of ``model``; ``guide_holds``: the continuous ones are the guide's.
+
+    Raises NotIntegrable for one that cannot be summed out, and for more than 16 numbers to be integrated in a row.
+    """
+    with AtFirst(), AtZero(batch.dtype, batch.valid.device):
+        trace = poutine.trace(model).get_trace(batch)
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    own = [site for site in sites if is_latent(site) and inside(site, model.plate)]
+    discrete = [site for site in own if is_discrete(site["fn"])]
+    for site in discrete:
+        _states(str(site["name"]), site["fn"])
+    continuous: list[RowLatent] = []
+    for site in own:
+        if not is_discrete(site["fn"]) and not is_deterministic(site):
+            continuous.append(_row_latent(site, model.plate, sum(each.size for each in continuous)))
+    size = sum(each.size for each in continuous)
+    if size > _MOST_NUMBERS and not guide_holds:
+        names = ", ".join(f'"{each.name}" ({each.size:,})' for each in continuous)
+        raise NotIntegrable(
+            f"each row has {size:,} numbers to integrate out, {names}, and at most {_MOST_NUMBERS} can be: give an "
+            "amortized guide with guide._target_=module.guide, or make the entries of a row rows of their own."
+        )
+    observed = [
+        str(site["name"])
+        for site in sites
+        if site["is_observed"] and inside(site, model.plate) and not is_deterministic(site)
+    ]
+    dims = [-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim is not None]
+    return RowSites(
+        () if guide_holds else tuple(continuous),
+        tuple(str(site["name"]) for site in discrete),
+        tuple(observed),
+        max(dims, default=0),
+        tuple(each.name for each in continuous) if guide_holds else (),
+    )
+
+
+def _row_latent(site: Site, plate: str, start: int) -> RowLatent:
+    shape = tuple(biject_to(site["fn"].support).inverse_shape(site["fn"].shape()))
+    events = len(shape) - len(site["fn"].batch_shape)
+    (frame,) = [each for each in site["cond_indep_stack"] if each.name == plate]
+    axis = frame.dim - events
+    return RowLatent(str(site["name"]), (*shape[:axis], 0, *shape[len(shape) + axis + 1 :]), axis, start)
+
+
+def _states(name: str, fn: Any) -> Tensor:
+    """All values of a discrete site."""
+    try:
+        states: Tensor = fn.enumerate_support(expand=False)
+    except NotImplementedError:
+        raise NotIntegrable(
+            f'latent site "{name}" is a {type(fn).__name__}, which has no end of states to sum over: bound it by a '
+            "Categorical or Binomial, or observe it."
+        ) from None
+    if len(states) > _MOST_STATES:
+        raise NotIntegrable(
+            f'latent site "{name}" has {len(states):,} states, and at most {_MOST_STATES:,} are summed.'
+        )
+    return states
