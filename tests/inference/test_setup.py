@@ -64,7 +64,6 @@ class Network(torch.nn.Module):
         (lambda model: AutoLaplaceApproximation(model), Laplace),
         (lambda model: own_guide, PyroGuide),
     ],
-    ids=str,
 )
 def test_each_guide_is_made_as_what_it_is(guide, kind):
     assert type(made_of(guide)) is kind
