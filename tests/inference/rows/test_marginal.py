@@ -202,6 +202,22 @@ def test_several_sites_of_a_row_are_one_integral():
     torch.testing.assert_close(densities(model, {"tau": tau}, y=Y[:, :2]), want, rtol=0, atol=1e-9)
 
 
+def test_a_latent_whose_distribution_tells_no_mean():
+    """As one that a transform makes: its place in the first run of the model comes from its support alone."""
+
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfNormal(2 * ONE))
+        with pyro.plate("data", len(y)):
+            moved = dist.transforms.AffineTransform(0.5, tau)
+            u = pyro.sample("u", dist.TransformedDistribution(dist.Normal(torch.zeros(len(y), dtype=F64), 1.0), moved))
+            pyro.sample("y", dist.Normal(u, 1.0), obs=y)
+
+    inference, _ = build(model, y=Y[:, 0])
+    assert inference.sites == ("tau", "y")
+    want = dist.Normal(0.5 * ONE, (1 + 0.8**2) ** 0.5 * ONE).log_prob(Y[:, 0])
+    torch.testing.assert_close(densities(model, {"tau": 0.8 * ONE}, y=Y[:, 0]), want, rtol=0, atol=1e-9)
+
+
 def effects(x, y):
     b = pyro.sample("b", dist.Normal(0 * ONE, 1.0))
     with pyro.plate("data", len(x)):

@@ -10,7 +10,7 @@ from trainer.errors import UserError
 
 _ATTEMPTS = 5
 _PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds, doubled at each attempt, and drawn from what lies below
-_FINAL = (FileNotFoundError, PermissionError, UserError)  # nothing that another attempt would help
+_FINAL = (FileNotFoundError, PermissionError, UserError)  # another attempt would not help
 
 
 class Store:

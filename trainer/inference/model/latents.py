@@ -191,25 +191,35 @@ def _as_taken(fn: Any, value: Any) -> list[Any]:
 
 def total(site: Site, values: Tensor) -> Tensor:
     """Sum of ``values`` [batch shape] under the site's scale and mask, float64 []."""
-    mask, scale = site["mask"], site["scale"]
-    if mask is not None and mask is not True:
-        values = torch.where(torch.as_tensor(mask, device=values.device), values, values.new_zeros(()))
+    values, scale = masked(values, site["mask"]), site["scale"]
     if isinstance(scale, Tensor) and scale.dim() > 0:
         return (values * scale).sum(dtype=torch.float64)
     summed: Tensor = values.sum(dtype=torch.float64) * scale
     return summed
 
 
-def log_prob_by_row(site: Site, plate: str) -> Tensor:
-    """Each row's scaled and masked log p of a site inside ``plate``, float64 [B], whose sum is `total_log_prob`."""
-    values, mask, scale = log_prob(site).double(), site["mask"], site["scale"]
-    if mask is not None and mask is not True:
-        values = torch.where(torch.as_tensor(mask, device=values.device), values, values.new_zeros(()))
-    values = values * scale
+def masked(values: Tensor, mask: Any) -> Tensor:
+    """``values`` [batch shape], 0 where a site's ``mask`` is False."""
+    if mask is None or mask is True:
+        return values
+    return torch.where(torch.as_tensor(mask, device=values.device), values, values.new_zeros(()))
+
+
+def by_row(values: Tensor, site: Site, plate: str) -> Tensor:
+    """``values`` [batch shape] of a site inside ``plate``, summed for each row: [B]."""
     (frame,) = [each for each in site["cond_indep_stack"] if each.name == plate]
+    if values.dim() < -frame.dim or values.shape[frame.dim] != frame.size:  # the same for every row
+        shape = [1] * (-frame.dim - values.dim()) + list(values.shape)
+        shape[frame.dim] = frame.size
+        values = values.expand(shape)
     others = [dim for dim in range(-values.dim(), 0) if dim != frame.dim]
     summed: Tensor = values.sum(others) if others else values
     return summed
+
+
+def log_prob_by_row(site: Site, plate: str) -> Tensor:
+    """Each row's scaled and masked log p of a site inside ``plate``, float64 [B], whose sum is `total_log_prob`."""
+    return by_row(masked(log_prob(site).double(), site["mask"]) * site["scale"], site, plate)
 
 
 def total_log_prob(site: Site) -> Tensor:

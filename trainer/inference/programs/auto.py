@@ -41,7 +41,7 @@ class Auto:
     comm: Comm = ALONE
     sync_every: ClassVar[int] = 1
     stages: tuple[int, ...] = field(init=False)
-    eager: Eager = field(init=False)
+    reference: Eager = field(init=False)
     fused: Fused = field(init=False)
 
     def __post_init__(self) -> None:

@@ -24,9 +24,16 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import biject_to, constraints
 
-from trainer.inference.model.latents import is_deterministic, is_discrete, is_latent, log_prob
+from trainer.inference.model.latents import (
+    AtZero,
+    FromUnconstrained,
+    by_row,
+    is_deterministic,
+    is_latent,
+    log_prob,
+    masked,
+)
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
 from trainer.inference.rows.integral import around_the_mode, log_integral, nodes_of
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
@@ -50,9 +57,9 @@ class Marginal:
         """The site that stands for the observed ones."""
 
     def __call__(self, **columns: Any) -> None:
-        outside = _Outside(self.plate, self.sites.kept)
-        rows = Batch.whole({name: value for name, value in columns.items() if value is not None})
-        with outside, DataPlate(self.plate, rows):
+        rows = _rows(columns)
+        outside = _Outside(self.plate, self.sites.kept, rows)
+        with outside, AtFirst(), DataPlate(self.plate, rows):
             self.generative(**columns)
         density = self.log_density(columns, outside.values)
         with pyro.plate(self.plate, rows.size):
@@ -60,7 +67,7 @@ class Marginal:
 
     def log_density(self, columns: Columns, at: Globals) -> Tensor:
         """log p(y_i | z) [B] at the latents ``at`` outside the data plate."""
-        rows = Batch.whole({name: value for name, value in columns.items() if value is not None})
+        rows = _rows(columns)
         if not self.sites.continuous:
             return self._joint(columns, rows, at, None)
         still = {name: value.detach() for name, value in at.items()}
@@ -71,7 +78,7 @@ class Marginal:
 
     def _joint(self, columns: Columns, rows: Batch, at: Globals, u: Tensor | None) -> Tensor:
         """log p(y_i, u_i | z) [B], discrete latents summed out."""
-        given = _Given(at, {} if u is None else {each.name: each.of(u) for each in self.sites.continuous})
+        given = FromUnconstrained({} if u is None else {each.name: each.of(u) for each in self.sites.continuous})
         enumerated = bool(self.sites.discrete)
         model = config_enumerate(self.generative, default="parallel") if enumerated else self.generative
         with (
@@ -79,6 +86,7 @@ class Marginal:
             poutine.trace() as tracer,
             poutine.enum(first_available_dim=-1 - self.sites.nesting) if enumerated else nullcontext(),
             given,
+            _Values(at),
             DataPlate(self.plate, rows),
         ):
             model(**columns)
@@ -92,11 +100,11 @@ class Marginal:
             value = log_prob(site)
             if name in given.jacobian:
                 value = value + given.jacobian[name]
-            site["log_prob"] = site["unscaled_log_prob"] = _scaled(site, value)
+            # A latent that is masked is still somewhere, so it keeps its density.
+            site["log_prob"] = masked(value, site["mask"] if site["is_observed"] else None) * site["scale"]
         if enumerated:
             return _summed_out(tracer.trace, sites, self.plate, rows.size)
-        total = [_by_row(site, self.plate, rows.size) for site in sites.values()]
-        return torch.stack(total).sum(0)
+        return torch.stack([by_row(site["log_prob"], site, self.plate) for site in sites.values()]).sum(0)
 
 
 class MarginalModel(PlatedModel):
@@ -134,30 +142,24 @@ def without_latents_of_rows(model: PlatedModel, batch: Batch, guide_holds: bool 
     return MarginalModel(model, batch, sites) if sites and sites.observed else model
 
 
-class _Outside(Messenger):
+def _rows(columns: Columns) -> Batch:
+    return Batch.whole({name: value for name, value in columns.items() if value is not None})
+
+
+class _Outside(AtZero):
     """Keeps what stands inside the data plate from the handlers around, and notes the values of other latents."""
 
-    def __init__(self, plate: str, kept: Container[str] = ()):
-        super().__init__()
+    def __init__(self, plate: str, kept: Container[str], rows: Batch):
+        super().__init__(rows.dtype, rows.valid.device)
         self.plate, self.kept = plate, kept
         self.values: Globals = {}
 
     def _pyro_sample(self, msg: Message[..., Any]) -> None:
-        fn: Any = msg["fn"]
-        if isinstance(fn, _Subsample):
+        if isinstance(msg["fn"], _Subsample):
             msg["stop"] = msg["name"] == self.plate
-            return
-        if not inside(msg, self.plate) or msg["name"] in self.kept:
-            return
-        msg["stop"] = True
-        if is_latent(msg) and not msg["done"]:
-            msg["done"] = True
-            if is_discrete(fn):
-                msg["value"] = fn.enumerate_support(expand=False)[0].expand(fn.shape())
-            else:
-                transform = biject_to(fn.support)
-                like = fn.mean if hasattr(fn, "mean") else torch.zeros(())
-                msg["value"] = transform(torch.zeros(transform.inverse_shape(fn.shape()), device=like.device))
+        elif inside(msg, self.plate) and msg["name"] not in self.kept:
+            msg["stop"] = True
+            super()._pyro_sample(msg)
 
     def _pyro_post_sample(self, msg: Message[..., Any]) -> None:
         known = not inside(msg, self.plate) or msg["name"] in self.kept
@@ -165,53 +167,16 @@ class _Outside(Messenger):
             self.values[str(msg["name"])] = msg["value"]  # type: ignore[assignment]
 
 
-class _Given(Messenger):
-    """Gives latents outside the data plate their values, and those of rows theirs from unconstrained ones."""
+class _Values(Messenger):
+    """Gives latents outside the data plate, and those that the guide holds, their values."""
 
-    def __init__(self, at: Globals, u: dict[str, Tensor]):
+    def __init__(self, at: Globals):
         super().__init__()
-        self.at, self.u = at, u
-        self.jacobian: dict[str, Tensor] = {}
+        self.at = at
 
     def _pyro_sample(self, msg: Message[..., Any]) -> None:
-        name, fn = str(msg["name"]), msg["fn"]
-        if msg["is_observed"] or isinstance(fn, _Subsample):
-            return
-        if name in self.at:
-            msg["value"], msg["done"] = self.at[name], True
-        elif name in self.u:
-            support: Any = fn.support  # type: ignore[attr-defined]
-            transform = biject_to(support)
-            u = self.u[name]
-            value = transform(u)
-            if not isinstance(support, type(constraints.real)):
-                jacobian = transform.log_abs_det_jacobian(u, value)
-                batch = fn.batch_shape  # type: ignore[attr-defined]
-                self.jacobian[name] = jacobian.reshape(*batch, -1).sum(-1)
-            msg["value"], msg["done"] = value, True
-
-
-def _scaled(site: Any, value: Tensor) -> Tensor:
-    """Under the site's own scale and mask; a latent that is masked is still somewhere, so it keeps its density."""
-    mask = site["mask"] if site["is_observed"] else None
-    if mask is not None and mask is not True:
-        value = torch.where(torch.as_tensor(mask, device=value.device), value, value.new_zeros(()))
-    scaled: Tensor = value * site["scale"]
-    return scaled
-
-
-def _by_row(site: Any, plate: str, rows: int) -> Tensor:
-    """The site's log density [B]."""
-    value: Tensor = site["log_prob"]
-    (frame,) = [each for each in site["cond_indep_stack"] if each.name == plate]
-    if value.dim() < -frame.dim or value.shape[frame.dim] == 1:
-        shape = list(value.shape)
-        shape = [1] * (-frame.dim - len(shape)) + shape
-        shape[frame.dim] = rows
-        value = value.expand(shape)
-    others = [dim for dim in range(-value.dim(), 0) if dim != frame.dim]
-    summed: Tensor = value.sum(others) if others else value
-    return summed
+        if msg["name"] in self.at and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.at[str(msg["name"])], True
 
 
 def _summed_out(trace: poutine.Trace, sites: dict[str, Any], plate: str, rows: int) -> Tensor:
