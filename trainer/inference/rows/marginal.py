@@ -8,7 +8,6 @@ row, so the number of rows costs no memory, and the rest of the program sees a m
 Shapes: B rows, d continuous numbers of a row.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -17,9 +16,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.ops.contract import contract_to_tensor
-from pyro.ops.packed import pack
-from pyro.ops.rings import LogRing
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
@@ -37,6 +33,7 @@ from trainer.inference.model.latents import (
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
 from trainer.inference.rows.integral import around_the_mode, log_integral, nodes_of
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
+from trainer.inference.rows.sums import NONE, summed_out
 
 Columns = Mapping[str, Any]
 Globals = dict[str, Tensor]
@@ -67,17 +64,25 @@ class Marginal:
 
     def log_density(self, columns: Columns, at: Globals) -> Tensor:
         """log p(y_i | z) [B] at the latents ``at`` outside the data plate."""
-        rows = _rows(columns)
         if not self.sites.continuous:
-            return self._joint(columns, rows, at, None)
-        still = {name: value.detach() for name, value in at.items()}
+            return self.joint(columns, at)
+        still, rows = {name: value.detach() for name, value in at.items()}, _rows(columns)
         start = torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
-        normal = around_the_mode(lambda u: self._joint(columns, rows, still, u), start)
+        normal = around_the_mode(lambda u: self.joint(columns, still, u), start)
         nodes = nodes_of(self.sites.size, self.nodes, self.draws, start)
-        return log_integral(lambda u: self._joint(columns, rows, at, u), normal, nodes)
+        return log_integral(lambda u: self.joint(columns, at, u), normal, nodes)
 
-    def _joint(self, columns: Columns, rows: Batch, at: Globals, u: Tensor | None) -> Tensor:
-        """log p(y_i, u_i | z) [B], discrete latents summed out."""
+    def joint(
+        self, columns: Columns, at: Globals, u: Tensor | None = None, tilts: Mapping[str, Tensor] = NONE
+    ) -> Tensor:
+        """log p(y_i, u_i | z) [B], discrete latents summed out; ``tilts``: as `summed_out` takes them."""
+        trace = self.factors(columns, at, u)
+        if self.sites.discrete:
+            return summed_out(trace, self.plate, len(next(iter(columns.values()))), tilts)
+        return torch.stack([by_row(site["log_prob"], site, self.plate) for site in trace.nodes.values()]).sum(0)
+
+    def factors(self, columns: Columns, at: Globals, u: Tensor | None = None) -> poutine.Trace:
+        """The sites of the rows alone, each with its ``log_prob`` at every state of the discrete ones."""
         given = FromUnconstrained({} if u is None else {each.name: each.of(u) for each in self.sites.continuous})
         enumerated = bool(self.sites.discrete)
         model = config_enumerate(self.generative, default="parallel") if enumerated else self.generative
@@ -87,24 +92,21 @@ class Marginal:
             poutine.enum(first_available_dim=-1 - self.sites.nesting) if enumerated else nullcontext(),
             given,
             _Values(at),
-            DataPlate(self.plate, rows),
+            DataPlate(self.plate, _rows(columns)),
         ):
             model(**columns)
-        sites = {
-            name: site
-            for name, site in tracer.trace.nodes.items()
-            if site["type"] == "sample" and not isinstance(site["fn"], _Subsample) and inside(site, self.plate)
-            if name not in self.sites.kept
-        }
-        for name, site in sites.items():
+        trace = tracer.trace
+        for name, site in list(trace.nodes.items()):
+            is_site = site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+            if not is_site or not inside(site, self.plate) or name in self.sites.kept:
+                trace.remove_node(name)
+                continue
             value = log_prob(site)
             if name in given.jacobian:
                 value = value + given.jacobian[name]
             # A latent that is masked is still somewhere, so it keeps its density.
             site["log_prob"] = masked(value, site["mask"] if site["is_observed"] else None) * site["scale"]
-        if enumerated:
-            return _summed_out(tracer.trace, sites, self.plate, rows.size)
-        return torch.stack([by_row(site["log_prob"], site, self.plate) for site in sites.values()]).sum(0)
+        return trace
 
 
 class MarginalModel(PlatedModel):
@@ -177,18 +179,3 @@ class _Values(Messenger):
     def _pyro_sample(self, msg: Message[..., Any]) -> None:
         if msg["name"] in self.at and not msg["is_observed"]:
             msg["value"], msg["done"] = self.at[str(msg["name"])], True
-
-
-def _summed_out(trace: poutine.Trace, sites: dict[str, Any], plate: str, rows: int) -> Tensor:
-    """log of the sum over the states of each row, [B]."""
-    trace.symbolize_dims()
-    symbols = trace.plate_to_symbol
-    tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    for site in sites.values():
-        packed = pack(site["log_prob"], site["infer"]["_dim_to_symbol"])
-        ordinal = frozenset(symbols[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
-        tree.setdefault(ordinal, []).append(packed)
-    states = set(trace.symbol_to_dim) - set(symbols.values())
-    ring = LogRing(dim_to_size={symbols[plate]: rows})  # a packed tensor has no axis of one row
-    found: Tensor = contract_to_tensor(tree, states, frozenset([symbols[plate]]), ring=ring)
-    return found.expand(rows) if found.dim() == 0 else found
