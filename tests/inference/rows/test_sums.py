@@ -22,10 +22,11 @@ def found(model, y, draws=0):
     """The probabilities of the states of each site, and their shares in a number of draws: [B, K, other plates]."""
     sites = row_sites(PlatedModel(model, ("y",)), Batch.whole({"y": y}))
     marginal = Marginal(model, "data", sites)
-    states = states_of(marginal.factors({"y": y}, {}), "data")
+    trace = marginal.factors({"y": y}, {})
+    states = states_of(trace, "data")
     tilts = {name: torch.zeros(len(each.values), *each.plates, dtype=F64, requires_grad=True)
              for name, each in states.items()}  # fmt: skip
-    marginal.joint({"y": y}, {}, tilts=tilts).sum().backward()
+    marginal.density(trace, len(y), tilts).sum().backward()
     exact = {name: states[name].by_row(each.grad) for name, each in tilts.items()}
     torch.manual_seed(0)
     counts = {name: torch.zeros_like(each) for name, each in exact.items()}

@@ -33,7 +33,7 @@ from trainer.inference.model.latents import (
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
 from trainer.inference.rows.integral import around_the_mode, log_integral, nodes_of
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
-from trainer.inference.rows.sums import NONE, summed_out
+from trainer.inference.rows.sums import NONE, Enumerated, summed_out
 
 Columns = Mapping[str, Any]
 Globals = dict[str, Tensor]
@@ -54,7 +54,7 @@ class Marginal:
         """The site that stands for the observed ones."""
 
     def __call__(self, **columns: Any) -> None:
-        rows = _rows(columns)
+        rows = rows_of(columns)
         outside = _Outside(self.plate, self.sites.kept, rows)
         with outside, AtFirst(), DataPlate(self.plate, rows):
             self.generative(**columns)
@@ -66,19 +66,20 @@ class Marginal:
         """log p(y_i | z) [B] at the latents ``at`` outside the data plate."""
         if not self.sites.continuous:
             return self.joint(columns, at)
-        still, rows = {name: value.detach() for name, value in at.items()}, _rows(columns)
+        still, rows = {name: value.detach() for name, value in at.items()}, rows_of(columns)
         start = torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
         normal = around_the_mode(lambda u: self.joint(columns, still, u), start)
         nodes = nodes_of(self.sites.size, self.nodes, self.draws, start)
         return log_integral(lambda u: self.joint(columns, at, u), normal, nodes)
 
-    def joint(
-        self, columns: Columns, at: Globals, u: Tensor | None = None, tilts: Mapping[str, Tensor] = NONE
-    ) -> Tensor:
-        """log p(y_i, u_i | z) [B], discrete latents summed out; ``tilts``: as `summed_out` takes them."""
-        trace = self.factors(columns, at, u)
+    def joint(self, columns: Columns, at: Globals, u: Tensor | None = None) -> Tensor:
+        """log p(y_i, u_i | z) [B], discrete latents summed out."""
+        return self.density(self.factors(columns, at, u), rows_of(columns).size)
+
+    def density(self, trace: poutine.Trace, rows: int, tilts: Mapping[str, Tensor] = NONE) -> Tensor:
+        """`joint` by what `factors` gives; ``tilts``: as `summed_out` takes them."""
         if self.sites.discrete:
-            return summed_out(trace, self.plate, len(next(iter(columns.values()))), tilts)
+            return summed_out(trace, self.plate, rows, tilts)
         return torch.stack([by_row(site["log_prob"], site, self.plate) for site in trace.nodes.values()]).sum(0)
 
     def factors(self, columns: Columns, at: Globals, u: Tensor | None = None) -> poutine.Trace:
@@ -89,10 +90,10 @@ class Marginal:
         with (
             poutine.block(hide_fn=lambda site: site["type"] == "sample"),
             poutine.trace() as tracer,
-            poutine.enum(first_available_dim=-1 - self.sites.nesting) if enumerated else nullcontext(),
+            Enumerated(first_available_dim=-1 - self.sites.nesting) if enumerated else nullcontext(),
             given,
             _Values(at),
-            DataPlate(self.plate, _rows(columns)),
+            DataPlate(self.plate, rows_of(columns)),
         ):
             model(**columns)
         trace = tracer.trace
@@ -144,7 +145,8 @@ def without_latents_of_rows(model: PlatedModel, batch: Batch, guide_holds: bool 
     return MarginalModel(model, batch, sites) if sites and sites.observed else model
 
 
-def _rows(columns: Columns) -> Batch:
+def rows_of(columns: Columns) -> Batch:
+    """The rows of the columns that there are."""
     return Batch.whole({name: value for name, value in columns.items() if value is not None})
 
 

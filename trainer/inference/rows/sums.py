@@ -19,11 +19,30 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from pyro.ops.einsum.adjoint import require_backward
 from pyro.ops.packed import pack
 from pyro.ops.rings import LogRing, SampleRing
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from trainer.inference.model.latents import Site
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Enumerated(EnumMessenger):
+    """Pyro's, which looks at the shape of a value in a way that `torch.vmap` refuses."""
+
+    def _pyro_post_sample(self, msg: Message[..., Any]) -> None:
+        value: Any = msg["value"]
+        if isinstance(value, Tensor):
+            msg["value"] = torch.empty(value.shape, device="meta")
+        super()._pyro_post_sample(msg)
+        msg["value"] = value
+
+
+class _Ring(LogRing):
+    """Pyro's, in operations that `torch.vmap` takes."""
+
+    _backend = "trainer.inference.rows.log_einsum"
 
 
 class States(NamedTuple):
@@ -47,7 +66,7 @@ def summed_out(trace: poutine.Trace, plate: str, rows: int, tilts: Mapping[str, 
     """
     tree, states, _ = _factors(trace, tilts)
     symbol = trace.plate_to_symbol[plate]
-    ring = LogRing(dim_to_size={symbol: rows})  # a packed tensor has no axis of one row
+    ring = _Ring(dim_to_size={symbol: rows})  # a packed tensor has no axis of one row
     found: Tensor = contract_to_tensor(tree, states, frozenset([symbol]), ring=ring)
     return found.expand(rows) if found.dim() == 0 else found
 
