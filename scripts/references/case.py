@@ -29,6 +29,17 @@ class Answer(NamedTuple):
     """bool [D]: latents that no group has for itself (intercepts, scales of groups)."""
 
 
+class Draws(NamedTuple):
+    """Moments of reference draws of the posterior, in unconstrained space."""
+
+    mean: np.ndarray
+    """[D]."""
+    sd: np.ndarray
+    """[D]."""
+    log_evidence: float
+    """Nats; nan where nobody has computed it."""
+
+
 def guide_of(sites: Sequence[SiteSummary]) -> tuple[np.ndarray, np.ndarray]:
     """loc and scale [D] of a fit."""
     held = [site for site in sites if site.loc is not None and site.scale is not None]
@@ -49,6 +60,7 @@ class Case:
     stress: bool = False
     judged: Callable[[Sequence[SiteSummary]], tuple[np.ndarray, np.ndarray]] = guide_of
     options: dict[str, Any] = field(default_factory=dict)
+    draws: Callable[[Path], Draws | None] = lambda _: None
 
 
 def posteriordb(
@@ -57,13 +69,31 @@ def posteriordb(
 ) -> Case:  # fmt: skip
     """A case of posteriordb. Half-priors there lack the factor 2: ``elbo_shift`` (nats) is added to the answer."""
 
-    def answer(root: Path) -> Answer | None:
+    def moments(root: Path) -> dict[str, Any] | None:
         path = root / folder / "reference_moments.json"
-        if not path.is_file():
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def draws(root: Path) -> Draws | None:
+        found = moments(root)
+        if found is None:
             return None
-        optimum = json.loads(path.read_text())["mean_field_optimum"]
+        mean, sd = (np.array(found["unconstrained"][name]) for name in ("mean", "sd"))
+        return Draws(mean, sd, found.get("log_evidence", {}).get("value", np.nan) + elbo_shift)
+
+    def answer(root: Path) -> Answer | None:
+        found = moments(root)
+        if found is None:
+            return None
+        optimum = found["mean_field_optimum"]
         loc, scale = np.array(optimum["loc"]), np.array(optimum["scale"])
         top = np.ones(len(loc), dtype=bool) if len(loc) <= 256 else np.arange(len(loc)) >= len(loc) - 3
         return Answer(loc, scale, optimum["elbo"] + elbo_shift, top)
 
-    return Case(name, model, lambda root: rows(json.loads((root / folder / "data.json").read_text())), answer, **more)
+    return Case(
+        name,
+        model,
+        lambda root: rows(json.loads((root / folder / "data.json").read_text())),
+        answer,
+        draws=draws,
+        **more,
+    )

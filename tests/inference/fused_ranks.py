@@ -15,6 +15,7 @@ import torch.distributed as distributed
 from pyro.distributions import constraints
 
 from trainer.distributed.comm import ALONE, Group
+from trainer.inference.guides.full_rank import FullRank
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import Batch, PlatedModel
@@ -25,7 +26,7 @@ from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Cosine
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Program
-from trainer.inference.setup import set_up
+from trainer.inference.setup import is_family, set_up
 from trainer.models.hierarchical import VaryingSlopes
 from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
@@ -67,6 +68,7 @@ PROBLEMS: dict[str, tuple[Any, Any, torch.dtype]] = {
     "logistic": (LogisticRegression(features=4), MeanField, torch.float32),
     "poisson": (PoissonRegression(features=4), MeanField, torch.float32),
     "hierarchical": (VaryingSlopes(groups=30, slopes=2), MeanField, torch.float32),
+    "full rank": (LogisticRegression(features=4), FullRank, torch.float32),
     "amortized": (with_local, amortized, torch.float64),
     "dense words": (of_words, MeanField, torch.float64),
     "words": (of_words, MeanField, torch.float64),
@@ -115,7 +117,7 @@ def train(name: str, rank: int, world: int) -> dict[str, np.ndarray]:
     chunk = word_rows(name == "words") if model is of_words else all_rows(model, dtype)
     first = {column: values[0][0] for column, values in chunk.columns.items()}
     batch = Batch.whole(first, chunk.row_id[0, 0], N)
-    inference, theta = set_up(model, guide, batch, N, ELBO("analytic" if guide is MeanField else "monte_carlo"))
+    inference, theta = set_up(model, guide, batch, N, ELBO("analytic" if is_family(guide) else "monte_carlo"))
     held = list(range(rank * GROUPS // world, (rank + 1) * GROUPS // world))
     mine = chunk.map(lambda each: each[:, held].contiguous() if each.dim() > 1 else each)
     mine = mine if inference.guide.noise_size[1] else mine._replace(row_id=None)

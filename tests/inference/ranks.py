@@ -16,6 +16,7 @@ import torch
 import torch.distributed as distributed
 from pyro.distributions import constraints
 
+from trainer.inference.guides.full_rank import FullRank
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import Batch, PlatedModel
@@ -58,6 +59,8 @@ def local_guide(x: torch.Tensor, y: torch.Tensor) -> None:
 PROBLEMS: dict[str, tuple[Any, Any, str, torch.dtype]] = {
     "mean_field, float64": (regression, MeanField, "analytic", torch.float64),
     "mean_field, float32": (regression, MeanField, "analytic", torch.float32),
+    "full_rank, float64": (regression, FullRank, "sticking_the_landing", torch.float64),
+    "full_rank, float32": (regression, FullRank, "analytic", torch.float32),
     "amortized, float64": (
         with_local,
         lambda _, batch: PyroGuide(PlatedModel(local_guide, batch.columns)),

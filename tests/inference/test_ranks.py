@@ -10,7 +10,13 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 HERE = Path(__file__).parent
-PROBLEMS = {"mean_field, float64": 1e-12, "amortized, float64": 1e-12, "mean_field, float32": 1e-5}
+PROBLEMS = {
+    "mean_field, float64": 1e-12,
+    "full_rank, float64": 1e-12,
+    "amortized, float64": 1e-12,
+    "mean_field, float32": 1e-5,
+    "full_rank, float32": 1e-5,
+}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import UserError, meant
 from trainer.inference.checks.model_checks import (
     check_exchangeable,
     check_finite,
@@ -24,6 +24,7 @@ from trainer.inference.checks.model_checks import (
 )
 from trainer.inference.checks.observed import RowCheck, with_parameters
 from trainer.inference.guides.auto_laplace import Laplace
+from trainer.inference.guides.full_rank import FullRank
 from trainer.inference.guides.mean_field import Guide, MeanField, Noise
 from trainer.inference.guides.pyro_guides import PyroGuide, is_autoguide, no_guide
 from trainer.inference.model.latents import has_latents
@@ -71,20 +72,25 @@ class OfGlobals:
         return self.make(plated, batch)
 
 
+FAMILIES: dict[str, Callable[..., Guide]] = {"mean_field": MeanField, "full_rank": FullRank}
+"""The guides that have a name."""
+
 mean_field: GuideFactory = OfGlobals(functools.partial(of_family, MeanField), can_be_empty=True)
 """Makes the default guide."""
 
 
 def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> GuideFactory:
-    """What makes the guide: "mean_field", the class of a family, a guide of Pyro's (a class or an instance), or the
-    user's, any callable; also one that makes a guide of the model, as ``lambda model: AutoNormal(model)``.
+    """What makes the guide: a name of `FAMILIES`, the class of a family, a guide of Pyro's (a class or an instance), or
+    the user's, any callable; also one that makes a guide of the model, as ``lambda model: AutoNormal(model)``.
 
     Raises UserError for another name.
     """
-    if guide == "mean_field":
-        return mean_field
+    guide = FAMILIES.get(guide, guide) if isinstance(guide, str) else guide
     if isinstance(guide, str) or not callable(guide):
-        raise UserError(f"guide={guide} is unknown: give mean_field, one of pyro.infer.autoguide, or your own guide.")
+        known = meant(str(guide), FAMILIES, f"there are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"guide={guide} is unknown ({known}): give one of these, one of pyro.infer.autoguide, or your own guide."
+        )
     made = guide.func if isinstance(guide, functools.partial) else guide
     guide = made if isinstance(guide, functools.partial) and not (guide.args or guide.keywords) else guide
     if is_family(made):

@@ -121,8 +121,8 @@ def step(
     if preconditioner is not None:
         view = inference.gaussian
         assert view is not None
-        chance = preconditioner.control_variate(view.sd(state.theta), noise.elements, share)
-        grad = grad - view.by_log_sd(chance, state.theta) / inference.num_obs
+        chance = view.covariance.by_chance(preconditioner.curvature, state.theta, noise.elements, share)
+        grad = grad - view.by_covariance(chance, state.theta) / inference.num_obs
     if snapshot is not None:
         grad = snapshot.minus(grad, gradient(snapshot.theta)[1])
     grad = comm.sum(grad)

@@ -67,7 +67,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class MeanField:
+class Gaussian:
     init_scale: Positive
 
 
@@ -171,7 +171,8 @@ RECORDS: dict[str, type] = {
     "trainer.inference.programs.fused.Fused": Nothing,
     "trainer.inference.programs.local_steps.LocalSteps": LocalSteps,
     "trainer.inference.objectives.elbo.ELBO": Objective,
-    "trainer.inference.guides.mean_field.MeanField": MeanField,
+    "trainer.inference.guides.mean_field.MeanField": Gaussian,
+    "trainer.inference.guides.full_rank.FullRank": Gaussian,
     "trainer.inference.recipe.convergence.Rule": Rule,
     "pytorch_lightning.loggers.TensorBoardLogger": TensorBoard,
     "pytorch_lightning.loggers.MLFlowLogger": MLFlow,

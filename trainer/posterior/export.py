@@ -1,4 +1,4 @@
-"""The posterior in the formats of others: ArviZ's InferenceData, and the mean-field guide as safetensors with JSON.
+"""The posterior in the formats of others: ArviZ's InferenceData, and a Gaussian guide as safetensors with JSON.
 
 Shapes: R draws.
 """
@@ -55,8 +55,9 @@ def _dims(name: str, shape: tuple[int, ...], index: Index, coords: dict[str, lis
 
 
 def save_guide(posterior: Posterior, path: Path) -> None:
-    """``path`` (.safetensors): SITE.loc and SITE.scale of the mean-field guide, in unconstrained space, float32 or 64;
-    beside it a .json with the sites' shapes, the parameters outside the guide, the columns and the metrics.
+    """``path`` (.safetensors): SITE.loc and SITE.scale (marginal sds) of a Gaussian guide, in unconstrained space,
+    float32 or 64; where latents are not independent a root of their covariance too, in the order of the sites; beside
+    it a .json with the sites' shapes, the parameters outside the guide, the columns and the metrics.
 
     Raises UserError for another guide, and where safetensors is not installed.
     """
@@ -66,17 +67,20 @@ def save_guide(posterior: Posterior, path: Path) -> None:
         raise UserError("safetensors is not installed: pip install 'svi-trainer[export]'.") from None
     inference, view = posterior.inference, posterior.inference.gaussian
     if view is None:
-        raise UserError("only the mean-field guide is exported as safetensors: use Posterior.save for others.")
+        raise UserError("only a Gaussian guide is exported as safetensors: use Posterior.save for others.")
     theta = posterior.theta.detach().cpu()
     tensors: dict[str, np.ndarray] = {}
     locations, sds = view.by_site(view.location(theta)), view.by_site(view.sd(theta))
     for site in view.sites:
         tensors[f"{site.name}.loc"] = locations[site.name].numpy()
         tensors[f"{site.name}.scale"] = sds[site.name].numpy()
+    if not view.covariance.independent:
+        tensors["root"] = view.root(theta).numpy()
     own = inference.parameters.constrain(inference.parameters.unflatten(theta))
     tensors |= {name: value.numpy() for name, value in own.items() if not name.startswith("guide.")}
     facts = {
-        "family": "z = biject_to(support)(u), u ~ Normal(loc, scale), independent",
+        "family": "z = biject_to(support)(u), u ~ Normal(loc, "
+        + ("scale), independent" if view.covariance.independent else "root root')"),
         "sites": {site.name: list(site.shape) for site in view.sites},
         "columns": {column.name: column.vocabulary for column in posterior.index.columns if column.vocabulary},
         "meta": posterior.index.meta,

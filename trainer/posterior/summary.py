@@ -3,8 +3,8 @@
 Where a site's map from u to z works element by element, quantiles are the exact images of the guide's, and moments are
 exact (identity, exp, and these shifted and scaled) or by the trapezoid rule, which converges exponentially on a
 Gaussian weight and stays sharp where Gauss-Hermite nodes miss a steep sigmoid. Simplexes, ordered vectors and Cholesky
-factors are summarized from draws of u; supports that depend on another latent, and guides other than the mean-field
-one, from draws of the whole model.
+factors are summarized from draws of u where latents are independent under the guide; where not, and for supports that
+depend on another latent and guides that are not Gaussian, from draws of the whole model.
 
 Shapes: u and z of a site, or [draws, ...] of them.
 """
@@ -53,7 +53,8 @@ class SiteSummary(NamedTuple):
 def summarize(inference: Inference, theta: Tensor, batch: Batch, seed: int = 0) -> list[SiteSummary]:
     """A summary of every latent outside the data plate, in the order of the model; ``batch``: any rows of the data.
 
-    A site without ``loc`` is followed by ``SITE@unconstrained`` where the guide is mean-field.
+    A site without ``loc`` is followed by ``SITE@unconstrained`` where the guide is Gaussian; ``scale`` is the marginal
+    sd.
     """
     view = inference.gaussian
     if view is None:
@@ -69,7 +70,10 @@ def summarize(inference: Inference, theta: Tensor, batch: Batch, seed: int = 0) 
         if any(not torch.equal(maps[0](q[0]), each(q[0])) for each in maps[1:]):
             moving.append(site.name)
         elif _base(maps[0]).domain.event_dim or _base(maps[0]).codomain.event_dim:
-            summaries[site.name] = _from_u(site, maps[0], *q, seed)
+            if view.covariance.independent:
+                summaries[site.name] = _from_u(site, maps[0], *q, seed)
+            else:
+                moving.append(site.name)
         else:
             summaries[site.name] = _exact(site, _base(maps[0]), *q)
     summaries.update({each.name: each for each in _from_model(inference, theta, batch, seed, moving)})

@@ -21,6 +21,7 @@ from trainer.posterior.full_data import FullLoss
 
 _FEW_ROWS = 64  # of the sample, for guides that look at columns
 _AGAIN = 4  # times as many steps, before what failed is tried again
+_CURVATURES = 8  # of a covariance that is made of them, until it is that of its own draws
 _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 
 
@@ -56,8 +57,13 @@ class EndRound:
     def _by_curvature(
         self, module: ChunkModule, view: GaussianView, theta: Tensor, preconditioner: Preconditioner
     ) -> tuple[Tensor, Preconditioner, float]:
-        """By the curvature known so far, then by that of the place this leads to, which also says what is left."""
-        full, step = self.loss, module.step
+        """By the curvature known so far, then by that of the place this leads to, which also says what is left.
+
+        A covariance that is the inverse of the mean curvature under itself is taken again until it is, and what is left
+        is that by the curvature of other draws.
+        """
+        full, step, repeats = self.loss, module.step, not view.covariance.independent
+        told = False
 
         def gradient(theta: Tensor, draws: Draws = MANY, fresh: bool = True) -> Tensor:
             return full.gradient(step, theta, preconditioner, draws, fresh)
@@ -66,9 +72,11 @@ class EndRound:
             return newton_step(view, theta, found, preconditioner)
 
         def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal told
             near = step_to_go(view, theta, solve(theta, found)) <= NEAR
-            if not near:
+            if not near and not told:
                 module.say(f"step {module.step:,}: Newton steps, in passes over all rows")
+                told = True
             made = None if near else polished(view, theta, solve, gradient, _LEVELS[:2])
             return (
                 (theta, found)
@@ -76,10 +84,18 @@ class EndRound:
                 else (module.comm.from_first(made.theta), made.gradient)
             )
 
+        def curvature(theta: Tensor, seed: int = 0) -> Preconditioner:
+            made = preconditioner_at(module.inference, theta.cpu(), self.sample, seed)
+            return made.each(lambda part: module.comm.from_first(part.to(module.device)))
+
         theta, found = moved(theta, gradient(theta))
-        made = preconditioner_at(module.inference, theta.cpu(), self.sample)
-        preconditioner = Preconditioner(*(module.comm.from_first(each.to(module.device)) for each in made))
-        theta, found = moved(theta, found)
+        for _ in range(_CURVATURES if repeats else 1):
+            before, preconditioner = theta, curvature(theta)
+            theta, found = moved(theta, found)
+            if theta is before:
+                break
+        if repeats:
+            preconditioner = curvature(theta, seed=1)
         left = step_to_go(view, theta, solve(theta, found))
         if left <= Rule().gradient:  # one of many readings may be so small by luck: four times the draws tell
             left = step_to_go(view, theta, solve(theta, gradient(theta, _LEVELS[1])))

@@ -29,7 +29,7 @@ def test_locations_and_sds_lie_where_the_view_says():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_what_goes_to_the_log_sds_goes_nowhere_else(dtype):
     theta, values = THETA.to(dtype), torch.arange(1.0, 1 + D, dtype=dtype)
-    placed = VIEW.by_log_sd(values, theta)
+    placed = VIEW.by_covariance(values, theta)
     assert (placed.shape, placed.dtype) == (theta.shape, dtype)
     assert torch.equal(placed[12:20], values)
     assert placed.count_nonzero() == D
@@ -41,7 +41,7 @@ def test_the_parameters_of_a_gaussian_alone_come_back():
     theta = view.theta(loc, log_sd)
     assert torch.equal(view.location(theta), loc)
     torch.testing.assert_close(view.sd(theta).log(), log_sd)
-    assert torch.equal(view.by_log_sd(log_sd, theta)[D:], log_sd)
+    assert torch.equal(view.by_covariance(log_sd, theta)[D:], log_sd)
 
 
 def test_a_vector_falls_apart_into_its_sites_in_row_major_order():

@@ -12,10 +12,27 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
-from svi_problems import F64, batch_of, noise_of, one_group
+from svi_problems import (
+    F64,
+    batch_of,
+    build,
+    chunk_of,
+    grad,
+    noise_of,
+    one_group,
+    regression,
+    regression_data,
+    regression_posterior,
+)
 
+from trainer.engine.checkpoint import packed, unpacked
 from trainer.inference.guides.mean_field import MeanField, Noise
 from trainer.inference.objectives.elbo import ELBO
+from trainer.inference.optim.optimizers import Adam
+from trainer.inference.optim.rounds import one_round
+from trainer.inference.optim.schedules import Constant
+from trainer.inference.programs.program import Eager
+from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.setup import guide_factory, set_up
 
 X = torch.tensor([0.2, 1.3, 0.7], dtype=F64)
@@ -80,6 +97,7 @@ class Member(NamedTuple):
 
 MEMBERS = {
     "mean field": Member("mean_field"),
+    "full rank": Member("full_rank"),
     "a family of ten lines": Member(SharedScale, math.log(3.0)),
     "AutoNormal": Member(AutoNormal, math.log(math.expm1(3.0))),
     "AutoMultivariateNormal": Member(AutoMultivariateNormal, math.log(math.expm1(3.0))),
@@ -172,8 +190,44 @@ def test_a_gaussian_one_is_what_its_view_says(member):
     assert z == pytest.approx([0.6 - 0.8, 0.6, 0.6 + 0.8])
     assert float(view.location(theta)) == pytest.approx(z[1])
     assert float(view.sd(theta)) == pytest.approx((z[2] - z[0]) / 2)
-    assert view.by_log_sd(torch.tensor([5.0], dtype=F64), theta).tolist() == [0.0, 5.0]
+    numbers = torch.arange(5.0, 5.0 + view.covariance.parameters, dtype=F64)
+    assert view.by_covariance(numbers, theta).tolist() == [0.0, *numbers.tolist()]
     assert view.latent_name(0) == "w"
+
+
+def test_on_a_posterior_of_its_family_no_draw_matters(member):
+    """Independent latents, which every Gaussian family holds: the evidence at each draw, and a gradient of zero."""
+    if member[0].gaussian is None:
+        return
+    family, data = type(member[0].guide), regression_data()
+    inference, _ = build(regression, family, kl="sticking_the_landing", **data)
+    mean, covariance, evidence = regression_posterior(**data)
+    theta, rows = inference.gaussian.nearest(mean, torch.linalg.inv(covariance)), one_group(**data)
+    assert torch.allclose(inference.gaussian.sd(theta), covariance.diagonal().sqrt())
+    for seed in range(3):
+        noise = noise_of(normals(inference, seed)[None, None])
+        assert float(inference.terms(theta, noise, rows, 1.0).sum()) == pytest.approx(float(evidence), abs=1e-9)
+        assert float(grad(inference, theta, noise, rows).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_its_steps_may_be_cut_anywhere(member, dtype):
+    """From its start in whitened coordinates, through a checkpoint in between: the same bits."""
+    if member[0].gaussian is None:
+        return
+    data = {name: column.to(dtype) for name, column in regression_data(orthogonal=False).items()}
+    inference, theta = build(regression, type(member[0].guide), **data)
+    start = laplace_start(inference, theta, one_group(**data))
+    assert start is not None
+    update = one_round(Adam(lr=0.1), Constant(), 6, 3, whitened=True)
+    first, rows = update.init(*start), chunk_of(6, 1, 4, dtype, x=(3,), y=())
+    program = Eager(inference, update, 0, [0])
+    whole = program.run(first, rows, 6).state
+    half = unpacked(packed(program.run(first, rows, 2).state, {}), "a")[0]
+    cut = program.run(half, rows.part(2, 6), 4).state
+    assert all(torch.equal(a, b) for a, b in zip(whole.named().values(), cut.named().values(), strict=True))
+    assert whole.theta.dtype == dtype
+    assert not torch.equal(whole.theta, first.theta)
 
 
 def test_what_it_ends_with_are_parameters_of_its_own(member):

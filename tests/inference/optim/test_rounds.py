@@ -27,6 +27,7 @@ FACTOR = torch.tensor([[2.0, 0.0], [0.5, 3.0]], dtype=F64)
 PARTS = {
     "plain": {},
     "preconditioner": {"preconditioner": Preconditioner(FACTOR, torch.eye(D, dtype=F64))},
+    "units": {"preconditioner": Preconditioner(FACTOR, torch.eye(D, dtype=F64), vector(3, P - D))},
     "snapshot": {"snapshot": Snapshot(vector(1), vector(2, D))},
 }
 PARTS["both"] = PARTS["preconditioner"] | PARTS["snapshot"]
@@ -38,6 +39,7 @@ def test_a_state_goes_through_its_names(parts):
     named = state.named()
     want = ["step", "theta", "average", "averaged", "optimizer.mean", "optimizer.square"]
     want += ["preconditioner.factor", "preconditioner.curvature"] if state.preconditioner else []
+    want += ["preconditioner.units"] if parts == "units" else []
     want += ["snapshot.theta", "snapshot.gradient"] if state.snapshot else []
     assert list(named) == want
     back = State.of_named(named)

@@ -6,6 +6,7 @@ import torch
 from svi_problems import F64, build, one_group, regression, regression_data, regression_posterior
 
 from trainer.distributed.comm import ALONE
+from trainer.inference.guides.gaussian import Diagonal
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import SGD
 from trainer.inference.optim.rounds import one_round
@@ -15,6 +16,7 @@ from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.step import StepInput, StepNoise, step
 
 DATA = regression_data(orthogonal=False)
+DIAGONAL = Diagonal(slice(0, 3))
 
 
 def problem():
@@ -57,20 +59,22 @@ def test_the_control_variate_has_mean_zero_for_any_curvature():
     """Over the normals' second moments exactly: the mean over eps = +-e_i sqrt(D) is that over a standard normal."""
     generator = torch.Generator().manual_seed(0)
     curvature = torch.randn(3, 3, dtype=F64, generator=generator)
-    preconditioner = Preconditioner(torch.eye(3, dtype=F64), curvature @ curvature.T)
-    sd = torch.tensor([-1.0, 0.5, 2.0], dtype=F64).exp()
+    curvature = curvature @ curvature.T
+    log_sd = torch.tensor([-1.0, 0.5, 2.0], dtype=F64)
     sigma_points = torch.cat([torch.eye(3, dtype=F64), -torch.eye(3, dtype=F64)]) * 3**0.5
-    chance = preconditioner.control_variate(sd, sigma_points[None], share=1.0)
+    chance = DIAGONAL.by_chance(curvature, log_sd, sigma_points[None], share=1.0)
     torch.testing.assert_close(chance, torch.zeros(3, dtype=F64), rtol=0, atol=1e-12)
-    assert float(sum(preconditioner.chance(sd, each) for each in sigma_points)) < 1e-12
+    assert float(sum(DIAGONAL.chance(curvature, log_sd, each) for each in sigma_points)) < 1e-12
 
 
 def test_a_scale_beyond_the_curvatures_adds_no_more_noise_than_the_curvatures():
     curvature = torch.diag(torch.tensor([4.0, 100.0], dtype=F64))
-    preconditioner = Preconditioner(torch.eye(2, dtype=F64), curvature)
+    diagonal = Diagonal(slice(0, 2))
     eps = torch.tensor([[[1.5, -0.5]]], dtype=F64)
-    wide, fit = torch.tensor([20.0, 7.4], dtype=F64), torch.tensor([0.5, 0.1], dtype=F64)
-    assert torch.equal(preconditioner.control_variate(wide, eps, 1.0), preconditioner.control_variate(fit, eps, 1.0))
+    wide, fit = torch.tensor([20.0, 7.4], dtype=F64).log(), torch.tensor([0.5, 0.1], dtype=F64).log()
+    torch.testing.assert_close(
+        diagonal.by_chance(curvature, wide, eps, 1.0), diagonal.by_chance(curvature, fit, eps, 1.0), rtol=1e-14, atol=0
+    )
 
 
 def test_at_the_anchor_a_step_takes_the_full_gradient_for_the_locations_and_its_own_for_the_scales():

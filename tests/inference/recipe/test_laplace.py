@@ -145,6 +145,17 @@ def test_a_step_is_made_in_whitened_coordinates():
     assert made.moments.keys() == {"velocity"}
 
 
+def test_the_other_parameters_step_in_their_units():
+    theta, grad = torch.tensor([1.0, -2.0, 0.5], dtype=F64), torch.tensor([0.3, 0.7, -0.2], dtype=F64)
+    parts = Preconditioner(torch.eye(1, dtype=F64), torch.eye(1, dtype=F64), torch.tensor([2.0, 0.5], dtype=F64))
+    update = one_round(SGD(lr=0.1), Constant(), 10, 10, whitened=True)
+    state = update.init(theta, parts)
+    made = update.at(0)(state, grad, update.at(0).rates(state.step, 1.0))
+    want = theta - 0.1 * torch.tensor([1.0, 4.0, 0.25], dtype=F64) * grad
+    torch.testing.assert_close(made.theta, want, rtol=1e-14, atol=0)
+    assert torch.equal(made.preconditioner.units, parts.units)
+
+
 def test_where_the_hessian_is_singular_steps_are_scaled_alone():
     scale = torch.tensor([2.0, 3.0], dtype=F64)
     hessian = torch.ones(2, 2, dtype=F64) / scale[:, None] / scale

@@ -116,7 +116,8 @@ def _block_likelihood(
         for pairs in at.pairs(batch, block.number, len(values), stop):
             found = pairs.inside
             if preconditioner is not None and view is not None:
-                found = found + share * preconditioner.chance(view.sd(at.theta.double()), pairs.elements.double())
+                at_theta, elements = at.theta.double(), pairs.elements.double()
+                found = found + share * view.covariance.chance(preconditioner.curvature, at_theta, elements)
             values = torch.cat([values, found])
         se = float(values.std() / math.sqrt(len(values)))
         if se <= enough or not math.isfinite(se):

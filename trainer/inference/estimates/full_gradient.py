@@ -62,7 +62,8 @@ def full_gradient(
         view, share = together.inference.gaussian, count / together.inference.num_obs
         assert preconditioner is not None
         assert view is not None
-        return view.by_log_sd(preconditioner.control_variate(view.sd(theta), elements[None], share), theta).double()
+        chance = view.covariance.by_chance(preconditioner.curvature, theta, elements[None], share)
+        return view.by_covariance(chance, theta).double()
 
     def derivative(loss: Tensor, at: Tensor) -> Tensor:
         return torch.autograd.grad(loss, at)[0].double()

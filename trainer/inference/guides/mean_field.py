@@ -97,13 +97,27 @@ class Guide(Protocol):
         ...
 
 
+class Drawn(NamedTuple):
+    """A draw by site, each in its unconstrained shape."""
+
+    u: dict[str, Tensor]
+    locs: dict[str, Tensor]
+    log_scales: dict[str, Tensor]
+    """Their sum is log |det| of the map from the normals to u."""
+    normals: dict[str, Tensor]
+    """The sum of their squares is the quadratic form of log q."""
+    sds: Callable[[], dict[str, Tensor]]
+    """The marginal ones."""
+
+
 class MeanField:
     """u = loc + scale * eps, z = biject_to(support)(u), factorized over the D scalars; starts at u = 0.
 
     Supports may depend on other latents: the transform is taken from the site as the model reaches it.
     """
 
-    kind, callables, curved, still, log_q_of_a_draw = MEAN_FIELD, (), 0, False, None
+    kind: str = MEAN_FIELD
+    callables, curved, still, log_q_of_a_draw = (), 0, False, None
 
     def __init__(self, model: PlatedModel, batch: Batch, init_scale: float = 0.1):
         if not init_scale > 0:
@@ -118,10 +132,18 @@ class MeanField:
         for site in self.sites:
             refuse_latent(self.trace.nodes[site.name], model.plate, can_be_local=False)
         self.init_scale = init_scale
-        self.size = sum(site.size for site in self.sites)
-        with FromUnconstrained(self.by_site(torch.zeros(self.size, dtype=self.dtype, device=self.device))):
+        self.size = self.normals = sum(site.size for site in self.sites)
+        """D, and how many normals they take."""
+        at = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        with FromUnconstrained(self.by_site(at)):
             self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)
-        self.noise_size = (self.size + self.models.elements, self.models.per_row)
+        self.arrange(model, batch)
+        self.noise_size = (self.normals + self.models.elements, self.models.per_row)
+
+    def arrange(self, model: PlatedModel, batch: Batch) -> None:
+        """What a family learns of the model besides its sites."""
+        self.alone = frozenset(site.name for site in self.sites)
+        """Sites independent of what their priors depend on: with that at a draw, E log p of a Normal prior is exact."""
 
     def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
         return self.init()
@@ -138,16 +160,15 @@ class MeanField:
         return {"guide.loc": loc, "guide.log_scale": torch.full_like(loc, math.log(self.init_scale))}
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
-        loc, log_scale = params["guide.loc"], params["guide.log_scale"]
-        # Everything is split into sites once: the gradient of a slice is a vector of zeros around it, for each slice.
-        locs, log_scales, normals = map(self.by_site, (loc, log_scale, noise.elements[: self.size]))
-        scales = {name: each.exp() for name, each in log_scales.items()}
-        u = {name: locs[name] + scales[name] * normals[name] for name in locs}
+        u, locs, log_scales, normals, scales_of = self.drawn(params, noise.elements[: self.normals])
         # A mode is a detour for every operation, so only a model that draws gets one.
-        own = NoiseMode(self.models, noise.elements[self.size :], noise.rows, noise.seed)
+        own = NoiseMode(self.models, noise.elements[self.normals :], noise.rows, noise.seed)
         with FromUnconstrained(u) as latents, nullcontext() if self.models.empty else own:
             trace = poutine.trace(model).get_trace(batch)
         entropy, log_prior = {}, {}
+        known = kl == "analytic"
+        again = self.standardized(params, u) if kl == "sticking_the_landing" else {}
+        scales = scales_of() if known else {}
         for name in u:
             node = trace.nodes[name]
             if kl == "analytic":
@@ -155,12 +176,24 @@ class MeanField:
             elif kl == "monte_carlo":
                 entropy_each = 0.5 * normals[name] ** 2 + log_scales[name] + 0.5 * LOG_2PI
             else:  # only the path through z carries a gradient
-                loc_, log_scale_ = locs[name].detach(), log_scales[name].detach()
-                entropy_each = 0.5 * ((u[name] - loc_) * (-log_scale_).exp()) ** 2 + log_scale_ + 0.5 * LOG_2PI
+                entropy_each = 0.5 * again[name] ** 2 + log_scales[name].detach() + 0.5 * LOG_2PI
             entropy[name] = entropy_each.sum(dtype=torch.float64)
-            exact = _expected_normal_log_prob(node, (locs[name], scales[name])) if kl == "analytic" else None
+            by_itself = known and name in self.alone
+            exact = _expected_normal_log_prob(node, (locs[name], scales[name])) if by_itself else None
             log_prior[name] = total(node, exact) if exact is not None else latents.log_prior(node)
         return Draw(trace, entropy, log_prior, frozenset())
+
+    def drawn(self, params: dict[str, Tensor], normals: Tensor) -> "Drawn":
+        # Everything is split into sites once: the gradient of a slice is a vector of zeros around it, for each slice.
+        locs, log_scales, eps = map(self.by_site, (params["guide.loc"], params["guide.log_scale"], normals))
+        scales = {name: each.exp() for name, each in log_scales.items()}
+        u = {name: locs[name] + scales[name] * eps[name] for name in locs}
+        return Drawn(u, locs, log_scales, eps, lambda: scales)
+
+    def standardized(self, params: dict[str, Tensor], u: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The normals of ``u`` by site, with a gradient through ``u`` alone."""
+        locs, log_scales = (self.by_site(params[name].detach()) for name in ("guide.loc", "guide.log_scale"))
+        return {name: (u[name] - locs[name]) * (-log_scales[name]).exp() for name in u}
 
     def by_site(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a vector [D], each in its site's unconstrained shape."""

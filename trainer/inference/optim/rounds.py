@@ -69,7 +69,7 @@ _OWN = ("step", "theta", "average", "averaged")
 
 
 def _of(part: Preconditioner | Snapshot | None) -> dict[str, Tensor]:
-    return {} if part is None else part._asdict()
+    return {} if part is None else {name: value for name, value in part._asdict().items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Update:
         zero = torch.zeros((), dtype=torch.int64, device=theta.device)
         snapshot = Snapshot.at(theta, self.anchored) if self.anchored else None
         moments = self.rounds[0].optimizer.init(theta)
-        known = preconditioner and Preconditioner(*(each.clone() for each in preconditioner))
+        known = preconditioner and preconditioner.each(torch.clone)
         return State(zero, theta.clone(), theta.clone(), zero.clone(), moments, known, snapshot)
 
 

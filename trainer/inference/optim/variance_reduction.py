@@ -1,9 +1,10 @@
-"""What makes steps better than the plain stochastic gradient's: whitened coordinates, a control variate, an anchor.
+"""What makes steps better than the plain stochastic gradient's: whitened coordinates and an anchor; the curvature that
+a control variate of the draws is made of.
 
-Shapes: P parameters, of which the first D are the locations; A lane groups of this rank, R draws of a group, E >= D
-normals of a draw.
+Shapes: P parameters, of which the first D are the locations; A lane groups of this rank, R draws of a group.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,44 +17,25 @@ class Preconditioner(NamedTuple):
     factor: Tensor
     """L [D, D], L L' = the inverse of the Hessian of the negative log joint (nats): locations step in v, loc = L v."""
     curvature: Tensor
-    """H [D, D]: the Hessian of what the draws estimate (nats); a prior whose KL is exact has no part in it."""
+    """[D, D]: what the guide's covariance makes of the Hessian of what the draws estimate (nats), as
+    `Covariance.control`; a prior whose KL is exact has no part in it.
+    """
+    units: Tensor | None = None
+    """[P - D]: what a step of 1 is of each of the parameters behind the locations; None: 1."""
 
     def of_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient [P] by (v, the other parameters)."""
+        """The gradient [P] by (v, the other parameters in their units)."""
         first, others = grad.split([len(self.factor), len(grad) - len(self.factor)])
-        return torch.cat([self.factor.T @ first, others])
+        return torch.cat([self.factor.T @ first, others if self.units is None else self.units * others])
 
     def of_step(self, step: Tensor) -> Tensor:
-        """A step [P] of (v, the other parameters) as one of theta."""
+        """A step [P] of (v, the other parameters in their units) as one of theta."""
         first, others = step.split([len(self.factor), len(step) - len(self.factor)])
-        return torch.cat([self.factor @ first, others])
+        return torch.cat([self.factor @ first, others if self.units is None else self.units * others])
 
-    def control_variate(self, sd: Tensor, elements: Tensor, share: float) -> Tensor:
-        """What the draws ``elements`` [A, R, E] of a mean-field guide with ``sd`` [D] add to the gradient [D] of a
-        quadratic loss by the log sds by chance, in nats.
-
-        With f(z) = z'Hz / 2 the gradient by log s is s eps (H s eps), of mean s^2 diag H: the difference has mean 0 for
-        any H, and takes nearly all noise from the gradient of the log scales where f is nearly quadratic. (An
-        antithetic pair has taken it from that of the locations.) Miller, Foti, D'Amour and Adams, "Reducing
-        reparameterization gradient variance" (NeurIPS 2017), section 3. A scale enters with at most 1 / sqrt(H_ii): far
-        from where H was taken it does not add more noise than it would take there. ``share``: of a lane group.
-        """
-        scale = self._bounded(sd)
-        z = scale * elements[..., : len(scale)].flatten(0, -2)
-        chance = (z * (z @ self.curvature)).mean(0) - scale**2 * self.curvature.diagonal()
-        return share * len(elements) * chance
-
-    def chance(self, sd: Tensor, elements: Tensor) -> Tensor:
-        """What draws [..., E] and their antitheses add to a quadratic loss by chance, in nats: (z'Hz - its mean) / 2
-        [...].
-        """
-        scale = self._bounded(sd)
-        z, curvature = scale * elements[..., : len(scale)], self.curvature.to(sd.dtype)
-        return 0.5 * ((z @ curvature * z).sum(-1) - (scale**2 * curvature.diagonal()).sum())
-
-    def _bounded(self, sd: Tensor) -> Tensor:
-        """``sd`` [D], none beyond what the curvature makes of it."""
-        return torch.minimum(sd, self.curvature.diagonal().to(sd.dtype).clamp(min=1e-30).rsqrt())
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Preconditioner":
+        """With ``change`` made to every tensor."""
+        return Preconditioner(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
 
 class Snapshot(NamedTuple):

@@ -112,13 +112,11 @@ def _error_and_drift(means: Tensor) -> tuple[Tensor, Tensor]:
 def newton_step(view: GaussianView, theta: Tensor, gradient: Tensor, preconditioner: Preconditioner) -> Tensor:
     """The step [P], float64, to where the ``gradient`` [P] of minus the ELBO (nats) vanishes.
 
-    Locations: - L L' g. Log scales: by log s the gradient is s^2 h - 1 with h the mean curvature under the guide, which
-    s = 1 / sqrt(h) makes zero. The other parameters stay.
+    Locations: - L L' g. The covariance: as its structure has it. The other parameters stay.
     """
-    factor, log_sd = preconditioner.factor.double(), view.covariance.log_sd
-    step = torch.zeros_like(theta, dtype=torch.float64)
+    factor = preconditioner.factor.double()
+    step = view.covariance.step(theta, gradient, factor)
     step[view.loc] = -(factor @ (factor.T @ gradient[view.loc].double()))
-    step[log_sd] = -0.5 * gradient[log_sd].double().clamp(min=-0.9).log1p()
     return step
 
 
@@ -134,8 +132,9 @@ def axis_step(view: GaussianView, theta: Tensor, gradient: Tensor) -> Tensor:
 
 def to_go(view: GaussianView, theta: Tensor, step: Tensor) -> tuple[float, float]:
     """The judged size of a ``step`` [P]: of the locations, in scales, and twice that of the log scales."""
-    top, loc = small_sites(view), step[view.loc] / view.sd(theta.double())
-    return judged(loc.abs(), top), judged(2 * step[view.covariance.log_sd].abs(), top)
+    top, covariance = small_sites(view), view.covariance
+    loc = covariance.distance(theta.double(), step[view.loc])
+    return judged(loc, top), judged(2 * covariance.change(theta.double(), step), top)
 
 
 def step_to_go(view: GaussianView, theta: Tensor, step: Tensor) -> float:

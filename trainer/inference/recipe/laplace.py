@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,10 +28,9 @@ from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.exact_fit import refuse_exact
 from trainer.inference.step import Inference, StepNoise, in_dtype
 
-MOST_LATENTS = 256
 _ROUNDS, _ITERATIONS = 5, 100
 PLAIN = 0.25  # of a coordinate, so that the rates of whitened steps are those of plain ones
-_PAIRS, _PAIR_ROWS = 8, 2**15  # of a mean curvature; none for many rows, whose posterior is narrow
+_TOGETHER = 16  # draws whose curvature is taken at once
 _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
 _RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hessian
 _APART, _COLUMNS_APART = 1e4, 1e6  # units of latents, scales of columns
@@ -53,10 +53,10 @@ def laplace_start(
     ``say`` is told where the problem is not one that a mean-field answer describes: no maximum, a ridge. Where there is
     no mode to start at (centered hierarchies, separable data), theta stays and the coordinates are plain ones, until a
     round's end knows a curvature. None where there is none to take: another guide, other parameters beside it, more
-    than 256 latents.
+    latents than the guide's covariance takes a matrix of.
     """
     view = latents_alone(inference)
-    if view is None or view.size > MOST_LATENTS:
+    if view is None or view.size > view.covariance.most:
         _tell_of_scales(rows, say)
         return None
     with _exact(inference):
@@ -64,7 +64,7 @@ def laplace_start(
         found = _mode(loss, view.size, theta.device)
         doubts: list[str] = []
         mode = _settled(loss, found, view, doubts.append)
-        units = _units(loss, theta) if mode is None else None
+        units = _units(loss, view.size, theta) if mode is None else None
         if units is not None:
             scaled = _mode(lambda at: loss(units * at), view.size, theta.device)
             found = Mode(units * scaled.loc, scaled.settled, units * scaled.lowest)
@@ -75,21 +75,21 @@ def laplace_start(
         if mode is None:
             _tell_of_scales(rows, say)
             plain = torch.eye(view.size, dtype=theta.dtype, device=theta.device)
-            return theta, Preconditioner(PLAIN * plain, 0.0 * plain)
+            return theta, _preconditioner(view, theta, PLAIN * plain, 0.0 * plain)
         loc, hessian = mode
         scale = hessian.diagonal().rsqrt()
         _tell_of_ridge(view, scale[:, None] * hessian * scale, say)
-        made = view.theta(loc, scale.log())
-        preconditioner = Preconditioner(_factor(hessian, scale), _of_draws(inference, rows, loc, scale))
-    return made.to(theta.dtype), Preconditioner(*(each.to(theta.dtype) for each in preconditioner))
+        made = view.nearest(loc, hessian)
+        preconditioner = _preconditioner(view, made, _factor(hessian, scale), _of_draws(inference, rows, loc, scale))
+    return made.to(theta.dtype), preconditioner.each(lambda part: part.to(theta.dtype))
 
 
 def latents_alone(inference: Inference) -> GaussianView | None:
     """The guide as a Gaussian, where that is all that is learned and nothing else is drawn; else None."""
     view = inference.gaussian
-    if view is None or inference.guide.noise_size != (view.size, 0) or inference.parameters.size != view.parameters:
+    if view is None or inference.parameters.size != view.parameters:
         return None
-    return view
+    return view if inference.guide.noise_size == (view.covariance.normals, 0) else None
 
 
 def _settled(
@@ -117,27 +117,36 @@ def _settled(
     return loc, curvatures
 
 
-def preconditioner_at(inference: Inference, theta: Tensor, rows: Batch) -> Preconditioner:
+def preconditioner_at(inference: Inference, theta: Tensor, rows: Batch, seed: int = 0) -> Preconditioner:
     """The mean curvature under the guide at ``theta`` [P]; steps are in the guide's scales where it is not positive
     definite.
 
     The mean is over a few antithetic pairs: what the ELBO curves by, which for a hierarchy is not the curvature at the
-    guide's centre.
+    guide's centre. ``seed``: names them.
     """
     view = inference.gaussian
     assert view is not None
     loc, scale = view.location(theta.double()), view.sd(theta.double())
     joint, count = _joint(inference, rows), rows.batch_rows.clamp(min=1)
-    pairs = torch.arange(min(_PAIRS, _PAIR_ROWS // int(count)))
-    eps = element_noise(0, torch.zeros((), dtype=torch.int64), pairs, len(loc), torch.float64)
+    pairs = torch.arange(view.covariance.pairs(int(count)))
+    eps = element_noise(seed, torch.zeros((), dtype=torch.int64), pairs, len(loc), torch.float64)
     where = torch.cat([eps, -eps]) if len(eps) else torch.zeros(1, len(loc), dtype=torch.float64)
+    parts = view.covariance.spread(theta.double(), where).split(_TOGETHER)
 
-    def mean(at: Tensor) -> Tensor:
-        return torch.stack([joint(at + scale * each) for each in where]).mean()
+    def mean(at: Tensor, part: Tensor) -> Tensor:
+        return torch.stack([joint(at + each) for each in part]).mean()
 
     with _exact(inference):
-        made = Preconditioner(_factor(hessian(mean, loc), scale), _of_draws(inference, rows, loc, scale))
-    return Preconditioner(*(torch.nan_to_num(each, posinf=0.0, neginf=0.0).to(theta.dtype) for each in made))
+        curvature = sum(len(part) / len(where) * hessian(partial(mean, part=part), loc) for part in parts)
+        of_draws = _of_draws(inference, rows, loc, scale)
+        made = _preconditioner(view, theta.double(), _factor(torch.as_tensor(curvature), scale), of_draws)
+    return made.each(lambda part: torch.nan_to_num(part, posinf=0.0, neginf=0.0).to(theta.dtype))
+
+
+def _preconditioner(view: GaussianView, theta: Tensor, factor: Tensor, of_draws: Tensor) -> Preconditioner:
+    """At ``theta`` [P], by a ``factor`` of the inverse Hessian and the Hessian ``of_draws``, both [D, D]."""
+    covariance = view.covariance
+    return Preconditioner(factor, covariance.control(of_draws, theta), covariance.units(factor, theta))
 
 
 def _joint(inference: Inference, rows: Batch) -> Callable[[Tensor], Tensor]:
@@ -189,9 +198,9 @@ class Mode(NamedTuple):
     """[D] the lowest place that it has seen."""
 
 
-def _units(loss: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor | None:
+def _units(loss: Callable[[Tensor], Tensor], size: int, theta: Tensor) -> Tensor | None:
     """Of each latent [D], by the curvature at 0, where they differ by so much that a search in other units fails."""
-    curvature = hessian(loss, torch.zeros(theta.numel() // 2, dtype=torch.float64, device=theta.device)).diagonal()
+    curvature = hessian(loss, torch.zeros(size, dtype=torch.float64, device=theta.device)).diagonal()
     if not curvature.isfinite().all():
         return None
     units = torch.where(curvature > 0, curvature, 1.0).rsqrt()
@@ -244,7 +253,7 @@ def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tens
 def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str], None]) -> None:
     """Says which latents are strongly correlated, by the Hessian scaled to a diagonal of ones."""
     values, vectors = torch.linalg.eigh(correlation)
-    if values[0] > _RIDGE:
+    if values[0] > (_RIDGE if view.covariance.independent else _UNIDENTIFIED):
         return
     first, second = (view.latent_name(int(i)) for i in vectors[:, 0].abs().topk(2).indices)
     if values[0] < _UNIDENTIFIED:
@@ -255,8 +264,8 @@ def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str],
     else:
         say(
             f'"{first}" and "{second}" are strongly correlated: their posterior sds are up to '
-            f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; center the columns, or take a "
-            "full-rank guide."
+            f"{float(values[0]) ** -0.5:.0f} times the sds of a mean-field guide; center the columns, or take "
+            "guide=full_rank."
         )
 
 

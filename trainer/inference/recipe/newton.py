@@ -118,7 +118,7 @@ class Secant:
         if len(self.points) < 2:
             return step
         weight = torch.ones_like(step)
-        weight[self.view.loc] = (-theta[self.view.covariance.log_sd].double()).exp()
+        weight[self.view.loc] = self.view.covariance.inverse_sd(theta.double())
         moved = torch.stack(self.points[-_MEMORY:]).diff(dim=0).T
         changed = torch.stack(self.steps[-_MEMORY:]).diff(dim=0).T
         share = torch.linalg.pinv(weight[:, None] * changed, rtol=_KNOWN) @ (weight * step)
