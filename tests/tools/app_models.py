@@ -154,3 +154,11 @@ class Dying(LinearRegression):
         if first <= self.at < first + count:
             os.kill(os.getpid(), self.number)
         return super().rows(truth, generator, first, count)
+
+
+def products(x, y=None):
+    """`linear` with products as weights: 0 is a saddle."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0).expand([x.shape[-1]]).to_event(1))
+    b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([x.shape[-1]]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ (a * b), 0.5), obs=y)

@@ -110,7 +110,7 @@ def test_rows_are_looked_at_before_a_compiled_step_meets_them(columns, tmp_path,
 def test_a_held_out_row_is_named_before_training(columns, tmp_path, monkeypatch):
     place = folder_of(tmp_path / "order", {"x": np.zeros(N)}, held_out=0.1)
     held_out = int(open_split(place, "held_out").read_block(0, "row_id")[3])
-    monkeypatch.setattr("trainer.training.prepare.laplace_start", None)
+    monkeypatch.setattr("trainer.training.prepare.start_of", None)
     run("label", columns, tmp_path / "s", held_out, held_out=0.1)
 
 

@@ -19,7 +19,7 @@ from trainer.inference.estimates.passes import Block
 from trainer.inference.model.plates import Batch, arguments
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.program import Eager
-from trainer.inference.recipe.laplace import laplace_start
+from trainer.inference.recipe.off_saddle import start_of
 from trainer.inference.setup import set_up
 from trainer.inference.step import Inference
 from trainer.options import build
@@ -90,12 +90,13 @@ def begun(
         )
     dtype, (inference, theta) = in_its_precision(cfg.dtype, num_obs, lambda: _problem(cfg, given, first, num_obs), say)
     sample = _rows({name: first[name] for name in inference.model.arguments}, 0)
-    start = laplace_start(inference, theta, one_group(sample), say) if cfg.start == "laplace" else None
-    cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, start is not None))
+    start = start_of(inference, theta, one_group(sample), cfg.seed, say) if cfg.start == "laplace" else (theta, None)
+    whitened = start[1] is not None
+    cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, whitened))
     batches = trainer.num_training_batches
     plan = _Steps(int(batches) if math.isfinite(batches) else int(cfg.max_steps or 1))
-    update = update_of(cfg, plan, start is not None, 0, resume.begun(saved))
-    fresh = update.init(theta) if start is None else update.init(*start)
+    update = update_of(cfg, plan, whitened, 0, resume.begun(saved))
+    fresh = update.init(*start)
     size = context.world.size
     choice = PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader")
     record = TrainState(problem_of(cfg, choice, inference, update, context.world))

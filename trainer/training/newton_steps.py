@@ -11,17 +11,20 @@ from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.inference.estimates.full_gradient import MANY, Draws
 from trainer.inference.guides.gaussian import GaussianView
+from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.plates import Batch
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.convergence import Rule, newton_step, step_to_go
 from trainer.inference.recipe.laplace import preconditioner_at
 from trainer.inference.recipe.newton import NEAR, polished, step_by_products
+from trainer.inference.recipe.off_saddle import falls_at, left
 from trainer.inference.recipe.optimum import settled
 from trainer.posterior.full_data import FullLoss
 
 _FEW_ROWS = 64  # of the sample, for guides that look at columns
 _AGAIN = 4  # times as many steps, before what failed is tried again
 _CURVATURES = 8  # of a covariance that is made of them, until it is that of its own draws
+_SADDLE = "not converged, since the ELBO rises to both sides of a saddle"
 _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
 
 
@@ -53,6 +56,30 @@ class EndRound:
                 record.no_newton_at = module.step
         module.state = module.state._replace(theta=theta, average=theta.clone(), preconditioner=preconditioner)
         return theta is not average, left
+
+    def off_saddle(self, module: ChunkModule, last: bool) -> bool:
+        """Whether the ELBO of the sample curves upwards at the round's average, which then is no optimum.
+
+        Training goes on from where the best of several pushes leads, unless this round is the ``last``.
+        """
+        known, theta, here = module.state.preconditioner, module.theta.cpu(), f"step {module.step:,}"
+        if known is not None and known.factor.count_nonzero() > len(known.factor):  # of a curvature that is positive
+            return False
+        seed = mixed_seed(self.loss.seed, module.step, 0x5ADD1E)
+        directions = falls_at(module.inference, theta, self.sample, seed)
+        if not module.comm.largest(len(directions), module.device):
+            return False
+        if last:
+            module.say(f"{here}: {_SADDLE}; train longer with max_epochs= or max_steps=")
+            return True
+        theta, best = left(module.inference, theta, self.sample, directions, seed)
+        module.say(f"{here}: {_SADDLE}; {best.sentence() if best else 'no push has found a better place'}")
+        if known is not None:
+            made = preconditioner_at(module.inference, theta, self.sample)
+            known = made.each(lambda part: module.comm.from_first(part.to(module.device)))
+        theta = module.comm.from_first(theta.to(module.device))
+        module.state = module.state._replace(theta=theta, average=theta.clone(), preconditioner=known)
+        return True
 
     def _by_curvature(
         self, module: ChunkModule, view: GaussianView, theta: Tensor, preconditioner: Preconditioner

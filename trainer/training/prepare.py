@@ -20,7 +20,7 @@ from trainer.inference.guides.mean_field import MEAN_FIELD
 from trainer.inference.guides.pyro_guides import NO_LATENT
 from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
-from trainer.inference.recipe.laplace import laplace_start
+from trainer.inference.recipe.off_saddle import start_of
 from trainer.inference.setup import GuideFactory, guide_factory, set_up
 from trainer.inference.step import Inference
 from trainer.options import build
@@ -103,14 +103,16 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
     checked = first_pass(folder, first, splits.held_out, inference, theta, plan.step_after(1.0))
     sample = one_group(first)
     doubts: list[str] = []
-    start = laplace_start(inference, theta, sample, doubts.append) if cfg.start == "laplace" else None
+    at_mode = cfg.start == "laplace"
+    start = start_of(inference, theta, sample, cfg.seed, doubts.append) if at_mode else (theta, None)
+    whitened = start[1] is not None
     for sentence in doubts:
         say(sentence)
-    cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, start is not None))
-    update = update_of(cfg, plan, start is not None, _anchored(cfg, inference), resume.begun(saved))
+    cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, whitened))
+    update = update_of(cfg, plan, whitened, _anchored(cfg, inference), resume.begun(saved))
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=build.objective(cfg.objective, 2))
-    fresh = update.init(theta) if start is None else update.init(*start)
+    fresh = update.init(*start)
     record = TrainState(problem_of(cfg, choice, inference, update, context.world), time.monotonic() - began)
     state = resume.taken_over(saved, record, fresh)
     if saved is not None:

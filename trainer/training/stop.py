@@ -132,12 +132,15 @@ class Stop(Callback):
             assert view is not None
             evidence = evidence._replace(gradient=step_to_go(view, theta, axis_step(view, theta, gradient)))
         self.record.evidence, short = evidence._asdict(), rule.short_of(evidence)
+        ends = self.rule is not None and (not short or (short == ["gradient"] and at_noise))
+        if ends and self.end_round.off_saddle(module, last):
+            return
         if not short and self.rule is not None:
             self.record.stopped = "converged"
             trainer.should_stop = True
             asked = [name for name, value in evidence._asdict().items() if value is not None]
             self.say(f"converged at step {module.step:,}: {_words(rule, evidence, asked)}")
-        elif short == ["gradient"] and at_noise and self.rule is not None:
+        elif ends:
             self.record.stopped = "noise"
             trainer.should_stop = True
             self.say(

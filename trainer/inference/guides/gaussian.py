@@ -236,6 +236,14 @@ class GaussianView:
         """The parts of a vector [D], each in its site's unconstrained shape."""
         return by_site(self.sites, flat)
 
+    @property
+    def parts(self) -> Tensor:
+        """bool [sites, D]: which latents are a site's."""
+        return torch.stack([
+            torch.zeros(self.size, dtype=torch.bool).index_fill(0, site.start + torch.arange(site.size), True)
+            for site in self.sites
+        ])  # fmt: skip
+
     def latent_name(self, index: int) -> str:
         """Where scalar ``index`` of D stands, as `beta[3]`."""
         return latent_name(self.sites, index)

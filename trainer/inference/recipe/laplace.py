@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +25,9 @@ from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.exact_fit import refuse_exact
+from trainer.inference.recipe.mode import Mode, lowest_place, mode_of, off_saddle
 from trainer.inference.step import Inference, StepNoise, in_dtype
 
-_ROUNDS, _ITERATIONS = 5, 100
 PLAIN = 0.25  # of a coordinate, so that the rates of whitened steps are those of plain ones
 _TOGETHER = 16  # draws whose curvature is taken at once
 _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
@@ -46,14 +45,14 @@ _NOT_FINITE = (
 
 
 def laplace_start(
-    inference: Inference, theta: Tensor, rows: Batch, say: Callable[[str], None] = print
+    inference: Inference, theta: Tensor, rows: Batch, say: Callable[[str], None] = print, seed: int = 0
 ) -> tuple[Tensor, Preconditioner] | None:
     """theta [P] at the mode given ``rows`` (one lane group), and the coordinates to step in from there.
 
     ``say`` is told where the problem is not one that a mean-field answer describes: no maximum, a ridge. Where there is
     no mode to start at (centered hierarchies, separable data), theta stays and the coordinates are plain ones, until a
-    round's end knows a curvature. None where there is none to take: another guide, other parameters beside it, more
-    latents than the guide's covariance takes a matrix of.
+    round's end knows a curvature. A saddle is left by pushes, which ``seed`` names. None where there is none to take:
+    another guide, other parameters beside it, more latents than the guide's covariance takes a matrix of.
     """
     view = latents_alone(inference)
     if view is None or view.size > view.covariance.most:
@@ -61,17 +60,18 @@ def laplace_start(
         return None
     with _exact(inference):
         loss = _joint(inference, rows)
-        found = _mode(loss, view.size, theta.device)
+        found = mode_of(loss, view.size, theta.device)
+        found = off_saddle((loss, _joint(inference, rows, "likelihood")), found, view.parts, seed, say)
         doubts: list[str] = []
         mode = _settled(loss, found, view, doubts.append)
         units = _units(loss, view.size, theta) if mode is None else None
         if units is not None:
-            scaled = _mode(lambda at: loss(units * at), view.size, theta.device)
+            scaled = mode_of(lambda at: loss(units * at), view.size, theta.device)
             found = Mode(units * scaled.loc, scaled.settled, units * scaled.lowest)
             mode = _settled(loss, found, view, doubts.append)
         for sentence in doubts[-1:] if mode is None else ():
             say(sentence)
-        refuse_exact(inference, rows, found.lowest, _joint, _lowest if mode is None else None)
+        refuse_exact(inference, rows, found.lowest, _joint, lowest_place if mode is None else None)
         if mode is None:
             _tell_of_scales(rows, say)
             plain = torch.eye(view.size, dtype=theta.dtype, device=theta.device)
@@ -93,7 +93,7 @@ def latents_alone(inference: Inference) -> GaussianView | None:
 
 
 def _settled(
-    loss: Callable[[Tensor], Tensor], found: "Mode", view: GaussianView, say: Callable[[str], None]
+    loss: Callable[[Tensor], Tensor], found: Mode, view: GaussianView, say: Callable[[str], None]
 ) -> tuple[Tensor, Tensor] | None:
     """The mode [D] and the Hessian [D, D] there, if that looks like a Gaussian's."""
     loc = found.loc
@@ -103,7 +103,7 @@ def _settled(
     if not found.settled:
         say(_NO_MAXIMUM.format(view.latent_name(int(loc.abs().argmax()))))
         return None
-    curvatures = hessian(loss, loc)
+    curvatures = hessian(loss, loc) if found.curvature is None else found.curvature
     curvature = curvatures.diagonal()
     flat = ~(curvature > 0)
     if not torch.isfinite(curvatures).all():
@@ -149,12 +149,13 @@ def _preconditioner(view: GaussianView, theta: Tensor, factor: Tensor, of_draws:
     return Preconditioner(factor, covariance.control(of_draws, theta), covariance.units(factor, theta))
 
 
-def _joint(inference: Inference, rows: Batch) -> Callable[[Tensor], Tensor]:
-    """Minus the log joint [] (nats) as a function of the unconstrained latents [D]."""
+def _joint(inference: Inference, rows: Batch, kind: str | None = None) -> Callable[[Tensor], Tensor]:
+    """Minus the log joint [] (nats), or its terms of a ``kind``, as a function of the unconstrained latents [D]."""
 
     def loss(loc: Tensor) -> Tensor:
         zero = torch.zeros_like(loc)
-        return _minus_terms(inference, "monte_carlo", rows, loc, zero, zero)
+        terms = _minus_terms(inference, "monte_carlo", rows, loc, zero, zero)
+        return terms[[n for n, each in enumerate(inference.kinds) if kind in (None, each)]].sum()
 
     return loss
 
@@ -162,13 +163,13 @@ def _joint(inference: Inference, rows: Batch) -> Callable[[Tensor], Tensor]:
 def _of_draws(inference: Inference, rows: Batch, loc: Tensor, scale: Tensor) -> Tensor:
     """The Hessian [D, D] of what the draws estimate."""
     by_noise = hessian(
-        lambda eps: _minus_terms(inference, "analytic", rows, loc, scale.log(), eps), torch.zeros_like(loc)
+        lambda eps: _minus_terms(inference, "analytic", rows, loc, scale.log(), eps).sum(), torch.zeros_like(loc)
     )
     return by_noise / scale[:, None] / scale
 
 
 def _minus_terms(inference: Inference, kl: KL, rows: Batch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
-    """Minus the ELBO's terms (nats) at one draw, summed in float64."""
+    """Minus the ELBO's terms [S] (nats) at one draw, in float64."""
     dtype = _dtype(inference)
     problem = replace(inference, objective=ELBO(kl, antithetic=False))
     columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in rows.columns.items()}
@@ -176,7 +177,7 @@ def _minus_terms(inference: Inference, kl: KL, rows: Batch, loc: Tensor, log_sca
     assert view is not None
     theta = view.theta(loc.to(dtype), log_scale.to(dtype))
     noise = StepNoise(eps[None, None].to(dtype), None, ((0,),))
-    return -problem.terms(theta, noise, rows._replace(columns=columns), share=1.0).sum()
+    return -problem.terms(theta, noise, rows._replace(columns=columns), share=1.0)
 
 
 def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
@@ -188,16 +189,6 @@ def _factor(hessian: Tensor, scale: Tensor) -> Tensor:
     return factor
 
 
-class Mode(NamedTuple):
-    """What a search for the lowest loss comes to."""
-
-    loc: Tensor
-    """[D] where it ends."""
-    settled: bool
-    lowest: Tensor
-    """[D] the lowest place that it has seen."""
-
-
 def _units(loss: Callable[[Tensor], Tensor], size: int, theta: Tensor) -> Tensor | None:
     """Of each latent [D], by the curvature at 0, where they differ by so much that a search in other units fails."""
     curvature = hessian(loss, torch.zeros(size, dtype=torch.float64, device=theta.device)).diagonal()
@@ -205,39 +196,6 @@ def _units(loss: Callable[[Tensor], Tensor], size: int, theta: Tensor) -> Tensor
         return None
     units = torch.where(curvature > 0, curvature, 1.0).rsqrt()
     return units if units.max() > _APART * units.min() else None
-
-
-def _lowest(loss: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    return _mode(loss, len(like), like.device).lowest
-
-
-def _mode(loss: Callable[[Tensor], Tensor], size: int, device: torch.device) -> Mode:
-    """Where ``loss`` is lowest, by L-BFGS (Liu and Nocedal 1989) from 0."""
-    loc = torch.zeros(size, dtype=torch.float64, device=device, requires_grad=True)
-    before, least, lowest = math.inf, math.inf, loc.detach().clone()
-    for _ in range(_ROUNDS):
-        optimizer = torch.optim.LBFGS([loc], max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_change=0.0)
-
-        def closure() -> Tensor:
-            nonlocal least, lowest
-            optimizer.zero_grad()  # noqa: B023
-            value = loss(loc)
-            value.backward()
-            if float(value.detach()) < least:
-                least, lowest = float(value.detach()), loc.detach().clone()
-            return value
-
-        try:
-            optimizer.step(closure)
-        except IndexError:  # its line search has no step left to take where all that it tried are not finite
-            return Mode(torch.full_like(loc, math.nan).detach(), False, lowest)
-        now = float(loss(loc.detach()).detach())  # a net beside the latents wants its gradient
-        if not (math.isfinite(now) and bool(torch.isfinite(loc).all())):
-            break
-        if before - now < 1e-3:
-            return Mode(loc.detach(), True, lowest)
-        before = now
-    return Mode(loc.detach(), False, lowest)
 
 
 def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tensor:
