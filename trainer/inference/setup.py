@@ -23,9 +23,11 @@ from trainer.inference.checks.model_checks import (
     refuse_batch_norm,
 )
 from trainer.inference.checks.observed import RowCheck, with_parameters
-from trainer.inference.guides.auto_laplace import Laplace
+from trainer.inference.guides.auto_laplace import Laplace, LaplaceOfGlobals
+from trainer.inference.guides.block import Block
 from trainer.inference.guides.full_rank import FullRank
 from trainer.inference.guides.mean_field import Guide, MeanField, Noise
+from trainer.inference.guides.point import Point
 from trainer.inference.guides.pyro_guides import PyroGuide, is_autoguide, no_guide
 from trainer.inference.model.latents import has_latents
 from trainer.inference.model.parameters import Parameters
@@ -72,7 +74,13 @@ class OfGlobals:
         return self.make(plated, batch)
 
 
-FAMILIES: dict[str, Callable[..., Guide]] = {"mean_field": MeanField, "full_rank": FullRank}
+FAMILIES: dict[str, Callable[..., Guide]] = {
+    "mean_field": MeanField,
+    "full_rank": FullRank,
+    "block": Block,
+    "point": Point,
+    "laplace": LaplaceOfGlobals,
+}
 """The guides that have a name."""
 
 mean_field: GuideFactory = OfGlobals(functools.partial(of_family, MeanField), can_be_empty=True)

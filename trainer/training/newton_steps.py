@@ -23,6 +23,7 @@ from trainer.posterior.full_data import FullLoss
 
 _FEW_ROWS = 64  # of the sample, for guides that look at columns
 _AGAIN = 4  # times as many steps, before what failed is tried again
+_SAME = 0.001  # scales that the covariance may be off where it is taken as that of its own curvature
 _CURVATURES = 8  # of a covariance that is made of them, until it is that of its own draws
 _SADDLE = "not converged, since the ELBO rises to both sides of a saddle"
 _LEVELS = tuple(MANY._replace(pairs=times * MANY.pairs) for times in (1, 4, 16))
@@ -47,7 +48,7 @@ class EndRound:
         view = module.inference.gaussian
         if preconditioner is not None and view is not None:
             theta, preconditioner, left = self._by_curvature(module, view, average, preconditioner)
-        elif self.afford is not None and module.step > max(self.afford, _AGAIN * record.no_newton_at):
+        elif self._can_afford(module.step) and (view is None or view.covariance.independent):
             if view is None:
                 theta, left = self._settled(module, average)
             else:
@@ -81,6 +82,9 @@ class EndRound:
         module.state = module.state._replace(theta=theta, average=theta.clone(), preconditioner=known)
         return True
 
+    def _can_afford(self, step: int) -> bool:
+        return self.afford is not None and step > max(self.afford, _AGAIN * self.record.no_newton_at)
+
     def _by_curvature(
         self, module: ChunkModule, view: GaussianView, theta: Tensor, preconditioner: Preconditioner
     ) -> tuple[Tensor, Preconditioner, float]:
@@ -89,44 +93,26 @@ class EndRound:
         A covariance that is the inverse of the mean curvature under itself is taken again until it is, and what is left
         is that by the curvature of other draws.
         """
-        full, step, repeats = self.loss, module.step, not view.covariance.independent
-        told = False
-
-        def gradient(theta: Tensor, draws: Draws = MANY, fresh: bool = True) -> Tensor:
-            return full.gradient(step, theta, preconditioner, draws, fresh)
-
-        def solve(theta: Tensor, found: Tensor) -> Tensor:
-            return newton_step(view, theta, found, preconditioner)
-
-        def moved(theta: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal told
-            near = step_to_go(view, theta, solve(theta, found)) <= NEAR
-            if not near and not told:
-                module.say(f"step {module.step:,}: Newton steps, in passes over all rows")
-                told = True
-            made = None if near else polished(view, theta, solve, gradient, _LEVELS[:2])
-            return (
-                (theta, found)
-                if made is None or not made.agreed
-                else (module.comm.from_first(made.theta), made.gradient)
-            )
-
-        def curvature(theta: Tensor, seed: int = 0) -> Preconditioner:
-            made = preconditioner_at(module.inference, theta.cpu(), self.sample, seed)
-            return made.each(lambda part: module.comm.from_first(part.to(module.device)))
-
-        theta, found = moved(theta, gradient(theta))
+        repeats = not view.covariance.independent
+        steps = _Curved(self, module, view, preconditioner)
+        theta, found = steps.moved(theta, steps.gradient(theta), _SAME if repeats else NEAR)
         for _ in range(_CURVATURES if repeats else 1):
-            before, preconditioner = theta, curvature(theta)
-            theta, found = moved(theta, found)
+            before = theta
+            steps.preconditioner = self._curvature(module, theta)
+            theta, found = steps.moved(theta, found, NEAR)
+            theta = steps.widened(theta, found) if repeats else theta
             if theta is before:
                 break
         if repeats:
-            preconditioner = curvature(theta, seed=1)
-        left = step_to_go(view, theta, solve(theta, found))
+            steps.preconditioner = self._curvature(module, theta, seed=1)
+        left = steps.left(theta, found)
         if left <= Rule().gradient:  # one of many readings may be so small by luck: four times the draws tell
-            left = step_to_go(view, theta, solve(theta, gradient(theta, _LEVELS[1])))
-        return theta, preconditioner, left
+            left = steps.left(theta, steps.gradient(theta, _LEVELS[1]))
+        return theta, steps.preconditioner, left
+
+    def _curvature(self, module: ChunkModule, theta: Tensor, seed: int = 0) -> Preconditioner:
+        made = preconditioner_at(module.inference, theta.cpu(), self.sample, seed)
+        return made.each(lambda part: module.comm.from_first(part.to(module.device)))
 
     def _by_products(self, module: ChunkModule, view: GaussianView, theta: Tensor) -> tuple[Tensor, float]:
         full, step = self.loss, module.step
@@ -160,3 +146,40 @@ class EndRound:
         if found is None:
             return theta, math.nan
         return module.comm.from_first(found.theta.to(device, dtype)), found.gain / len(theta)
+
+
+class _Curved:
+    """Newton steps by a ``preconditioner``, which may be changed."""
+
+    def __init__(self, ends: EndRound, module: ChunkModule, view: GaussianView, preconditioner: Preconditioner):
+        self.ends, self.module, self.view, self.preconditioner = ends, module, view, preconditioner
+        self.told = False
+
+    def gradient(self, theta: Tensor, draws: Draws = MANY, fresh: bool = True) -> Tensor:
+        return self.ends.loss.gradient(self.module.step, theta, self.preconditioner, draws, fresh)
+
+    def solve(self, theta: Tensor, found: Tensor) -> Tensor:
+        return newton_step(self.view, theta, found, self.preconditioner)
+
+    def left(self, theta: Tensor, found: Tensor) -> float:
+        """What the gradient ``found`` [P] leaves to go, in scales."""
+        return step_to_go(self.view, theta, self.solve(theta, found))
+
+    def moved(self, theta: Tensor, found: Tensor, near: float) -> tuple[Tensor, Tensor]:
+        """theta [P] and the gradient there, after steps that agree, if more than ``near`` scales are left."""
+        if self.left(theta, found) <= near:
+            return theta, found
+        if not self.told:
+            self.module.say(f"step {self.module.step:,}: Newton steps, in passes over all rows")
+            self.told = True
+        made = polished(self.view, theta, self.solve, self.gradient, _LEVELS[:2])
+        return (theta, found) if made is None or not made.agreed else (self._alike(made.theta), made.gradient)
+
+    def widened(self, theta: Tensor, found: Tensor) -> Tensor:
+        """With the covariance of the curvature, at no cost of a pass; ``theta`` itself where that is as good as it."""
+        step = self.view.covariance.step(theta, found, self.preconditioner.factor)
+        near = step_to_go(self.view, theta, step) <= _SAME
+        return theta if near else self._alike(theta + step.to(theta.dtype))
+
+    def _alike(self, theta: Tensor) -> Tensor:
+        return self.module.comm.from_first(theta)

@@ -98,6 +98,9 @@ class Member(NamedTuple):
 MEMBERS = {
     "mean field": Member("mean_field"),
     "full rank": Member("full_rank"),
+    "block": Member("block"),
+    "point": Member("point"),
+    "laplace": Member("laplace"),
     "a family of ten lines": Member(SharedScale, math.log(3.0)),
     "AutoNormal": Member(AutoNormal, math.log(math.expm1(3.0))),
     "AutoMultivariateNormal": Member(AutoMultivariateNormal, math.log(math.expm1(3.0))),

@@ -30,12 +30,13 @@ _MOST_NAMED = 3
 
 class Laplace:
     """u = loc + L eps; a row of zeros in L is a point, whose entropy counts as 0. ``auto``: Pyro's guide, which starts
-    it.
+    it; None: at u = 0.
     """
 
-    kind, callables, log_q_of_a_draw = "AutoLaplaceApproximation (normal by the curvature at the mode)", (), None
+    kind = "AutoLaplaceApproximation (normal by the curvature at the mode)"
+    callables, log_q_of_a_draw = (), None
 
-    def __init__(self, auto: Any):
+    def __init__(self, auto: Any = None):
         self.auto, self.curved, self.still = auto, 0, False
 
     def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
@@ -47,14 +48,21 @@ class Laplace:
         self.curved = self.size
         for site in self.sites:
             refuse_latent(trace.nodes[site.name], model.plate, can_be_local=False)
-        with only_models_that_it_holds():
-            self.auto._setup_prototype(**{name: batch.columns[name] for name in model.own})
-        loc = self.auto.loc.detach().to(batch.dtype)
+        loc = self._begun(model, batch)
         with FromUnconstrained(self._by_site(loc)):
             self.models = measure_noise(lambda rows: poutine.trace(model).get_trace(rows), batch)
         self.still = self.models.empty  # while it trains
         self.noise_size = (self.size + self.models.elements, self.models.per_row)
         return {"guide.loc": loc.clone(), "guide.factor": loc.new_zeros(self.size, self.size)}
+
+    def _begun(self, model: PlatedModel, batch: Batch) -> Tensor:
+        """Where it starts [D]."""
+        if self.auto is None:
+            return torch.zeros(self.size, dtype=batch.dtype, device=batch.valid.device)
+        with only_models_that_it_holds():
+            self.auto._setup_prototype(**{name: batch.columns[name] for name in model.own})
+        loc: Tensor = self.auto.loc.detach().to(batch.dtype)
+        return loc
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
         loc, factor, normals = params["guide.loc"], params["guide.factor"].detach(), noise.elements[: self.size]
@@ -107,3 +115,12 @@ class Laplace:
 
     def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
         return by_site(self.sites, flat)
+
+
+class LaplaceOfGlobals(Laplace):
+    """The same as a family, from u = 0."""
+
+    kind = "laplace (normal by the curvature at the mode)"
+
+    def __init__(self, model: PlatedModel, batch: Batch):
+        super().__init__()

@@ -28,19 +28,19 @@ class FullRank(MeanField):
     kind = "full rank"
 
     def arrange(self, model: PlatedModel, batch: Batch) -> None:
-        self.pattern = self.pattern_of()
-        self.alone = self._by_themselves(model, batch)
+        self.pattern = Pattern(((1, self.size),))
+        self.alone = self.with_own_prior(model, batch)
+        self.refuse_many("full_rank")
 
-    def pattern_of(self) -> Pattern:
-        """Which latents hang together. Raises UserError for more than that can be of."""
+    def refuse_many(self, name: str) -> None:
+        """Raises UserError for more latents than there can be a matrix of."""
         if self.size > MOST_LATENTS:
             raise UserError(
-                f"guide=full_rank holds up to {MOST_LATENTS:,} latents outside the data plate and the model has "
+                f"guide={name} holds up to {MOST_LATENTS:,} latents outside the data plate and the model has "
                 f"{self.size:,}: take guide=mean_field."
             )
-        return Pattern(((1, self.size),))
 
-    def _by_themselves(self, model: PlatedModel, batch: Batch) -> frozenset[str]:
+    def with_own_prior(self, model: PlatedModel, batch: Batch) -> frozenset[str]:
         """Sites whose Normal prior depends on no other, so that their E log p takes the marginal sds alone."""
         with torch.enable_grad():
             at = torch.zeros(self.size, dtype=self.dtype, device=self.device, requires_grad=True)
@@ -62,10 +62,11 @@ class FullRank(MeanField):
         loc, log_scale, off = (params[f"guide.{name}"] for name in ("loc", "log_scale", "off"))
         scale = log_scale.exp()
         u = loc + spread(self.pattern, scale, off, normals)
-        at, locs, log_scales, eps = map(self.by_site, (u, loc, log_scale, normals))
-        return Drawn(at, locs, log_scales, eps, lambda: self.by_site(marginal_sd(self.pattern, scale, off)))
+        at, locs, log_scales = map(self.by_site, (u, loc, log_scale))
+        sds, squares = lambda: marginal_sd(self.pattern, scale, off), lambda: normals**2
+        return Drawn(at, locs, log_scales, lambda: self.by_site(squares()), lambda: self.by_site(sds()))
 
-    def standardized(self, params: dict[str, Tensor], u: dict[str, Tensor]) -> dict[str, Tensor]:
+    def squares(self, params: dict[str, Tensor], u: dict[str, Tensor]) -> dict[str, Tensor]:
         loc, log_scale, off = (params[f"guide.{name}"].detach() for name in ("loc", "log_scale", "off"))
         flat = torch.cat([u[site.name].reshape(-1) for site in self.sites])
-        return self.by_site(standardized(self.pattern, log_scale.exp(), off, flat - loc))
+        return self.by_site(standardized(self.pattern, log_scale.exp(), off, flat - loc) ** 2)

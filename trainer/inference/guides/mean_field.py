@@ -104,8 +104,8 @@ class Drawn(NamedTuple):
     locs: dict[str, Tensor]
     log_scales: dict[str, Tensor]
     """Their sum is log |det| of the map from the normals to u."""
-    normals: dict[str, Tensor]
-    """The sum of their squares is the quadratic form of log q."""
+    squares: Callable[[], dict[str, Tensor]]
+    """Their sum is the quadratic form of log q."""
     sds: Callable[[], dict[str, Tensor]]
     """The marginal ones."""
 
@@ -151,7 +151,7 @@ class MeanField:
     def ended(self, hessian: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def gaussian(self, places: Mapping[str, slice]) -> GaussianView:
+    def gaussian(self, places: Mapping[str, slice]) -> GaussianView | None:
         return GaussianView(self.sites, places["guide.loc"], Diagonal(places["guide.log_scale"]))
 
     def init(self) -> dict[str, Tensor]:
@@ -160,23 +160,24 @@ class MeanField:
         return {"guide.loc": loc, "guide.log_scale": torch.full_like(loc, math.log(self.init_scale))}
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
-        u, locs, log_scales, normals, scales_of = self.drawn(params, noise.elements[: self.normals])
+        u, locs, log_scales, squares_of, scales_of = self.drawn(params, noise.elements[: self.normals])
         # A mode is a detour for every operation, so only a model that draws gets one.
         own = NoiseMode(self.models, noise.elements[self.normals :], noise.rows, noise.seed)
         with FromUnconstrained(u) as latents, nullcontext() if self.models.empty else own:
             trace = poutine.trace(model).get_trace(batch)
         entropy, log_prior = {}, {}
         known = kl == "analytic"
-        again = self.standardized(params, u) if kl == "sticking_the_landing" else {}
+        landing = kl == "sticking_the_landing"
+        squares = {} if known else self.squares(params, u) if landing else squares_of()
         scales = scales_of() if known else {}
         for name in u:
             node = trace.nodes[name]
             if kl == "analytic":
                 entropy_each = log_scales[name] + 0.5 * (1 + LOG_2PI)
             elif kl == "monte_carlo":
-                entropy_each = 0.5 * normals[name] ** 2 + log_scales[name] + 0.5 * LOG_2PI
+                entropy_each = 0.5 * squares[name] + log_scales[name] + 0.5 * LOG_2PI
             else:  # only the path through z carries a gradient
-                entropy_each = 0.5 * again[name] ** 2 + log_scales[name].detach() + 0.5 * LOG_2PI
+                entropy_each = 0.5 * squares[name] + log_scales[name].detach() + 0.5 * LOG_2PI
             entropy[name] = entropy_each.sum(dtype=torch.float64)
             by_itself = known and name in self.alone
             exact = _expected_normal_log_prob(node, (locs[name], scales[name])) if by_itself else None
@@ -188,12 +189,12 @@ class MeanField:
         locs, log_scales, eps = map(self.by_site, (params["guide.loc"], params["guide.log_scale"], normals))
         scales = {name: each.exp() for name, each in log_scales.items()}
         u = {name: locs[name] + scales[name] * eps[name] for name in locs}
-        return Drawn(u, locs, log_scales, eps, lambda: scales)
+        return Drawn(u, locs, log_scales, lambda: {name: each**2 for name, each in eps.items()}, lambda: scales)
 
-    def standardized(self, params: dict[str, Tensor], u: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The normals of ``u`` by site, with a gradient through ``u`` alone."""
+    def squares(self, params: dict[str, Tensor], u: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The quadratic form of log q at ``u`` by site, with a gradient through ``u`` alone."""
         locs, log_scales = (self.by_site(params[name].detach()) for name in ("guide.loc", "guide.log_scale"))
-        return {name: (u[name] - locs[name]) * (-log_scales[name]).exp() for name in u}
+        return {name: ((u[name] - locs[name]) * (-log_scales[name]).exp()) ** 2 for name in u}
 
     def by_site(self, flat: Tensor) -> dict[str, Tensor]:
         """The parts of a vector [D], each in its site's unconstrained shape."""
