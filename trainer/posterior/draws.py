@@ -66,6 +66,7 @@ def latent_draws(
     """[S, ...] of every latent outside the data plate, and of what the model derives from these alone: at the draws
     ``numbers``, each with each of the ``signs``, one after the other.
     """
+    inference = replace(inference, model=inference.model.of_globals)
     first = _values(inference, draw(inference, theta, batch, seed, numbers[0], signs[0]))
     sizes = [value.numel() for value in first.values()]
 

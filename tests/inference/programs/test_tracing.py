@@ -158,3 +158,19 @@ def test_what_python_decides_is_refused(value):
 def test_what_cannot_be_traced_is_named_with_its_site(value, operation):
     with pytest.raises(Untraceable, match=rf'{operation}.* after site "w"'):
         traced(with_noise(value))
+
+
+@pytest.mark.parametrize("counts", [[3.0, 5.0, 0.0], [3.0, 5.0, 2.0]])
+def test_a_number_put_by_a_mask_can_be_batched(counts):
+    """Multinomial's log density puts 0 where neither a count nor a probability is."""
+    given = torch.tensor([counts] * 4, dtype=F64)
+
+    def density(u, given):
+        logits = torch.cat([u, torch.full((len(u), 1), -torch.inf, dtype=F64)], 1)
+        return (dist.Multinomial(1, logits=logits, validate_args=False).log_prob(given),)
+
+    draws = torch.randn(3, 4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    graph, constants = trace(density, [draws[0], given], [draws[1], given])
+    mapped = torch.vmap(torch.func.functionalize(graph), in_dims=(0, None, *(None for _ in constants)))
+    found = mapped(draws, given, *constants)[0]
+    torch.testing.assert_close(found, torch.stack([density(u, given)[0] for u in draws]))

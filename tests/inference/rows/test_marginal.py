@@ -17,6 +17,7 @@ from trainer.inference.model.latents import FromUnconstrained
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.rows.marginal import Marginal, without_latents_of_rows
 from trainer.inference.rows.sites import row_sites
+from trainer.posterior.draws import latent_draws
 
 N = 11
 GENERATOR = torch.Generator().manual_seed(1)
@@ -338,3 +339,10 @@ def test_math_of_the_oracles():
     """A closed form by hand, so that the comparisons above cannot be wrong together."""
     by_hand = np.log(0.2 * math.exp(-0.5) + 0.3 + 0.5 * math.exp(-2.0)) - 0.5 * math.log(2 * math.pi)
     assert float(of_mixture(torch.zeros(1, dtype=F64))) == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_what_globals_alone_decide_asks_for_no_density_of_a_row(monkeypatch):
+    inference, theta = build(mixture, num_obs=N, y=Y[:, 0])
+    monkeypatch.setattr(Marginal, "log_density", lambda *_: pytest.fail("a density of the rows"))
+    drawn = latent_draws(inference, theta, Batch.whole({"y": Y[:, 0]}), 0, range(3))
+    assert {name: value.shape for name, value in drawn.items()} == {"weights": (3, 3), "means": (3, 3)}

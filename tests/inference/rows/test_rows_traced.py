@@ -32,6 +32,24 @@ def slopes(x, y):
         pyro.sample("y", dist.Normal(u[:, 0] + u[:, 1] * x, 0.8), obs=y)
 
 
+def kinds(x, y):
+    """Multinomial puts zeros by a mask, which cannot be batched over nodes."""
+    tau = pyro.sample("tau", dist.HalfNormal(ONE))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, tau).expand([2]).to_event(1))
+        logits = torch.stack([u[:, 0], x * u[:, 1], torch.zeros_like(x)], -1)
+        first = y.abs().round().clamp(max=3)
+        counts = torch.stack([first, 3 - first, torch.zeros_like(y)], -1)
+        pyro.sample("counts", dist.Multinomial(3, logits=logits, validate_args=False), obs=counts)
+
+
+def factors(x, y):
+    w = pyro.sample("w", dist.Normal(0 * ONE, 1.0).expand([3]).to_event(1))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0 * ONE, 1.0).expand([3]).to_event(1))
+        pyro.sample("y", dist.Normal(torch.tanh(u @ w) * x, 0.8), obs=y)
+
+
 def mixture(x, y):
     share = pyro.sample("share", dist.Beta(ONE, ONE))
     with pyro.plate("data", len(x)):
@@ -49,7 +67,7 @@ def chain(x, y):
             pyro.sample(f"y_{t}", dist.Normal(2.0 * state + x, 1.0), obs=y)
 
 
-@pytest.mark.parametrize("model", [effects, slopes, mixture, chain], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [effects, slopes, kinds, factors, mixture, chain], ids=lambda model: model.__name__)
 def test_the_traced_step_is_the_eager_one(model, monkeypatch):
     chunk = chunk_of(3, 2, 9, x=(), y=())
     inference, theta = build(model, num_obs=100, x=chunk.columns["x"][0, 0], y=chunk.columns["y"][0, 0])

@@ -7,7 +7,7 @@ ranks. Sums are float64.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -134,7 +134,9 @@ def _stages(first: int, most: int) -> list[int]:
 def _global_kl(at: Antithetic, block: Block, likelihood_se: float) -> tuple[float, float]:
     """Minus the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
     one = Block(-1, {name: column[:1] for name, column in block.columns.items()}, block.row_id[:1])
-    batch, most = one.batch, _KL_DRAWS // 2
+    of_globals = replace(at.together.inference, model=at.together.inference.model.of_globals)
+    at, batch = at._replace(together=terms_together(of_globals, "analytic")), one.batch
+    most = _KL_DRAWS // 2
     values = torch.zeros(0, dtype=torch.float64, device=at.theta.device)
     for stop in [*(n for n in (4, 64) if n < most), *range(500, most, 500), most]:
         found = [-pairs.outside for pairs in at.pairs(batch, _KL_BLOCK, len(values), stop)]

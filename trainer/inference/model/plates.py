@@ -231,6 +231,11 @@ class PlatedModel:
         return self
 
     @property
+    def of_globals(self) -> "PlatedModel":
+        """This without the rows' density, where that takes long and only latents of the guide are wanted."""
+        return self
+
+    @property
     def at_first(self) -> "PlatedModel":
         """`generative`, in which nothing of a row is drawn."""
         return self

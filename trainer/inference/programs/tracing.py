@@ -20,6 +20,10 @@ from trainer.errors import UserError, first_line
 
 _aten = torch.ops.aten
 _CHECKS = (_aten._linalg_check_errors.default,)
+_FILLS = {
+    _aten.index_put_.default: _aten.masked_fill_.Scalar,
+    _aten.index_put.default: _aten.masked_fill.Scalar,
+}
 
 
 class Untraceable(Exception):
@@ -44,6 +48,8 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor], others: Sequen
     for node in list(graph.graph.nodes):
         if node.target in _CHECKS:  # finiteness is checked after every chunk
             graph.graph.erase_node(node)
+        elif node.target in _FILLS:
+            _fill_by_mask(graph, node)
     graph.graph.eliminate_dead_code()
     constants = _lift_constants(graph)
     graph.recompile()
@@ -102,6 +108,19 @@ def _refuse_difference(graph: GraphModule, again: GraphModule) -> None:
             f"two traces of the model on different rows have {len(one)} and {len(two)} operations: "
             "use torch operations in place of Python branches, or train with program=eager."
         )
+
+
+def _fill_by_mask(graph: GraphModule, node: Any) -> None:
+    """A number put where a mask holds (`x[mask] = 0`, as in Multinomial), as what `torch.vmap` knows it by."""
+    into, places, value = node.args[:3]
+    if len(places) != 1 or len(node.args) > 3 or str(value.target) != str(_aten.lift_fresh_copy.default):
+        return
+    mask, constant = places[0].meta["val"], getattr(graph, str(value.args[0].target), None)
+    if mask.dtype == torch.bool and mask.shape == into.meta["val"].shape and constant is not None:
+        with graph.graph.inserting_before(node):
+            new = graph.graph.call_function(_FILLS[node.target], (into, places[0], constant.item()))
+        node.replace_all_uses_with(new)
+        graph.graph.erase_node(node)
 
 
 def _text(node: Node) -> str:

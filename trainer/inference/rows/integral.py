@@ -16,12 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
 from trainer.inference.model.vmapped import silent_vmap
 
 LogDensity = Callable[[Tensor], Tensor]
-"""Of u [B, d], that of each row [B], up to its integral."""
+"""Of u [B, d], that of each row [B], up to its integral; of [S B, d], which are these rows S times over, [S B]."""
 _LOG_2PI = math.log(2 * math.pi)
 _STEPS = 8
 _LONGEST = 3.0  # a Newton step, in each number
@@ -40,6 +41,8 @@ class Nodes(NamedTuple):
 
 def nodes_of(size: int, nodes: int, draws: int, like: Tensor) -> Nodes:
     """``nodes`` along each of ``size`` <= 2 numbers, or ``draws`` even points and their mirror images for more."""
+    if size == 0:
+        return Nodes(like.new_zeros(1, 0), like.new_zeros(1))
     if size <= _GRID:
         x, w = np.polynomial.hermite_e.hermegauss(nodes)
         grid = np.stack(np.meshgrid(*[x] * size, indexing="ij"), -1).reshape(-1, size)
@@ -56,26 +59,18 @@ class Normal(NamedTuple):
 
     mode: Tensor
     """[B, d]."""
-    factor: list[list[Tensor]]
-    """C [d][d] of [B], lower: C C' is minus the Hessian."""
+    factor: Tensor
+    """C [B, d, d], lower: C C' is minus the Hessian."""
 
     def at(self, point: Tensor) -> Tensor:
         """u [B, d] at e [d] or [B, d]: m + C'^-1 e."""
-        size, e = self.mode.shape[1], point.expand_as(self.mode)
-        found: list[Tensor] = [e[:, 0]] * size
-        for i in reversed(range(size)):
-            rest = e[:, i]
-            for j in range(i + 1, size):
-                rest = rest - self.factor[j][i] * found[j]
-            found[i] = rest / self.factor[i][i]
-        return self.mode + torch.stack(found, 1)
+        return self.mode + _backward(self.factor, point.expand_as(self.mode))
 
     @property
     def log_volume(self) -> Tensor:
         """[B]: log of what a standard normal's volume becomes."""
-        size = self.mode.shape[1]
-        logs = torch.stack([self.factor[i][i].log() for i in range(size)]).sum(0)
-        return 0.5 * size * _LOG_2PI - logs
+        logs = self.factor.diagonal(dim1=1, dim2=2).log()
+        return 0.5 * self.mode.shape[1] * _LOG_2PI - logs.sum(1)
 
 
 def around_the_mode(f: LogDensity, start: Tensor) -> Normal:
@@ -83,7 +78,8 @@ def around_the_mode(f: LogDensity, start: Tensor) -> Normal:
     u = start.detach()
     for _ in range(_STEPS):
         gradient, hessian = _derivatives(f, u)
-        u = u + _solved(_factor(hessian), gradient).clamp(-_LONGEST, _LONGEST)
+        factor = _factor(hessian)
+        u = u + _backward(factor, _forward(factor, gradient)).clamp(-_LONGEST, _LONGEST)
     return Normal(u, _factor(_derivatives(f, u)[1]))
 
 
@@ -97,54 +93,61 @@ def log_integral(f: LogDensity, normal: Normal, nodes: Nodes) -> Tensor:
         with silent_vmap():
             values: Tensor = torch.vmap(at)(nodes.at)
     except (RuntimeError, ValueError, NotImplementedError, IndexError):  # an operation that cannot be batched
-        values = torch.stack([at(e) for e in nodes.at])
+        values = f(torch.cat([normal.at(e) for e in nodes.at])).view(len(nodes.at), -1)
     weights = nodes.log_weights + 0.5 * (nodes.at**2).sum(1)
     return torch.logsumexp(values + weights[:, None], 0) + normal.log_volume
 
 
-def _derivatives(f: LogDensity, u: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
-    """The gradient [B, d] and minus the Hessian [d][d] of [B]. Rows do not meet: a sum over them gives each one's."""
+def _derivatives(f: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient [B, d] and minus the Hessian [B, d, d]. Rows do not meet: a sum over them gives each one's."""
     size = u.shape[1]
     with torch.enable_grad():
         at = u.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(f(at).sum(), at, create_graph=True)
-        second = [torch.zeros_like(u)] * size
-        for j in range(size):
-            if gradient.requires_grad:
-                second[j] = torch.autograd.grad(gradient[:, j].sum(), at, retain_graph=True)[0]
-    return gradient.detach(), [[-second[j][:, i].detach() for i in range(size)] for j in range(size)]
+        hessian = _by_number(gradient, at) if gradient.requires_grad else u.new_zeros(size, *u.shape)
+    return gradient.detach(), -hessian.detach().movedim(0, 1)
 
 
-def _factor(matrix: list[list[Tensor]]) -> list[list[Tensor]]:
-    """The lower Cholesky factor; a pivot that is not positive becomes a small one."""
-    size = len(matrix)
-    factor = [[torch.zeros_like(matrix[0][0])] * size for _ in range(size)]
+def _by_number(gradient: Tensor, at: Tensor) -> Tensor:
+    """[d, B, d]: the derivative of each number's ``gradient`` [B, d], all together where that is possible."""
+    size = at.shape[1]
+    unit = torch.eye(size, dtype=at.dtype, device=at.device)[:, None].expand(-1, *at.shape)
+    if size > 1:
+        try:
+            with silent_vmap():
+                return torch.autograd.grad(gradient, at, unit, retain_graph=True, is_grads_batched=True)[0]
+        except RuntimeError:  # an operation that cannot be batched
+            pass
+    return torch.stack([torch.autograd.grad(gradient, at, each, retain_graph=True)[0] for each in unit])
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """The lower Cholesky factor [B, d, d]; a pivot that is not positive becomes a small one."""
+    size = matrix.shape[1]
+    columns: list[Tensor] = []
     for j in range(size):
-        pivot = matrix[j][j]
-        for k in range(j):
-            pivot = pivot - factor[j][k] ** 2
-        factor[j][j] = pivot.clamp(min=_LEAST).sqrt()
-        for i in range(j + 1, size):
-            rest = 0.5 * (matrix[i][j] + matrix[j][i])
-            for k in range(j):
-                rest = rest - factor[i][k] * factor[j][k]
-            factor[i][j] = rest / factor[j][j]
-    return factor
+        column = 0.5 * (matrix[:, j:, j] + matrix[:, j, j:])
+        if columns:
+            known = torch.stack(columns, 2)
+            column = column - (known[:, j:] * known[:, j, None]).sum(2)
+        pivot = column[:, :1].clamp(min=_LEAST).sqrt()
+        columns.append(pad(torch.cat([pivot, column[:, 1:] / pivot], 1), (j, 0)))
+    return torch.stack(columns, 2)
 
 
-def _solved(factor: list[list[Tensor]], right: Tensor) -> Tensor:
-    """(C C')^-1 times ``right`` [B, d]."""
-    size = right.shape[1]
-    forward: list[Tensor] = []
-    for i in range(size):
-        rest = right[:, i]
-        for k in range(i):
-            rest = rest - factor[i][k] * forward[k]
-        forward.append(rest / factor[i][i])
-    found = list(forward)
-    for i in reversed(range(size)):
-        rest = forward[i]
-        for k in range(i + 1, size):
-            rest = rest - factor[k][i] * found[k]
-        found[i] = rest / factor[i][i]
+def _forward(factor: Tensor, right: Tensor) -> Tensor:
+    """C^-1 times ``right`` [B, d]."""
+    found: list[Tensor] = []
+    for i in range(right.shape[1]):
+        known = (factor[:, i, :i] * torch.stack(found, 1)).sum(1) if found else 0.0
+        found.append((right[:, i] - known) / factor[:, i, i])
+    return torch.stack(found, 1)
+
+
+def _backward(factor: Tensor, right: Tensor) -> Tensor:
+    """C'^-1 times ``right`` [B, d]."""
+    found: list[Tensor] = []
+    for i in reversed(range(right.shape[1])):
+        known = (factor[:, i + 1 :, i] * torch.stack(found, 1)).sum(1) if found else 0.0
+        found.insert(0, (right[:, i] - known) / factor[:, i, i])
     return torch.stack(found, 1)

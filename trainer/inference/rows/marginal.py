@@ -31,7 +31,7 @@ from trainer.inference.model.latents import (
     masked,
 )
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
-from trainer.inference.rows.integral import around_the_mode, log_integral, nodes_of
+from trainer.inference.rows.integral import Nodes, around_the_mode, log_integral, nodes_of
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
 from trainer.inference.rows.sums import NONE, Enumerated, summed_out
 
@@ -49,18 +49,22 @@ class Marginal:
 
     def __init__(self, fn: Callable[..., Any], plate: str, sites: RowSites, nodes: int = 9, draws: int = 8):
         self.generative, self.plate, self.sites = fn, plate, sites
-        self.nodes, self.draws = nodes, draws
+        self.nodes = nodes_of(sites.size, nodes, draws, torch.zeros((), dtype=torch.float64))
         self.site = "+".join(sites.observed)
         """The site that stands for the observed ones."""
 
     def __call__(self, **columns: Any) -> None:
+        density = self.log_density(columns, self.of_globals(**columns))
+        with pyro.plate(self.plate, len(density)):
+            pyro.factor(self.site, density)
+
+    def of_globals(self, **columns: Any) -> Globals:
+        """What stands outside the data plate, and what the guide holds of the rows; gives the values of latents."""
         rows = rows_of(columns)
         outside = _Outside(self.plate, self.sites.kept, rows)
         with outside, AtFirst(), DataPlate(self.plate, rows):
             self.generative(**columns)
-        density = self.log_density(columns, outside.values)
-        with pyro.plate(self.plate, rows.size):
-            pyro.factor(self.site, density)
+        return outside.values
 
     def log_density(self, columns: Columns, at: Globals) -> Tensor:
         """log p(y_i | z) [B] at the latents ``at`` outside the data plate."""
@@ -69,11 +73,14 @@ class Marginal:
         still, rows = {name: value.detach() for name, value in at.items()}, rows_of(columns)
         start = torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
         normal = around_the_mode(lambda u: self.joint(columns, still, u), start)
-        nodes = nodes_of(self.sites.size, self.nodes, self.draws, start)
+        nodes = Nodes(self.nodes.at.to(start), self.nodes.log_weights.to(start))
         return log_integral(lambda u: self.joint(columns, at, u), normal, nodes)
 
     def joint(self, columns: Columns, at: Globals, u: Tensor | None = None) -> Tensor:
-        """log p(y_i, u_i | z) [B], discrete latents summed out."""
+        """log p(y_i, u_i | z) [B], discrete latents summed out; [S B] for the rows' ``u`` [S B, d] S times over."""
+        rows = rows_of(columns)
+        if u is not None and len(u) != rows.size:
+            columns = {**columns, **rows.at(torch.arange(len(u), device=u.device) % rows.size).columns}
         return self.density(self.factors(columns, at, u), rows_of(columns).size)
 
     def density(self, trace: poutine.Trace, rows: int, tilts: Mapping[str, Tensor] = NONE) -> Tensor:
@@ -114,8 +121,10 @@ class MarginalModel(PlatedModel):
     """A model without its latents of rows."""
 
     def __init__(self, model: PlatedModel, batch: Batch, sites: RowSites):
-        super().__init__(Marginal(model.fn, model.plate, sites), batch.columns, model.plate, like=model.fn)
+        marginal = Marginal(model.fn, model.plate, sites)
+        super().__init__(marginal, batch.columns, model.plate, like=model.fn)
         self.sites = sites
+        self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
         self._generative, self._at_first = model, PlatedModel(AtFirst()(model.fn), batch.columns, model.plate)
 
     @property
@@ -125,6 +134,10 @@ class MarginalModel(PlatedModel):
     @property
     def generative(self) -> PlatedModel:
         return self._generative
+
+    @property
+    def of_globals(self) -> PlatedModel:
+        return self._of_globals
 
     @property
     def at_first(self) -> PlatedModel:
