@@ -120,7 +120,7 @@ def sampled(inference: Inference, theta: Tensor, rows: Batch) -> Sampled | None:
 
 def off_saddle(inference: Inference, theta: Tensor, rows: Batch, seed: int, say: Say) -> Tensor:
     """``theta`` [P], or where the best of several pushes leads, where it is a saddle by symmetry: where latents do not
-    move, once all others are where they belong, although the ELBO rises at their sides.
+    move although the ELBO rises at their sides, as it does at once or when all others are where they belong.
     """
     problem = sampled(inference, theta, rows)
     if problem is None:
@@ -131,14 +131,14 @@ def off_saddle(inference: Inference, theta: Tensor, rows: Batch, seed: int, say:
         still &= saddle.matters(likelihood, at, seed, still)
         if not still.any():
             return theta
-        loss, moves = problem.elbo(seed, problem.pairs(_FEW)), (~still).double()
+        loss, moves, stay = problem.elbo(seed, problem.pairs(_FEW)), (~still).double(), at
         if moves.any():
-            at = at + moves * saddle.descended(lambda change: loss(at + moves * change), torch.zeros_like(at))
-        unseen = saddle.hidden(likelihood, at, seed, still)
-        directions = _falling(loss, at, problem.scale * still, seed)
-        if not len(directions) and not unseen.any():
-            return theta
-        best = _best(problem, loss, at, (directions, unseen), seed)
+            stay = at + moves * saddle.descended(lambda change: loss(at + moves * change), torch.zeros_like(at))
+        best = None
+        for place in (at, stay) if moves.any() else (at,):
+            ways = _falling(loss, place, problem.scale * still, seed), saddle.hidden(likelihood, place, seed, still)
+            if best is None and (len(ways[0]) or ways[1].any()):
+                best = _best(problem, loss, (place, stay), ways, seed)
     if best is None:
         return theta
     say(AT_START.format(best.sentence()))
@@ -180,13 +180,17 @@ def left(inference: Inference, theta: Tensor, rows: Batch, directions: Tensor, s
     assert problem is not None
     with in_dtype(float_type(inference)), torch.enable_grad():
         loss, none = problem.elbo(seed, problem.pairs(_FEW)), torch.zeros_like(problem.at, dtype=torch.bool)
-        best = _best(problem, loss, problem.at, (directions, none), seed)
+        best = _best(problem, loss, (problem.at, problem.at), (directions, none), seed)
     return (theta, None) if best is None else (problem.with_free(best.at).to(theta), best)
 
 
-def _best(problem: Sampled, loss: Loss, at: Tensor, ways: tuple[Tensor, Tensor], seed: int) -> Best | None:
-    """Where the best push from ``at`` [F] ends, by fresh draws; None where none is better than to stay."""
-    (directions, unseen), fresh = ways, problem.elbo(seed + 1, problem.pairs(_MANY, 4))
+def _best(
+    problem: Sampled, loss: Loss, places: tuple[Tensor, Tensor], ways: tuple[Tensor, Tensor], seed: int
+) -> Best | None:
+    """Where the best push from the first of ``places`` [F] ends; None where none is better than the second, by fresh
+    draws. ``ways``: directions [m, F], and what is pushed at random, bool [F].
+    """
+    (at, stay), (directions, unseen), fresh = places, ways, problem.elbo(seed + 1, problem.pairs(_MANY, 4))
 
     def start(number: int) -> Tensor:
         noise = saddle.normals(seed, number, 0, at)
@@ -197,7 +201,7 @@ def _best(problem: Sampled, loss: Loss, at: Tensor, ways: tuple[Tensor, Tensor],
             return -float(fresh(end))
 
     search = Search(partial(saddle.descended, loss), judge, problem.parts)
-    return saddle.best_of(search, at, directions, unseen, start, judge(at))
+    return saddle.best_of(search, at, directions, unseen, start, judge(stay))
 
 
 def _falling(loss: Loss, at: Tensor, scale: Tensor, seed: int, least: float = 1e-3) -> Tensor:
