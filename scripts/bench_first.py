@@ -21,7 +21,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 FLIGHTS = ROOT / "examples" / "flights200k"
-VERBS = ("shard", "verify", "inspect", "train", "predict", "export", "runs", "sync", "doctor")
+VERBS = ("shard", "verify", "inspect", "train", "predict", "latents", "export", "runs", "sync", "doctor")
 LIBRARIES = "import torch, pyro, pytorch_lightning"
 SCORES = """
 import numpy as np, pyro, pyro.distributions as dist

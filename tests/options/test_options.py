@@ -28,6 +28,7 @@ from trainer.options.records import bound, kinds_of, plain
 GIVEN = {
     "train": {"data.path": "x"},
     "predict": {"data.path": "x", "run": "r", "out": "o"},
+    "latents": {"data.path": "x", "run": "r", "out": "o"},
     "export": {"run": "r", "out": "o"},
     "verify": {"data.path": "x"},
     "inspect": {"data.path": "x"},

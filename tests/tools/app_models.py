@@ -118,6 +118,16 @@ def local_latent(x, y=None):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def effects(x, y=None):
+    """`linear`, with an effect and a class of each row."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[-1]]).to_event(1))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        u = pyro.sample("u", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(x @ w + u + 4 * k, 0.5), obs=y)
+
+
 def discrete(x, y=None):
     k = pyro.sample("k", dist.Bernoulli(0.5))
     with pyro.plate("data", len(x)):

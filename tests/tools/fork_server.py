@@ -21,7 +21,7 @@ import types
 from typing import Any
 
 PRELOADED = (
-    *(f"trainer.verbs.{verb}" for verb in ("train", "predict", "export", "doctor", "shard", "runs", "sync")),
+    *(f"trainer.verbs.{verb}" for verb in ("train", "predict", "latents", "export", "doctor", "shard", "runs", "sync")),
     "trainer.cli", "trainer.sweeps.sweep", "optuna.samplers", "optuna.storages", "antlr4.LL1Analyzer", "torch.profiler",
     "torch._inductor.compile_fx", "rich._emoji_codes",
 )  # fmt: skip

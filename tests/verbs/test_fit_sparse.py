@@ -16,6 +16,7 @@ from trainer.inference.recipe.convergence import Rule
 from trainer.models.linear import LinearRegression
 from trainer.models.logistic import LogisticRegression
 from trainer.models.poisson import PoissonRegression
+from trainer.posterior.predictive import Asked
 
 WIDTH, N = 12, 600
 QUICK = {"program": "eager", "slots": 16, "draws": 2}
@@ -85,7 +86,8 @@ def test_rows_of_shards_are_predicted_by_their_numbers_and_another_width_is_refu
     new = table["x"][100:150]
     pack(MemorySource({"x": new}), tmp_path / "shards", held_out=0, float_dtype="float64")
     folder = open_split(tmp_path / "shards", "train")
-    found = {int(row): mean for rows, each in fitted.predictions(folder, 20) for row, mean in zip(rows, each["y"].mean)}
+    parts = fitted.predictions(folder, Asked(20))
+    found = {int(row): mean for rows, each in parts for row, mean in zip(rows, each["y"].mean)}
     want = fitted.predict({"x": new}, num_draws=20)["y"].mean
     np.testing.assert_allclose([found[row] for row in range(50)], want, rtol=1e-10)
     with pytest.raises(UserError, match="13 columns where the packed table has 12"):

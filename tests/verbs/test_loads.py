@@ -17,6 +17,7 @@ MAY_LOAD = {
     "runs": set(),
     "sync": set(),
     "predict": MODEL,
+    "latents": MODEL,
     "export": MODEL,
     "doctor": MODEL,
     "train": TRAINING,

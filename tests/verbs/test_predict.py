@@ -11,7 +11,7 @@ from app_tools import config, svi
 from trainer import Posterior
 from trainer.data.table import table_writer
 from trainer.errors import UserError
-from trainer.posterior.predictive import Prediction
+from trainer.posterior.predictive import Prediction, table_columns
 from trainer.training.finished import posterior_of
 from trainer.verbs import predict
 
@@ -50,14 +50,14 @@ def test_the_modules_of_a_class_are_made_in_the_type_of_the_run(fit):
 def test_classes_are_columns_of_their_own():
     """The most likely one and the probability of each, by its word where it has one."""
     numbers, shares = np.zeros((2, 1)), np.array([[0.3, 0.7], [0.6, 0.4]])
-    of_codes = predict._columns("y", Prediction(numbers, numbers, numbers, shares), [0.5])
+    of_codes = table_columns("y", Prediction(numbers, numbers, numbers, shares), [0.5])
     assert {name: column.tolist() for name, column in of_codes.items()} == {
         "y_class": [1, 0], "y_p0": [0.3, 0.6], "y_p1": [0.7, 0.4]
     }  # fmt: skip
-    of_words = predict._columns("y", Prediction(numbers, numbers, numbers, shares, ("no", "yes")), [0.5])
+    of_words = table_columns("y", Prediction(numbers, numbers, numbers, shares, ("no", "yes")), [0.5])
     assert list(of_words) == ["y_class", "y_p_no", "y_p_yes"]
     assert of_words["y_class"].tolist() == ["yes", "no"]
-    many = predict._columns("y", Prediction(numbers, numbers, numbers, np.full((2, 1001), 1 / 1001)), [0.5])
+    many = table_columns("y", Prediction(numbers, numbers, numbers, np.full((2, 1001), 1 / 1001)), [0.5])
     assert list(many) == ["y_class", "y_p"]
 
 

@@ -208,6 +208,19 @@ class Predict:
     draws: Draws
     quantiles: tuple[Within, ...]
     seed: Seed
+    latents: Literal["auto", "posterior", "prior"]
+    allow: Names
+    debug: bool
+
+
+@dataclass(frozen=True)
+class Latents:
+    run: str
+    data: Data
+    out: str
+    draws: Draws
+    quantiles: tuple[Within, ...]
+    seed: Seed
     allow: Names
     debug: bool
 
@@ -267,6 +280,7 @@ VERBS = {
     "inspect": Verb("what a shard folder holds", Inspect),
     "train": Verb("fit a model to a table or its shards", Train),
     "predict": Verb("new observations at the rows of a table", Predict),
+    "latents": Verb("the latents of each row of a table, given what is observed of it", Latents),
     "export": Verb("the posterior for ArviZ, or as safetensors", Export),
     "runs": Verb("the runs and sweeps below a folder, or the command of the best one", Runs, bare="dir"),
     "sync": Verb("what was logged offline, to W&B", Sync, bare="dir"),

@@ -4,7 +4,7 @@ Shapes: B rows of a batch.
 """
 
 import operator
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -148,27 +148,70 @@ def observed_and_latent(inference: Inference) -> tuple[list[str], list[str]]:
     return list(sites.observed), [*(each.name for each in sites.continuous), *sites.discrete]
 
 
-def observations(inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int) -> dict[str, Site]:
+Latents = Callable[[int], Mapping[str, Tensor]]
+"""The values of latents at a draw, by its number: those that the guide holds, perhaps those of rows too."""
+
+
+def held(
+    inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int, sign: float = 1.0
+) -> tuple[dict[str, Tensor], dict[str, Site]]:
+    """What the guide samples at a draw (as `draw`), and those of its latents that are of rows as nodes of the trace.
+
+    Latents of rows that are integrated out are not, and ``batch`` need not have the observed columns.
+    """
+    generative, (observed, of_rows) = inference.model.generative, observed_and_latent(inference)
+    aside = _Aside({*observed, *of_rows})
+    model = cast(PlatedModel, aside(PlatedModel(generative.fn, batch.columns, generative.plate)))
+    with _in_guides(aside):
+        drawn = draw(replace(inference, model=model), theta, batch, seed, number, sign)
+    nodes: dict[str, Any] = drawn.trace.nodes
+    values = {name: nodes[name]["value"] for name in nodes if name in drawn.entropy}
+    return values, {name: nodes[name] for name in nodes if name in drawn.local and is_latent(nodes[name])}
+
+
+def observations(
+    inference: Inference, theta: Tensor, batch: Batch, seed: int, number: int, latents: Latents | None = None
+) -> dict[str, Site]:
     """The observed sites, as nodes of a trace in which they are drawn given draw ``number`` of the latents.
 
-    ``batch`` need not have the observed columns where the model gives them a default.
+    ``batch`` need not have the observed columns where the model gives them a default. ``latents``: their values; None:
+    those that the guide holds, and the others from their prior.
     """
-    generative = inference.model.generative
-    model = PlatedModel(generative.fn, batch.columns, generative.plate)
-    observed, of_rows = observed_and_latent(inference)
-    aside = _Aside({*observed, *of_rows})
-    with _in_guides(aside):
-        drawn = draw(replace(inference, model=cast(PlatedModel, aside(model))), theta, batch, seed, number)
-    latents: dict[str, Any] = {name: node["value"] for name, node in drawn.trace.nodes.items() if name in drawn.entropy}
-    free = poutine.condition(_Unobserved(observed)(model), data=latents)
+    observed, _ = observed_and_latent(inference)
+    with _drawing(theta, batch, seed, number):
+        known = held(inference, theta, batch, seed, number)[0] if latents is None else latents(number)
+    with _drawing(theta, batch, seed, number):
+        trace = _given(inference, theta, batch, known, observed)
+    nodes = {name: trace.nodes[name] for name in observed}
+    return {name: node for name, node in nodes.items() if not isinstance(node["fn"], dist.Unit)}
+
+
+def unobserved(inference: Inference, theta: Tensor, batch: Batch) -> list[str]:
+    """The observed sites of the rows for which ``batch`` lacks a column."""
+    observed, _ = observed_and_latent(inference)
+    with _drawing(theta, batch, 0, 0):
+        trace = _given(inference, theta, batch, held(inference, theta, batch, 0, 0)[0], ())
+    return [name for name in observed if name not in trace.nodes or not trace.nodes[name]["is_observed"]]
+
+
+@contextmanager
+def _drawing(theta: Tensor, batch: Batch, seed: int, number: int) -> Iterator[None]:
+    """Where sites are drawn by torch's own generator, from a seed of its own for each draw and place."""
     first_row = 0 if batch.row_id is None else int(batch.row_id[0])
     with dtype_of(theta), torch.no_grad(), torch.random.fork_rng(), pyro.validation_enabled(False):
         seed_generators(mixed_seed(seed, number, first_row))
-        trace = inference.parameters.call(
-            inference.parameters.unflatten(theta), lambda _: poutine.trace(free).get_trace(batch)
-        )
-    nodes = {name: trace.nodes[name] for name in observed}
-    return {name: node for name, node in nodes.items() if not isinstance(node["fn"], dist.Unit)}
+        yield
+
+
+def _given(
+    inference: Inference, theta: Tensor, batch: Batch, known: Mapping[str, Tensor], anew: Container[str]
+) -> poutine.Trace:
+    """A trace of the model at ``known`` values, the observed sites ``anew`` drawn."""
+    generative, parameters = inference.model.generative, inference.parameters
+    model = _Unobserved(anew)(PlatedModel(generative.fn, batch.columns, generative.plate))
+    free = poutine.condition(model, data=dict(known))
+    trace: poutine.Trace = parameters.call(parameters.unflatten(theta), lambda _: poutine.trace(free).get_trace(batch))
+    return trace
 
 
 class _Aside(Messenger):

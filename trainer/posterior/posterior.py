@@ -3,10 +3,9 @@
 Shapes: N rows, R draws, Q quantiles.
 """
 
-import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,38 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from trainer.data.packing.apply import available, check_columns, check_packed, rows_like
-from trainer.data.shards.folder import ShardFolder, open_split
 from trainer.data.shards.index import ROW_ID, Column, Index
-from trainer.data.shards.splits import is_packed
-from trainer.data.sources.memory import MemorySource
-from trainer.data.sources.source import Source, open_source
 from trainer.data.store import atomic_write
 from trainer.errors import UserError, first_line
 from trainer.inference.checks.observed import column_of
 from trainer.inference.guides.mean_field import MEAN_FIELD
 from trainer.inference.isolation import each_in_own_state, own_state
-from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import of_plain, plain
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.setup import GuideFactory, guide_factory, set_up
 from trainer.inference.step import Inference
 from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
-from trainer.posterior.predictive import DRAWS, LEVELS, Prediction, joined, levels_of, predicted, rows_together
+from trainer.posterior.latents import DRAWS as LATENT_DRAWS
+from trainer.posterior.latents import GivenRows, Latents, RowLatents, are_given, marginal_of
+from trainer.posterior.new_rows import NewRows, Progress, new_rows
+from trainer.posterior.predictive import (
+    ASKED,
+    DRAWS,
+    LEVELS,
+    Asked,
+    OfRows,
+    Prediction,
+    joined,
+    levels_of,
+    predicted,
+    rows_together,
+)
 from trainer.posterior.summary import SiteSummary, summarize
 from trainer.posterior.table import closing_table
-from trainer.posterior.tensors import to_tensor
 
 FORMAT = 1
-_ROWS = 2048  # predicted at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,61 +89,99 @@ class Posterior:
         return {name: value.detach().cpu().numpy() for name, value in found.items()}
 
     def predict(
-        self, data: Any, num_draws: int = DRAWS, quantiles: Sequence[float] = LEVELS, seed: int = 0
-    ) -> dict[str, Prediction]:
-        """Every observed site at the rows of ``data`` (as for `fit`; it need not have the observed columns where the
-        model's arguments have defaults). Raises UserError for data that lack a column or hold what was never packed.
-        """
-        parts: dict[str, list[Prediction]] = {}
-        for _, found in self.predictions(data, num_draws, quantiles, seed):
-            for name, each in found.items():
-                parts.setdefault(name, []).append(each)
-        return {name: joined(every) for name, every in parts.items()}
-
-    def predictions(
         self,
         data: Any,
         num_draws: int = DRAWS,
         quantiles: Sequence[float] = LEVELS,
         seed: int = 0,
-        progress: Callable[[int, int | None], None] | None = None,
+        latents: OfRows = "auto",
+    ) -> dict[str, Prediction]:
+        """Every observed site at the rows of ``data`` (as for `fit`; it need not have the observed columns where the
+        model's arguments have defaults). ``latents`` of rows: "posterior", given what is observed of each row; "prior";
+        "auto": the former where ``data`` has all that is observed.
+
+        Raises UserError for data that lack a column or hold what was never packed.
+        """
+        found = [each for _, each in self.predictions(data, Asked(num_draws, quantiles, seed, latents))]
+        return {name: joined([each[name] for each in found]) for name in (found[0] if found else ())}
+
+    def predictions(
+        self,
+        data: Any,
+        asked: Asked = ASKED,
+        progress: Progress | None = None,
         say: Callable[[str], None] = warnings.warn,
+        told: Callable[[str], None] | None = None,
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
         """`predict` a few thousand rows at a time, fewer of many numbers, with their row numbers [N]: memory does not
         grow with N.
 
-        ``progress(rows_done, rows_total)`` is called after each; ``say`` is told of a site that has no mean.
+        ``progress(rows_done, rows_total)`` is called after each; ``say`` is told of a site that has no mean, and
+        ``told`` where latents of rows come from.
         """
-        draws, levels = counted_draws(num_draws), levels_of(quantiles)
-        return each_in_own_state(self._predictions(data, draws, levels, seed, progress, say))
+        asked = asked._replace(num_draws=counted_draws(asked.num_draws), quantiles=levels_of(asked.quantiles))
+        return each_in_own_state(self._predictions(data, asked, progress, say, told))
 
     def _predictions(
         self,
         data: Any,
-        num_draws: int,
-        quantiles: Sequence[float],
-        seed: int,
-        progress: Callable[[int, int | None], None] | None,
+        asked: Asked,
+        progress: Progress | None,
         say: Callable[[str], None],
+        told: Callable[[str], None] | None,
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
-        total, tables = self._columns(data, say)
-        words, done, doubted = self._words(), 0, set[str]()
-        for batch in self._batches(tables):
+        rows = self._rows(data, say)
+        words, doubted, given = self._words(), set[str](), None
+        for batch in rows.watched(progress):
             with refusing_fractions(self.index, batch):
-                together = rows_together(self.inference, self.theta, batch, num_draws, seed)
-            for rows in torch.arange(batch.size).split(together):
-                part = batch.at(rows)
+                together = rows_together(self.inference, self.theta, batch, asked.num_draws, asked.seed)
+            if given is None:
+                given = are_given(self.inference, self.theta, batch, asked.latents, rows.lacks)
+                if told is not None and marginal_of(self.inference) is not None:
+                    told(f"latents of rows: {'given what is observed of each row' if given else 'from their prior'}")
+            for some in torch.arange(batch.size).split(together):
+                part = batch.at(some)
+                latents = GivenRows(self.inference, self.theta, part, asked) if given else None
                 with refusing_fractions(self.index, part):
-                    found = predicted(self.inference, self.theta, part, num_draws, quantiles, seed)
+                    found = predicted(self.inference, self.theta, part, asked, latents)
                 for name, each in found.items():
                     if name not in doubted and np.isnan(each.mean).any():
                         say(f'site "{name}" has no mean: mean and sd are blank; its quantiles tell where it lies.')
                         doubted.add(name)
                 assert part.row_id is not None
                 yield part.row_id.numpy(), {name: each.named(words.get(name)) for name, each in found.items()}
-                done += part.size
-                if progress is not None:
-                    progress(done, total)
+
+    def latents(
+        self, data: Any, draws: int = LATENT_DRAWS, quantiles: Sequence[float] = LEVELS, seed: int = 0
+    ) -> Latents:
+        """Every latent of rows at the rows of ``data`` (as for `fit`), given what is observed of each row and averaged
+        over ``draws`` of the other latents.
+
+        Raises UserError where the model has none, and for data that lack an observed column.
+        """
+        levels = levels_of(quantiles)
+        return Latents.of(list(self.latents_by_part(data, Asked(draws, levels, seed))), levels)
+
+    def latents_by_part(
+        self,
+        data: Any,
+        asked: Asked,
+        progress: Progress | None = None,
+        say: Callable[[str], None] = warnings.warn,
+    ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
+        """`latents` some rows at a time, with their row numbers, as `predictions`."""
+        asked = asked._replace(num_draws=counted_draws(asked.num_draws), quantiles=levels_of(asked.quantiles))
+        return each_in_own_state(self._latents_by_part(data, asked, progress, say))
+
+    def _latents_by_part(
+        self,
+        data: Any,
+        asked: Asked,
+        progress: Progress | None,
+        say: Callable[[str], None],
+    ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
+        find = RowLatents(self.inference, self.theta, self.rows, asked)
+        yield from find.by_part(self._rows(data, say), self.index, progress)
 
     def _words(self) -> dict[str, tuple[str, ...]]:
         """What the classes of observed sites are called that observe categorical columns."""
@@ -151,36 +195,13 @@ class Posterior:
                 found[name] = tuple(map(str, vocabulary))
         return found
 
-    def _batches(self, tables: Iterable[dict[str, np.ndarray]]) -> Iterator[Batch]:
-        """The rows of ``tables`` in order, as the model takes them."""
-        dtype = self.theta.dtype
-        for columns in tables:
-            tensors = {name: to_tensor(values, dtype) for name, values in columns.items()}
-            row_id = tensors.pop(ROW_ID)
-            yield Batch.whole(tensors, row_id)
-
-    def _columns(self, data: Any, say: Callable[[str], None]) -> tuple[int, Iterator[dict[str, np.ndarray]]]:
-        """How many rows there are, and the rows, in tables of a few thousand; ``say`` is told of columns they lack."""
-        folder = _shard_folder(data)
-        if folder is not None:
-            names = arguments(self.inference.model.fn, [column.name for column in folder.index.columns])
-            check_packed(self.index, folder.index, names)
-            return folder.num_rows, _packed(folder, [*names, ROW_ID])
-        source: Source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
-        check_columns(self.index, source, self._required())
-        taken = arguments(self.inference.model.fn, available(self.index, source))
-        fitted = arguments(self.inference.model.fn, [column.name for column in self.index.columns])
-        for name in fitted:
-            if name not in (ROW_ID, *taken) and predicts_by(self.inference, self.theta, self.rows, name):
-                say(f"{source.name} has no column {name}, which the model was fitted with: it takes its default there.")
-        return source.num_rows, rows_like(self.index, source, taken, _ROWS)
-
-    def _required(self) -> list[str]:
-        """The columns without which the model cannot be called."""
-        fn = self.inference.model.fn
-        parameters = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn).parameters
-        packed = {column.name for column in self.index.columns}
-        return [name for name, each in parameters.items() if name in packed and each.default is each.empty]
+    def _rows(self, data: Any, say: Callable[[str], None]) -> NewRows:
+        """The rows of ``data``; ``say`` is told of columns that they lack and that tell something of others."""
+        rows = new_rows(self.inference.model.generative.fn, self.index, self.theta.dtype, data)
+        for name in rows.lacking:
+            if predicts_by(self.inference, self.theta, self.rows, name):
+                say(f"{rows.name} has no column {name}, which the model was fitted with: it takes its default there.")
+        return rows
 
     @own_state()
     def save(self, path: str | Path) -> None:
@@ -276,19 +297,3 @@ class Posterior:
             if self.inference.guide.kind != MEAN_FIELD:
                 console.print(f"guide: {self.inference.guide.kind}")
         return captured.get()
-
-
-def _packed(folder: ShardFolder, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    for block, count in enumerate(folder.block_rows.tolist()):
-        columns = {name: folder.read_block(block, name) for name in names}
-        for first in range(0, count, _ROWS):
-            yield {name: column[first : first + _ROWS] for name, column in columns.items()}
-
-
-def _shard_folder(data: Any) -> ShardFolder | None:
-    """``data`` as packed rows, or None where it is a table."""
-    if isinstance(data, ShardFolder):
-        return data
-    if isinstance(data, (str, Path)) and is_packed(data):
-        return open_split(data, "train")
-    return None

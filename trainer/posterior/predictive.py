@@ -5,7 +5,7 @@ of its samples. Shapes: B rows, R draws, Q quantiles, K classes.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +18,32 @@ from trainer.inference.model.latents import Site
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.supports import innermost
 from trainer.inference.step import Inference
-from trainer.posterior.draws import observations
+from trainer.posterior.draws import Latents, observations
 
 MOST_NUMBERS = 2**24
 """Rows times what is held of each: draws times numbers, and classes. Fixed, so that a sample does not depend on memory:
 draws are seeded by the first of the rows that are drawn together."""
 _SORTED = 2**20  # numbers that are sorted at a time
 
+MOST_CLASSES = 1000
+"""Of which each has a column."""
+OfRows = Literal["auto", "posterior", "prior"]
 DRAWS, LEVELS = 200, (0.05, 0.5, 0.95)
 """Of a prediction for which nobody gives others."""
+
+
+class Asked(NamedTuple):
+    """How rows are predicted."""
+
+    num_draws: int = DRAWS
+    quantiles: Sequence[float] = LEVELS
+    seed: int = 0
+    latents: OfRows = "auto"
+    """Latents of rows that are integrated out: "posterior", given what is observed of each row; "prior"; or "auto", the
+    former where all of it is given."""
+
+
+ASKED = Asked()
 
 
 class Prediction(NamedTuple):
@@ -104,16 +121,28 @@ def rows_together(inference: Inference, theta: Tensor, batch: Batch, num_draws: 
 
 
 def predicted(
-    inference: Inference, theta: Tensor, batch: Batch, num_draws: int, levels: Sequence[float], seed: int
+    inference: Inference, theta: Tensor, batch: Batch, asked: Asked, latents: Latents | None = None
 ) -> dict[str, Prediction]:
-    """Every observed site at the rows of ``batch``, from ``num_draws`` draws of the latents."""
+    """Every observed site at the rows of ``batch``, from draws of the latents (``latents``: as `observations`)."""
     gathered: dict[str, _Gathered] = {}
-    for number in range(num_draws):
-        for name, site in observations(inference, theta, batch, seed, number).items():
+    for number in range(asked.num_draws):
+        for name, site in observations(inference, theta, batch, asked.seed, number, latents).items():
             if name not in gathered:
-                gathered[name] = _Gathered(site, num_draws)
+                gathered[name] = _Gathered(site, asked.num_draws)
             gathered[name].add(number, site)
-    return {name: each.prediction(levels) for name, each in gathered.items()}
+    return {name: each.prediction(asked.quantiles) for name, each in gathered.items()}
+
+
+def table_columns(site: str, found: Prediction, levels: Sequence[float]) -> dict[str, np.ndarray]:
+    """Of classes the most likely one and their probabilities, else mean, sd and quantiles."""
+    likely, probabilities = found.most_likely, found.probabilities
+    if likely is None or probabilities is None:
+        quantiles = {f"{site}_q{100 * level:02g}": values for level, values in zip(levels, found.quantiles)}
+        return {f"{site}_mean": found.mean, f"{site}_sd": found.sd, **quantiles}
+    if probabilities.shape[-1] > MOST_CLASSES:
+        return {f"{site}_class": likely, f"{site}_p": probabilities.max(-1)}
+    names = [f"p_{word}" for word in found.words] if found.words else [f"p{k}" for k in range(probabilities.shape[-1])]
+    return {f"{site}_class": likely, **{f"{site}_{name}": probabilities[..., k] for k, name in enumerate(names)}}
 
 
 class _Gathered:

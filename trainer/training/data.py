@@ -7,6 +7,7 @@ from pathlib import Path
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.folder import TIMEOUT, ShardFolder, open_split
 from trainer.data.shards.read_thread import Reading, within
+from trainer.data.shards.splits import is_packed
 from trainer.errors import UserError
 from trainer.options.kinds import shown
 from trainer.options.verbs import Data, TrainData
@@ -48,3 +49,15 @@ def _opened(data: Data, split: str) -> ShardFolder | None:
 def cache_of(data: Data) -> ShardCache:
     """Where shards of an address are kept."""
     return ShardCache(None if data.cache.dir is None else Path(data.cache.dir), data.cache.bytes, data.cache.timeout)
+
+
+def table_or_split(data: Data) -> ShardFolder | str:
+    """The training split of shard folders, or the place of one table.
+
+    Raises UserError for several places of which one is a table.
+    """
+    several = places(data.path)
+    packed = [is_packed(place, cache_of(data)) for place in several]
+    if len(several) > 1 and not all(packed):
+        raise UserError(f"{several[packed.index(False)]} is a table: give one table at a time, or pack them.")
+    return training_split(data) if packed[0] else several[0]

@@ -25,7 +25,7 @@ from trainer.options.allowed import typed
 from trainer.options.entrance import of_call
 from trainer.options.verbs import Train
 from trainer.posterior.posterior import Posterior
-from trainer.posterior.predictive import DRAWS, LEVELS, Prediction, predicted
+from trainer.posterior.predictive import Asked, Prediction, predicted
 from trainer.training.assemble import assembled
 from trainer.training.final_evaluation import FinalEvaluation
 from trainer.training.loader import AverageRounds, LoaderRun, begun
@@ -180,7 +180,7 @@ class VariationalModule(ChunkModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Prediction]:
         with in_dtype(self._float_type), torch.enable_grad():
             rows = batch if isinstance(batch, Batch) else self._run_of_loader().rows(batch)
-            return predicted(self.inference, self._result, rows, DRAWS, LEVELS, self._seed)
+            return predicted(self.inference, self._result, rows, Asked(seed=self._seed))
 
     def on_train_end(self) -> None:
         self.program.abandon()

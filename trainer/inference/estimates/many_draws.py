@@ -120,7 +120,7 @@ class Together:
     def fitting(self, theta: Tensor, batch: Batch, normals: Normals) -> int:
         """How many draws fit a slice; ``normals``: any."""
         if batch.size not in self._written:
-            with torch.no_grad(), _Written() as written:
+            with torch.no_grad(), Written() as written:
                 self.one_by_one(theta, batch, normals.part(0, 1))
             elements, per_row = self.inference.guide.noise_size
             self._written[batch.size] = written.bytes + _OF_NOISE * (elements + batch.size * per_row)
@@ -223,10 +223,12 @@ def _sum(terms: Terms, scaled: bool, batch: Batch) -> Tensor:
     return sum((term.value for term in terms.values() if term.scaled == scaled), zero)
 
 
-class _Written(TorchDispatchMode):
+class Written(TorchDispatchMode):
     """Counts the bytes that operations write."""
 
-    bytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

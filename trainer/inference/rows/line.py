@@ -19,8 +19,8 @@ from torch import Tensor
 
 _END = 6.0  # of t
 _CURVE = 2.0  # c
-_ITERATIONS = 60
-_CLOSE = 1e-12  # of a level
+_ITERATIONS = 40
+_CLOSE = 1e-10  # of a level
 
 
 class LineNodes(NamedTuple):
@@ -76,11 +76,24 @@ class Line(NamedTuple):
             return value.mean(0), density.mean(0)
 
         (low, _), (_, high) = (each.aminmax(dim=0) for each in self.ends)
-        return _solved(at, torch.full_like(low, level), low, high)
+        e = _CURVE * (torch.linspace(-_END, _END, self.tables.shape[1], dtype=torch.float64) / _CURVE).sinh()
+        first, second = (torch.tensordot(each.to(low), self.tables[1], 1) for each in (e, e**2))
+        mean = (self.mode + self.scale * first).mean(0)
+        variance = (self.scale**2 * (second - first**2)).mean(0) + (self.mode + self.scale * first).var(
+            0, unbiased=False
+        )
+        start = mean + variance.sqrt() * float(torch.special.ndtri(torch.tensor(level, dtype=torch.float64)))
+        return _solved(at, torch.full_like(low, level), (low, high), start)
 
     def drawn(self, level: Tensor) -> Tensor:
         """u [R, B] below which the probability is ``level`` [R, B], by draw."""
-        return _solved(self.below, level.double(), *self.ends)
+        cell = ((self.tables[0] <= level).sum(0) - 1).clamp(0, self.tables.shape[1] - 2)
+        left, right = (self.tables.gather(1, each.expand(3, 1, *each.shape)).squeeze(1) for each in (cell, cell + 1))
+        start = ((level - left[0]) / (right[0] - left[0])).nan_to_num(0.5).clamp(0, 1)
+        ends = torch.zeros_like(start), torch.ones_like(start)
+        place = cell + _solved(lambda s: _between(left, right, s), level.double(), ends, start)
+        t = place * (2 * _END / (self.tables.shape[1] - 1)) - _END
+        return self.mode + self.scale * _CURVE * (t / _CURVE).sinh()
 
     @property
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -89,17 +102,21 @@ class Line(NamedTuple):
         return self.mode - reach, self.mode + reach
 
 
-def _solved(at: Callable[[Tensor], tuple[Tensor, Tensor]], level: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _solved(
+    at: Callable[[Tensor], tuple[Tensor, Tensor]], level: Tensor, ends: tuple[Tensor, Tensor], start: Tensor
+) -> Tensor:
     """Where a rising function, given with its derivative, is ``level``: Newton steps, halving where one leads out."""
-    u = (low + high) / 2
+    (low, high), u = ends, start
     for _ in range(_ITERATIONS):
         value, density = at(u)
         over = value - level
-        if float(over.abs().max()) < _CLOSE:
-            break
         low, high = torch.where(over > 0, low, u), torch.where(over > 0, u, high)
         step = u - over / density
-        u = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        step = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        there = (over.abs() < _CLOSE) | (low >= high)  # a place that is found stays, whatever the others do
+        if bool(there.all()):
+            break
+        u = torch.where(there, u, step)
     return u
 
 

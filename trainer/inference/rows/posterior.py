@@ -61,9 +61,9 @@ class RowPosterior:
     """[R, ...] each: latents outside the data plate, and those of rows that the guide holds."""
     draws: int = 1
     """R."""
-    nodes: int = 41
+    line_nodes: int = 41
     """S of rows that have one number."""
-    points: int = 64
+    points: int = 32
     """S / 2 of rows that have more: each point has its mirror image."""
     together: int | None = None
     """How many nodes are evaluated at a time; None: all."""
@@ -79,6 +79,16 @@ class RowPosterior:
             return {}
         return states_of(self.marginal.factors(self.columns, self._draw(0), self._start()[0]), self.marginal.plate)
 
+    @property
+    def evaluations(self) -> int:
+        """R S."""
+        size = self.marginal.sites.size
+        return self.draws * (1 if size == 0 else self.line_nodes if size == 1 else 2 * self.points)
+
+    def once(self) -> None:
+        """One of them, to see what it takes."""
+        self._evaluate(self._draw(0), self._start()[0], {})
+
     def known(self) -> tuple[Nodes | None, dict[str, Tensor]]:
         """The nodes of the continuous latents, None where a row has none; and of each discrete one the probabilities of
         its states [B, K, other plates], float64, averaged over the draws.
@@ -88,10 +98,11 @@ class RowPosterior:
         tilts = {
             name: start.new_zeros(len(each.values), *each.plates).requires_grad_() for name, each in states.items()
         }
-        if self.marginal.sites.continuous:
-            nodes, evidence = self._at_nodes(tilts)
-        else:
-            nodes, evidence = None, self._joint(start, tilts)[0]
+        with torch.set_grad_enabled(bool(tilts)):
+            if self.marginal.sites.continuous:
+                nodes, evidence = self._nodes(tilts)
+            else:
+                nodes, evidence = None, self._joint(start, tilts)[0]
         if not tilts:
             return nodes, {}
         slopes = torch.autograd.grad(evidence.sum(), list(tilts.values()))
@@ -101,26 +112,30 @@ class RowPosterior:
         }
         return nodes, shares
 
-    def _at_nodes(self, tilts: Mapping[str, Tensor]) -> tuple[Nodes, Tensor]:
+    def at_nodes(self) -> Nodes:
+        """Those of the continuous latents alone."""
+        return self._nodes({})[0]
+
+    def _nodes(self, tilts: Mapping[str, Tensor]) -> tuple[Nodes, Tensor]:
         """With log p(y) [R, B], up to what nodes that stay where they are leave out."""
         start = self._start()
+        shape = start.shape
         with torch.no_grad():
-            shape, flat = start.shape, start.flatten(0, 1)
-            normal = around_the_mode(lambda u: self._joint(u.view(shape), {})[0].flatten(), flat)
-            if start.shape[2] == 1:
+            normal = around_the_mode(lambda u: self._joint(u.view(shape), {})[0].flatten(), start.flatten(0, 1))
+            if shape[2] == 1:
                 mode = normal.mode.view(shape)[..., 0]
                 scale = normal.at(start.new_ones(1)).view(shape)[..., 0] - mode
-                at, log_weights = line_nodes(self.nodes, start)
+                at, log_weights = line_nodes(self.line_nodes, start)
                 u = (mode + at[:, None, None] * scale)[..., None]
                 log_weights = log_weights[:, None, None].expand(-1, *shape[:2])
             else:
-                e = even_points(self.draws, self.points, start.shape[2], start)
+                e = even_points(self.draws, self.points, shape[2], start)
                 u = torch.stack([normal.at(_of_rows(each, shape[1])).view(shape) for each in e.unbind(1)])
                 log_weights = 0.5 * (e**2).sum(-1).T[..., None].expand(-1, *shape[:2])
         values, sites = self._each(u, tilts)
         logs = values + log_weights
         weights = torch.softmax(logs.detach().double(), 0)
-        line = Line.of(mode, scale, weights) if start.shape[2] == 1 else None
+        line = Line.of(mode, scale, weights) if shape[2] == 1 else None
         return Nodes(u, weights, sites, line), torch.logsumexp(logs, 0)
 
     def moments(self, nodes: Nodes, levels: Sequence[float]) -> dict[str, Moments]:
