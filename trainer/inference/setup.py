@@ -23,9 +23,12 @@ from trainer.inference.checks.model_checks import (
     refuse_batch_norm,
 )
 from trainer.inference.checks.observed import RowCheck, with_parameters
+from trainer.inference.guides.arrow import Arrow
 from trainer.inference.guides.auto_laplace import Laplace, LaplaceOfGlobals
 from trainer.inference.guides.block import Block
+from trainer.inference.guides.by_site import BySite
 from trainer.inference.guides.full_rank import FullRank
+from trainer.inference.guides.low_rank import LowRank
 from trainer.inference.guides.mean_field import Guide, MeanField, Noise
 from trainer.inference.guides.point import Point
 from trainer.inference.guides.pyro_guides import PyroGuide, is_autoguide, no_guide
@@ -78,6 +81,9 @@ FAMILIES: dict[str, Callable[..., Guide]] = {
     "mean_field": MeanField,
     "full_rank": FullRank,
     "block": Block,
+    "low_rank": LowRank,
+    "by_site": BySite,
+    "arrow": Arrow,
     "point": Point,
     "laplace": LaplaceOfGlobals,
 }

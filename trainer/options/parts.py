@@ -7,7 +7,7 @@ which are compared with its signature when it is made. ``IS_OPEN``: a class of o
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from trainer.options.kinds import Count, NotNegative, Part, Positive, Range, Seed, Share, Within
+from trainer.options.kinds import Count, Names, NotNegative, Part, Positive, Range, Seed, Share, Within
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,22 @@ class Objective:
 @dataclass(frozen=True)
 class Gaussian:
     init_scale: Positive
+
+
+@dataclass(frozen=True)
+class LowRank(Gaussian):
+    rank: Count | None
+
+
+@dataclass(frozen=True)
+class BySite(Gaussian):
+    sites: dict[str, str]
+    others: Literal["mean_field", "block", "full_rank"]
+
+
+@dataclass(frozen=True)
+class Arrow(Gaussian):
+    top: Names | None
 
 
 @dataclass(frozen=True)
@@ -174,6 +190,9 @@ RECORDS: dict[str, type] = {
     "trainer.inference.guides.mean_field.MeanField": Gaussian,
     "trainer.inference.guides.full_rank.FullRank": Gaussian,
     "trainer.inference.guides.block.Block": Gaussian,
+    "trainer.inference.guides.low_rank.LowRank": LowRank,
+    "trainer.inference.guides.by_site.BySite": BySite,
+    "trainer.inference.guides.arrow.Arrow": Arrow,
     "trainer.inference.guides.point.Point": Nothing,
     "trainer.inference.guides.auto_laplace.LaplaceOfGlobals": Nothing,
     "trainer.inference.recipe.convergence.Rule": Rule,

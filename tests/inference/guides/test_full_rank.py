@@ -122,3 +122,22 @@ def test_a_run_ends_at_the_posterior_of_correlated_columns(dtype):
     assert posterior.metrics["elbo"] == pytest.approx(float(evidence), abs=1e-6 * 300 if dtype == "float64" else 3e-3)
     drawn = torch.as_tensor(posterior.sample(4000)["w"]).double()
     torch.testing.assert_close(torch.corrcoef(drawn.T)[0, 1], root[0] @ root[1] / sd[0] / sd[1], rtol=0, atol=0.01)
+
+
+def banana(y):
+    """Its posterior is a curved ridge, along which the curvature at a draw is mostly negative."""
+    a = pyro.sample("a", dist.Normal(y.new_zeros(()), 1.0))
+    b = pyro.sample("b", dist.Normal(y.new_zeros(()), 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(a**2 + b, 0.05), obs=y)
+
+
+def test_a_curvature_that_is_none_of_a_covariance_widens_it_by_a_factor():
+    """The precision along the direction of negative curvature falls to a tenth, and the others are as ever."""
+    y = torch.full((50,), 1.0, dtype=F64)
+    inference, theta = build(banana, FullRank, y=y)
+    theta = inference.gaussian.theta(torch.tensor([0.0, 0.0], dtype=F64), torch.tensor([0.01, 0.01], dtype=F64).log())
+    found = preconditioner_at(inference, theta, one_group(y=y))
+    precision = torch.linalg.inv(found.factor @ found.factor.T)
+    torch.testing.assert_close(precision.diagonal()[0], torch.tensor(0.1 / 0.01**2, dtype=F64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(precision.diagonal()[1], torch.tensor(50 / 0.05**2 + 1, dtype=F64), rtol=0.05, atol=0)

@@ -57,7 +57,7 @@ class Covariance(Protocol):
         ...
 
     def spread(self, theta: Tensor, normals: Tensor) -> Tensor:
-        """u less its location [..., D], from normals [..., D]."""
+        """u less its location [..., D], from normals [..., E]."""
         ...
 
     def of_independent(self, log_sd: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from trainer.inference.recipe.mode import Mode, lowest_place, mode_of, off_saddl
 from trainer.inference.step import Inference, StepNoise, in_dtype
 
 PLAIN = 0.25  # of a coordinate, so that the rates of whitened steps are those of plain ones
+_FACTOR = 0.1, 100.0  # by which the precision of a guide may change at once
 _TOGETHER = 16  # draws whose curvature is taken at once
 _RISE = 0.05, 5.0  # nats; 0.5 for a Gaussian
 _RIDGE, _UNIDENTIFIED = 0.01, 1e-8  # the smallest eigenvalue of the scaled Hessian
@@ -129,8 +130,9 @@ def preconditioner_at(inference: Inference, theta: Tensor, rows: Batch, seed: in
     loc, scale = view.location(theta.double()), view.sd(theta.double())
     joint, count = _joint(inference, rows), rows.batch_rows.clamp(min=1)
     pairs = torch.arange(view.covariance.pairs(int(count)))
-    eps = element_noise(seed, torch.zeros((), dtype=torch.int64), pairs, len(loc), torch.float64)
-    where = torch.cat([eps, -eps]) if len(eps) else torch.zeros(1, len(loc), dtype=torch.float64)
+    count_of = view.covariance.normals
+    eps = element_noise(seed, torch.zeros((), dtype=torch.int64), pairs, count_of, torch.float64)
+    where = torch.cat([eps, -eps]) if len(eps) else torch.zeros(1, count_of, dtype=torch.float64)
     parts = view.covariance.spread(theta.double(), where).split(_TOGETHER)
 
     def mean(at: Tensor, part: Tensor) -> Tensor:
@@ -139,8 +141,24 @@ def preconditioner_at(inference: Inference, theta: Tensor, rows: Batch, seed: in
     with _exact(inference):
         curvature = sum(len(part) / len(where) * hessian(partial(mean, part=part), loc) for part in parts)
         of_draws = _of_draws(inference, rows, loc, scale)
-        made = _preconditioner(view, theta.double(), _factor(torch.as_tensor(curvature), scale), of_draws)
+        near = torch.as_tensor(curvature)
+        near = near if view.covariance.independent else _bounded(near, view.root(theta.double()))
+        made = _preconditioner(view, theta.double(), _factor(near, scale), of_draws)
     return made.each(lambda part: torch.nan_to_num(part, posinf=0.0, neginf=0.0).to(theta.dtype))
+
+
+def _bounded(curvature: Tensor, root: Tensor) -> Tensor:
+    """The ``curvature`` [D, D], in each direction within a factor of the precision of the guide, whose covariance has
+    this ``root`` [D, E]: a covariance made of it is one, and moves by that much at most.
+    """
+    if not curvature.isfinite().all():
+        return curvature
+    lower = torch.linalg.cholesky(root @ root.mT)
+    values, vectors = torch.linalg.eigh(lower.mT @ curvature @ lower)
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+    along = inverse.mT @ vectors
+    bounded: Tensor = (along * values.clamp(*_FACTOR)) @ along.mT
+    return bounded
 
 
 def _preconditioner(view: GaussianView, theta: Tensor, factor: Tensor, of_draws: Tensor) -> Preconditioner:
@@ -176,7 +194,8 @@ def _minus_terms(inference: Inference, kl: KL, rows: Batch, loc: Tensor, log_sca
     view = inference.gaussian
     assert view is not None
     theta = view.theta(loc.to(dtype), log_scale.to(dtype))
-    noise = StepNoise(eps[None, None].to(dtype), None, ((0,),))
+    padded = torch.nn.functional.pad(eps, (0, view.covariance.normals - len(eps)))  # those of factors are of no use
+    noise = StepNoise(padded[None, None].to(dtype), None, ((0,),))
     return -problem.terms(theta, noise, rows._replace(columns=columns), share=1.0)
 
 
