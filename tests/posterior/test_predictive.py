@@ -158,7 +158,8 @@ def test_few_numbers_are_held_at_a_time(monkeypatch):
 
 def test_quantiles_are_those_of_all_draws(monkeypatch):
     site = {"value": torch.zeros(N, dtype=F64), "fn": dist.Normal(torch.zeros(N, dtype=F64), 1.0)}
-    gathered = predictive._Gathered(site, 7)
+    site |= {"cond_indep_stack": ()}
+    gathered = predictive._Gathered(site, 7, "data")
     drawn = torch.randn(7, N, dtype=F64, generator=torch.Generator().manual_seed(0))
     for number, value in enumerate(drawn):
         gathered.add(number, {"value": value, "fn": dist.Normal(value, 2.0)})

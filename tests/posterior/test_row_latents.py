@@ -202,13 +202,13 @@ def test_latents_of_a_guide_alone():
 
 def test_targets_that_are_given_are_predicted_given_the_row(fitted):
     """y again: normal around b x + E u with the variances of u and of y; from the prior where y is not given."""
-    given = fitted.predict(TABLE, 2000)["y"]
-    np.testing.assert_allclose(given.mean, 0.7 * X + MEAN, atol=5 * SD / math.sqrt(2000))
+    given = fitted.predict(TABLE, 600)["y"]
+    np.testing.assert_allclose(given.mean, 0.7 * X + MEAN, atol=5 * SD / math.sqrt(600))
     np.testing.assert_allclose(given.sd, math.sqrt(SD**2 + NOISE**2), rtol=0.1)
-    prior = fitted.predict(TABLE, 2000, latents="prior")["y"]
-    np.testing.assert_allclose(prior.mean, 0.7 * X, atol=5 * TAU / math.sqrt(2000))
+    prior = fitted.predict(TABLE, 600, latents="prior")["y"]
+    np.testing.assert_allclose(prior.mean, 0.7 * X, atol=5 * TAU / math.sqrt(600))
     with pytest.warns(UserWarning, match="no column y"):
-        new = fitted.predict({"x": TABLE["x"]}, 2000)["y"]
+        new = fitted.predict({"x": TABLE["x"]}, 600)["y"]
     np.testing.assert_allclose(new.sd, math.sqrt(TAU**2 + NOISE**2), rtol=0.1)
 
 
@@ -237,6 +237,27 @@ def test_predictions_of_more_numbers_given_the_row():
     np.testing.assert_allclose(found.sd, covariance.diagonal().sqrt().expand(N, 2), atol=1e-8)
     again = fitted.predict({"y": y.numpy()}, 400)["y"]
     np.testing.assert_allclose(again.mean, mean @ loadings, atol=5 * 0.5 / math.sqrt(400))
+
+
+def nested(y, kinds=None):
+    b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+    with pyro.plate("data", len(y)):
+        a = pyro.sample("a", dist.Normal(b.expand(len(y)), TAU))
+        with pyro.plate("entries", y.shape[1]):
+            pyro.sample("y", dist.Normal(a.expand(y.shape[1], -1), NOISE), obs=y.T)
+            logits = torch.stack([torch.zeros_like(y.T), a.expand(y.shape[1], -1)], -1)
+            pyro.sample("kinds", dist.Categorical(logits=logits), obs=None if kinds is None else kinds.T)
+
+
+def test_predictions_have_the_rows_first_where_plates_are_nested():
+    y = torch.arange(N, dtype=F64)[:, None].expand(-1, 3).clone()
+    kinds = torch.ones(N, 3, dtype=torch.int64)
+    fitted = posterior_of(nested, [0.0], y=y, kinds=kinds)
+    found = fitted.predict({"y": y.numpy(), "kinds": kinds.numpy()}, 100)
+    assert found["y"].quantiles.shape == (3, N, 3)
+    np.testing.assert_allclose(found["y"].mean, y * TAU**2 / (TAU**2 + NOISE**2 / 3), atol=0.5)
+    assert found["kinds"].probabilities.shape == (N, 3, 2)
+    assert found["kinds"].probabilities[-1, :, 1].min() > 0.99
 
 
 def plain(x, y=None):

@@ -128,7 +128,7 @@ def predicted(
     for number in range(asked.num_draws):
         for name, site in observations(inference, theta, batch, asked.seed, number, latents).items():
             if name not in gathered:
-                gathered[name] = _Gathered(site, asked.num_draws)
+                gathered[name] = _Gathered(site, asked.num_draws, inference.model.plate)
             gathered[name].add(number, site)
     return {name: each.prediction(asked.quantiles) for name, each in gathered.items()}
 
@@ -148,8 +148,11 @@ def table_columns(site: str, found: Prediction, levels: Sequence[float]) -> dict
 class _Gathered:
     """A site over the draws: sums for its moments and probabilities, samples for its quantiles."""
 
-    def __init__(self, site: Site, num_draws: int):
+    def __init__(self, site: Site, num_draws: int, plate: str):
         value = site["value"]
+        dims = [frame.dim for frame in site["cond_indep_stack"] if frame.name == plate]
+        self.axis = dims[0] - len(site["fn"].event_shape) if dims else -value.dim()
+        """That of the rows, which other plates may stand before."""
         self.samples = value.new_empty(num_draws, *value.shape)
         self.mean, self.within, self.between = (torch.zeros(value.shape, dtype=torch.float64) for _ in range(3))
         self.probabilities: Tensor | None = None
@@ -168,11 +171,14 @@ class _Gathered:
 
     def prediction(self, levels: Sequence[float]) -> Prediction:
         count = len(self.samples)
-        classes = None if self.probabilities is None else (self.probabilities / count).numpy()
         sd = ((self.within + self.between) / count).sqrt()
-        return Prediction(
-            self.mean.numpy(), torch.where(self.mean.isinf(), torch.inf, sd).numpy(), self._quantiles(levels), classes
-        )
+        sd = torch.where(self.mean.isinf(), torch.inf, sd)
+        mean, spread = (each.movedim(self.axis, 0).numpy() for each in (self.mean, sd))
+        quantiles, classes = np.moveaxis(self._quantiles(levels), self.axis, 1), None
+        if self.probabilities is not None:
+            more = self.probabilities.dim() - self.mean.dim()
+            classes = (self.probabilities / count).movedim(self.axis - more, 0).numpy()
+        return Prediction(mean, spread, quantiles, classes)
 
     def _quantiles(self, levels: Sequence[float]) -> np.ndarray:
         count, shape = len(self.samples), self.samples.shape[1:]
