@@ -128,8 +128,8 @@ def effects(x, y=None):
         pyro.sample("y", dist.Normal(x @ w + u + 4 * k, 0.5), obs=y)
 
 
-def discrete(x, y=None):
-    k = pyro.sample("k", dist.Bernoulli(0.5))
+def endless(x, y=None):
+    k = pyro.sample("k", dist.Poisson(0.5))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(k, 1.0), obs=y)
 

@@ -117,7 +117,7 @@ BAD = {
     "model._target_=app_models.outside_plate": 'observed site "y" stands outside plate "data"',
     "model._target_=app_models.half_outside": 'observed site "total" stands outside plate "data"',
     "model._target_=app_models.local_latent": "all latents are of rows, which are integrated out",
-    "model._target_=app_models.discrete": 'latent site "k" is discrete',
+    "model._target_=app_models.endless": 'latent site "k" is a Poisson, which has no end of states',
     "model._target_=app_models.centring": "not exchangeable over rows",
     "data.path=/nowhere": "there is no shard folder at /nowhere",
     "batch_size=0": "batch_size=0 must be a whole number from 1 up.",

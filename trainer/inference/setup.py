@@ -27,17 +27,20 @@ from trainer.inference.guides.arrow import Arrow
 from trainer.inference.guides.auto_laplace import Laplace, LaplaceOfGlobals
 from trainer.inference.guides.block import Block
 from trainer.inference.guides.by_site import BySite
+from trainer.inference.guides.discrete import WithStates, states_of_model
 from trainer.inference.guides.full_rank import FullRank
 from trainer.inference.guides.low_rank import LowRank
 from trainer.inference.guides.mean_field import Guide, MeanField, Noise
 from trainer.inference.guides.point import Point
 from trainer.inference.guides.pyro_guides import PyroGuide, is_autoguide, no_guide
 from trainer.inference.model.latents import has_latents
+from trainer.inference.model.noise_mode import AtMean
 from trainer.inference.model.parameters import Parameters
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Objective
 from trainer.inference.rows.marginal import without_latents_of_rows
+from trainer.inference.rows.sites import AtFirst
 from trainer.inference.step import Inference, in_dtype
 
 GuideFactory = Callable[[PlatedModel, Batch], Guide]
@@ -59,9 +62,13 @@ def is_family(guide: Any) -> bool:
 
 def of_family(family: GuideFactory, plated: PlatedModel, batch: Batch) -> Guide:
     """A guide of such a class, or the empty one where the model has no latent: maximum likelihood."""
-    if has_latents(plated, batch):
+    if not has_latents(plated, batch):
+        return PyroGuide(PlatedModel(no_guide, (), plated.plate), plated.plate)
+    states, others = states_of_model(plated, batch)
+    if not states:
         return family(plated, batch)
-    return PyroGuide(PlatedModel(no_guide, (), plated.plate), plated.plate)
+    with AtFirst(plated.plate):
+        return WithStates(states, family(plated, batch) if others else None)
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,8 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
         nonlocal plated
         plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals)
-        derived.extend(check_model(plated, batch, tuple(global_sites)))
+        with AtFirst(plate):
+            derived.extend(check_model(plated, batch, tuple(global_sites)))
         made.append(guide(plated, batch))
         return made[0].setup(plated, batch), (model, *made[0].callables)
 
@@ -191,7 +199,8 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
             if not is_finite(first):
                 RowCheck(plated.at_first, with_parameters(parameters, theta)).refuse(batch, density=True)
             check_finite(first)
-            check_exchangeable(evaluate, batch)
+            with AtMean():
+                check_exchangeable(evaluate, batch)
         wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)
     kinds = tuple(term.kind for term in first.values())
     found = Inference(plated, fitted, parameters, objective, float(num_obs), tuple(first), kinds, wide, tuple(derived))

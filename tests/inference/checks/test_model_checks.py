@@ -202,7 +202,6 @@ def drawing(x, y):
         (beside, 'observed site "total" stands outside plate "data".*global_sites=\\[total\\]'),
         (unseen, "the model observes nothing: pass a column as obs="),
         (unlabeled, "observes nothing: its argument label is not a column of the data .x, y.; .* columns.label=NAME"),
-        (discrete, 'latent site "k" is discrete'),
         (subsampled, 'latent site "w" stands in plate "groups", which takes 5 of its 50'),
         (square, r'site "y" has densities of shape \[12, 12\].*is \[12, 12\] and its value \[12\]; give both one.*\.$'),
         (column, r'site "y" has densities of shape \[12, 12\].*is \[12\] and its value \[12, 1\]; give both one.*\.$'),
@@ -320,6 +319,33 @@ def test_an_exchangeable_model_passes_in_either_precision_and_weak_centring_does
     build(functools.partial(logistic, centre=False), x=x, y=y)
     with pytest.raises(UserError, match="not exchangeable"):
         build(functools.partial(logistic, centre=True), x=x, y=y)
+
+
+@pytest.mark.parametrize("family", [dist.Gamma, dist.Beta], ids=["Gamma", "Beta"])
+def test_a_guide_may_draw_rows_by_torchs_own_generator(family):
+    """Its draws follow each other in the order of the rows, which is no dependence of one row on another."""
+
+    def shares(x, y):
+        with pyro.plate("data", len(x)):
+            share = pyro.sample("share", dist.Beta(x.new_tensor(2.0), 3.0))
+            normal(x, mean=share, obs=y)
+
+    def guide(x, y):
+        power = pyro.param("power", x.new_tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("share", dist.Beta((power * x).exp(), 2.0))
+
+    def rates(x, y):
+        with pyro.plate("data", len(x)):
+            normal(x, mean=pyro.sample("share", dist.Gamma(x.new_tensor(2.0), 3.0)), obs=y)
+
+    def of_rates(x, y):
+        power = pyro.param("power", x.new_tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("share", dist.Gamma((power * x).exp(), 2.0))
+
+    model, own = (rates, of_rates) if family is dist.Gamma else (shares, guide)
+    build(model, guide_factory(own, ("x", "y")), x=X, y=Y)
 
 
 def test_one_row_is_enough_to_start():

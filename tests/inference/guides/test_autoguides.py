@@ -1,6 +1,7 @@
 """Every guide of pyro.infer.autoguide, as a class, an instance, a partial, and inside a guide of the user's."""
 
 import functools
+import math
 from contextlib import nullcontext
 
 import pyro
@@ -163,14 +164,19 @@ def test_a_prior_that_cannot_be_drawn_from_needs_a_start(name):
     assert {"m", "x"} <= set(inference.sites)
 
 
-def test_a_discrete_guide_is_refused():
+def test_a_discrete_guide_has_the_evidence_where_it_is_the_posterior():
     def model(x):
         k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)))
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(k, 1.0), obs=x)
 
-    with pytest.raises(UserError, match='"k" is discrete'):
-        made(autoguide.AutoDiscreteParallel, model, {"x": DATA["y"]})
+    x = DATA["y"]
+    inference, theta = made(autoguide.AutoDiscreteParallel, model, {"x": x})
+    joint = dist.Normal(torch.tensor([[0.0], [1.0]], dtype=F64), 1.0).log_prob(x).sum(1) - math.log(2.0)
+    exact = (joint[1] - joint[0])[None]  # the logit of the probability of 1
+    assert len(theta) == len(exact)
+    found = inference.terms(exact, noise_of(torch.zeros(1, 1, 1, dtype=F64)), one_group(x=x), 1.0).sum()
+    assert float(found) == pytest.approx(float(joint.logsumexp(0)), abs=1e-9)
 
 
 # Laplace's approximation of a normal posterior is that posterior.

@@ -57,6 +57,15 @@ def mixture(x, y):
         pyro.sample("y", dist.Normal(x + 2 * k, 1.0), obs=y)
 
 
+def indicator(x, y):
+    """One state for all rows, of which every one is evaluated."""
+    b = pyro.sample("b", dist.Normal(0 * ONE, 1.0))
+    on = pyro.sample("on", dist.Bernoulli(0.5 * ONE))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, 0.5))
+        pyro.sample("y", dist.StudentT(4.0, on * b * x + u, 0.8), obs=y)
+
+
 def chain(x, y):
     stay = pyro.sample("stay", dist.Beta(2 * ONE, ONE))
     move = torch.stack([torch.stack([stay, 1 - stay]), torch.stack([1 - stay, stay])])
@@ -67,7 +76,10 @@ def chain(x, y):
             pyro.sample(f"y_{t}", dist.Normal(2.0 * state + x, 1.0), obs=y)
 
 
-@pytest.mark.parametrize("model", [effects, slopes, kinds, factors, mixture, chain], ids=lambda model: model.__name__)
+MODELS = [effects, slopes, kinds, factors, mixture, indicator, chain]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_the_traced_step_is_the_eager_one(model, monkeypatch):
     chunk = chunk_of(3, 2, 9, x=(), y=())
     inference, theta = build(model, num_obs=100, x=chunk.columns["x"][0, 0], y=chunk.columns["y"][0, 0])

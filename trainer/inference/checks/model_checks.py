@@ -17,7 +17,15 @@ from trainer.inference.checks.cut_off import refuse_cut_off
 from trainer.inference.checks.dependence import check_outside, site_per_row
 from trainer.inference.checks.faults import observed
 from trainer.inference.checks.observed import RowCheck
-from trainer.inference.model.latents import AtZero, Site, is_deterministic, is_latent, log_prob, refuse_latent
+from trainer.inference.model.latents import (
+    AtZero,
+    Site,
+    is_deterministic,
+    is_discrete,
+    is_latent,
+    log_prob,
+    refuse_latent,
+)
 from trainer.inference.model.plates import Batch, PlatedModel, WrongSize, inside, left_at_default
 from trainer.inference.objectives.objective import Term
 
@@ -57,8 +65,8 @@ def on_the_first_batch() -> Iterator[None]:
 
 
 def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...]) -> tuple[str, ...]:
-    """Every observed site stands in the data plate, or counts once, and has values that it can; no latent is discrete,
-    and a gradient follows each that counts.
+    """Every observed site stands in the data plate, or counts once, and has values that it can; no latent of a row is
+    discrete, and a gradient follows each that counts.
 
     Returns the deterministic sites that `check_outside` does.
     """
@@ -77,7 +85,7 @@ def check_model(model: PlatedModel, batch: Batch, global_sites: tuple[str, ...])
     if not seen:
         raise UserError(_nothing_observed(model, batch))
     for site in sites.values():
-        if is_latent(site):
+        if is_latent(site) and (inside(site, plate) or not is_discrete(site["fn"])):
             refuse_latent(site, plate, can_be_local=True)
     derived = check_outside(model, batch, global_sites)
     if not any(inside(site, plate) for site in seen.values()):

@@ -34,7 +34,7 @@ class Laplace:
     """
 
     kind = "AutoLaplaceApproximation (normal by the curvature at the mode)"
-    callables, log_q_of_a_draw = (), None
+    callables, states, log_q_of_a_draw = (), (), None
 
     def __init__(self, auto: Any = None):
         self.auto, self.curved, self.still = auto, 0, False

@@ -69,6 +69,13 @@ class Guide(Protocol):
     """How many parameters, from the first, the result needs the curvature by: `ended` takes it; 0: none."""
 
     @property
+    def states(self) -> tuple[Any, ...]:
+        """Discrete latents outside the data plate (`trainer.inference.guides.discrete.StateSite`), of which every joint
+        state is evaluated.
+        """
+        ...
+
+    @property
     def log_q_of_a_draw(self) -> Callable[[Batch], Tensor] | None:
         """log q [] of a draw from torch's own generator, as a function of the parameters alone; None where draws are
         smooth functions of their noise, so that nobody needs it.
@@ -117,7 +124,7 @@ class MeanField:
     """
 
     kind: str = MEAN_FIELD
-    callables, curved, still, log_q_of_a_draw = (), 0, False, None
+    callables, states, curved, still, log_q_of_a_draw = (), (), 0, False, None
 
     def __init__(self, model: PlatedModel, batch: Batch, init_scale: float = 0.1):
         if not init_scale > 0:

@@ -21,8 +21,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from trainer.errors import UserError, first_line, meant
+from trainer.inference.guides.discrete import Picked, StateSite, state_sites
 from trainer.inference.guides.mean_field import KL, Draw, Noise
-from trainer.inference.model.latents import Site, is_latent, refuse_latent, total_log_prob
+from trainer.inference.model.latents import Site, is_discrete, is_latent, refuse_latent, total_log_prob
 from trainer.inference.model.lazy_guides import KINDS
 from trainer.inference.model.noise_mode import NoiseLayout, NoiseMode, measure_noise
 from trainer.inference.model.parameters import modules_read
@@ -41,6 +42,7 @@ class PyroGuide:
         self.layout = NoiseLayout((), 0, 0, False)
         self.noise_size = (0, 0)
         self.kind, self.still = "", False
+        self.states: tuple[StateSite, ...] = ()
 
     @property
     def callables(self) -> tuple[Any, ...]:
@@ -65,14 +67,17 @@ class PyroGuide:
                 q = self._first(batch)
             for part in {id(part): part for part in parts.values()}.values():
                 _settle(part, q, self.plate)
-            q, trace = self._traces(model, batch)
-            _check_names(q, trace)
-            for site in q.nodes.values():
-                self._check(site, trace)
-            own = measure_noise(lambda rows: poutine.trace(self.guide).get_trace(rows), batch)
-            self.layout = measure_noise(lambda rows: self._traces(model, rows), batch)
-        self.noise_size = (self.layout.elements, self.layout.per_row)
-        self.still = self.layout.empty
+            self.states = state_sites(q, self.plate)
+            picks = sum(site.size for site in self.states)
+            with Picked(self.states, torch.zeros(picks, dtype=batch.dtype, device=batch.valid.device)):
+                q, trace = self._traces(model, batch)
+                _check_names(q, trace)
+                for site in q.nodes.values():
+                    self._check(site, trace)
+                own = measure_noise(lambda rows: poutine.trace(self.guide).get_trace(rows), batch)
+                self.layout = measure_noise(lambda rows: self._traces(model, rows), batch)
+        self.noise_size = (self.layout.elements + picks, self.layout.per_row)
+        self.still = self.layout.empty and not picks
         self.kind = _kind(self._given, own.empty, any(is_latent(site) for site in q.nodes.values()))
         return {}
 
@@ -114,7 +119,7 @@ class PyroGuide:
     def _check(self, site: Site, trace: poutine.Trace) -> None:
         """Raises UserError for a ``site`` of the guide that no gradient passes; ``trace``: the model's."""
         name, fn, nodes = str(site["name"]), site.get("fn"), cast(dict[str, Site], trace.nodes)
-        if is_latent(site):
+        if is_latent(site) and name not in {each.name for each in self.states}:
             refuse_latent(site, self.plate, can_be_local=True)
             if not fn.has_rsample:
                 raise UserError(
@@ -136,7 +141,8 @@ class PyroGuide:
         return q, poutine.trace(poutine.replay(model, trace=q)).get_trace(batch)
 
     def draw(self, model: PlatedModel, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL) -> Draw:
-        with NoiseMode(self.layout, noise.elements, noise.rows, noise.seed):
+        picked = Picked(self.states, noise.elements[self.layout.elements :])
+        with NoiseMode(self.layout, noise.elements, noise.rows, noise.seed), picked:
             q, trace = self._traces(model, batch)
         entropy, log_prior = {}, {}
         for name, site in q.nodes.items():
@@ -144,6 +150,8 @@ class PyroGuide:
                 entropy[name] = -total_log_prob(site)
         if kl == "sticking_the_landing":  # only the path through z carries a gradient
             for name, score in self._log_q(batch, q).items():
+                if name in {site.name for site in self.states}:
+                    continue  # its expectation is taken exactly
                 entropy[name] = entropy[name] + (score - score.detach())
         for name, site in trace.nodes.items():
             if is_latent(site):
@@ -219,7 +227,7 @@ def _settle(part: nn.Module, q: poutine.Trace, plate: str) -> None:
             sites = [q.nodes[name] for name in guide.prototype_trace.nodes if name in q.nodes]
             latents = [site for site in sites if is_latent(site)]
             if not isinstance(guide, (AutoGuideList, AutoCallable)):
-                for site in latents:
+                for site in [each for each in latents if not is_discrete(each["fn"])]:
                     refuse_latent(site, plate, can_be_local=False)
             if not any(inside(site, plate) for site in latents):  # it would be declared with that call's rows
                 guide._prototype_frames.pop(plate, None)

@@ -105,6 +105,19 @@ class NoiseMode(TorchDispatchMode):
         return values.reshape(like.movedim(axis, 0).shape).movedim(0, axis).to(like)
 
 
+class AtMean(TorchDispatchMode):
+    """Serves the means of what is drawn from torch's own generator, so that a row's draw does not depend on the others
+    in its batch.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten._standard_gamma.default:
+            return args[0].clone()
+        if func is _aten._sample_dirichlet.default:
+            return args[0] / args[0].sum(-1, keepdim=True)
+        return func(*args, **(kwargs or {}))
+
+
 def seed_generators(seed: int) -> None:
     """Seeds torch's own generators, those of CUDA where it is in use.
 

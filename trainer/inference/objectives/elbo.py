@@ -16,7 +16,8 @@ import torch
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from trainer.inference.guides.mean_field import KL, Guide, Noise
+from trainer.inference.guides.discrete import AtState, joint_states
+from trainer.inference.guides.mean_field import KL, Draw, Guide, Noise
 from trainer.inference.model.latents import is_deterministic, log_prob_by_row, total_log_prob
 from trainer.inference.model.plates import Batch, PlatedModel, inside
 from trainer.inference.objectives.objective import Term, Terms
@@ -47,8 +48,25 @@ class ELBO:
 def elbo_terms(
     model: PlatedModel, guide: Guide, params: dict[str, Tensor], noise: Noise, batch: Batch, kl: KL
 ) -> Terms:
-    """Every site's term at one draw of z, in the order of the model's trace; guide-only sites (auxiliary) follow."""
-    draw = guide.draw(model, params, noise, batch, kl)
+    """Every site's term at one draw of z, in the order of the model's trace; guide-only sites (auxiliary) follow.
+
+    Of discrete latents outside the data plate it is the expectation over their joint states.
+    """
+    if not guide.states:
+        return _terms(model, guide.draw(model, params, noise, batch, kl))
+    total: Terms = {}
+    for values in joint_states(guide.states):
+        with AtState(values):
+            draw = guide.draw(model, params, noise, batch, kl)
+        share = torch.stack([-draw.entropy[site.name] for site in guide.states]).sum().exp()
+        for name, term in _terms(model, draw).items():
+            value = share * term.value
+            before = total[name].value if name in total else 0.0
+            total[name] = Term(term.kind, term.scaled, before + value)
+    return total
+
+
+def _terms(model: PlatedModel, draw: Draw) -> Terms:
     terms: Terms = {}
     for name, site in draw.trace.nodes.items():
         if site["type"] != "sample" or isinstance(site["fn"], _Subsample) or is_deterministic(site):

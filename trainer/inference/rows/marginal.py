@@ -62,7 +62,7 @@ class Marginal:
         """What stands outside the data plate, and what the guide holds of the rows; gives the values of latents."""
         rows = rows_of(columns)
         outside = _Outside(self.plate, self.sites.kept, rows)
-        with outside, AtFirst(), DataPlate(self.plate, rows):
+        with outside, AtFirst(self.plate, outside=False), DataPlate(self.plate, rows):
             self.generative(**columns)
         return outside.values
 
@@ -125,7 +125,10 @@ class MarginalModel(PlatedModel):
         super().__init__(marginal, batch.columns, model.plate, like=model.fn)
         self.sites = sites
         self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
-        self._generative, self._at_first = model, PlatedModel(AtFirst()(model.fn), batch.columns, model.plate)
+        self._generative, self._at_first = (
+            model,
+            PlatedModel(AtFirst(model.plate)(model.fn), batch.columns, model.plate),
+        )
 
     @property
     def evaluations(self) -> int:

@@ -5,7 +5,7 @@ Shapes: B rows, d continuous numbers of a row in unconstrained space.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -82,12 +82,19 @@ class RowSites:
 
 
 class AtFirst(Messenger):
-    """Gives discrete latents their first state, so that none is drawn."""
+    """Gives discrete latents in the data ``plate`` their first state, so that none is drawn; ``outside``: and others
+    their last one, in which an indicator is on.
+    """
+
+    def __init__(self, plate: str, outside: bool = True):
+        super().__init__()
+        self.plate, self.outside = plate, outside
 
     def _pyro_sample(self, msg: Message[..., Any]) -> None:
-        fn: Any = msg["fn"]
-        if is_latent(msg) and not msg["done"] and is_discrete(fn):
-            msg["value"], msg["done"] = _states(str(msg["name"]), fn)[0].expand(fn.shape()), True
+        fn, within = cast(Any, msg["fn"]), inside(msg, self.plate)
+        if is_latent(msg) and not msg["done"] and is_discrete(fn) and (within or self.outside):
+            state = states_of(str(msg["name"]), fn)[0 if within else -1]
+            msg["value"], msg["done"] = state.expand(fn.shape()), True
 
 
 def row_sites(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> RowSites:
@@ -95,13 +102,13 @@ def row_sites(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> Ro
 
     Raises NotIntegrable for one that cannot be summed out, and for more than 16 numbers to be integrated in a row.
     """
-    with AtFirst(), AtZero(batch.dtype, batch.valid.device):
+    with AtFirst(model.plate), AtZero(batch.dtype, batch.valid.device):
         trace = poutine.trace(model).get_trace(batch)
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
     own = [site for site in sites if is_latent(site) and inside(site, model.plate)]
     discrete = [site for site in own if is_discrete(site["fn"])]
     for site in discrete:
-        _states(str(site["name"]), site["fn"])
+        states_of(str(site["name"]), site["fn"])
     continuous: list[RowLatent] = []
     for site in own:
         if not is_discrete(site["fn"]) and not is_deterministic(site):
@@ -136,7 +143,7 @@ def _row_latent(site: Site, plate: str, start: int) -> RowLatent:
     return RowLatent(str(site["name"]), (*shape[:axis], 0, *shape[len(shape) + axis + 1 :]), axis, start)
 
 
-def _states(name: str, fn: Any) -> Tensor:
+def states_of(name: str, fn: Any) -> Tensor:
     """All values of a discrete site."""
     try:
         states: Tensor = fn.enumerate_support(expand=False)
