@@ -306,3 +306,12 @@ def test_the_best_of_several_optima_goes_on():
     low, high = (-float(loss(saddle.descended(loss, at + side))) for side in (-0.5, 0.5))
     assert best.values == pytest.approx((high, high, low, low))
     assert f"2 optima, up to {high - low:.3g} nats apart" in best.sentence()
+
+
+def test_pushes_that_do_not_settle_are_given_up():
+    """After two, and with nothing said of a ridge along which the curvature is negative."""
+    at, tried = torch.zeros(1, dtype=F64), []
+    search = saddle.Search(lambda start: tried.append(start), lambda end: 0.0, torch.ones(1, 1) > 0)
+    none = torch.zeros(1, dtype=torch.bool)
+    assert saddle.best_of(search, at, torch.ones(1, 1, dtype=F64), none, lambda number: at + number, -1.0) is None
+    assert len(tried) == 2

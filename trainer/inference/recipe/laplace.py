@@ -230,8 +230,8 @@ def _rises(loss: Callable[[Tensor], Tensor], loc: Tensor, scale: Tensor) -> Tens
 def _tell_of_ridge(view: GaussianView, correlation: Tensor, say: Callable[[str], None]) -> None:
     """Says which latents are strongly correlated, by the Hessian scaled to a diagonal of ones."""
     values, vectors = torch.linalg.eigh(correlation)
-    if values[0] > (_RIDGE if view.covariance.independent else _UNIDENTIFIED):
-        return
+    if values[0] > (_RIDGE if view.covariance.independent else _UNIDENTIFIED) or values[0] < -_RIDGE:
+        return  # a saddle from which no push has led to a mode tells nothing of a ridge
     first, second = (view.latent_name(int(i)) for i in vectors[:, 0].abs().topk(2).indices)
     if values[0] < _UNIDENTIFIED:
         say(
