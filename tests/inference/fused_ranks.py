@@ -15,7 +15,9 @@ import torch.distributed as distributed
 from pyro.distributions import constraints
 
 from trainer.distributed.comm import ALONE, Group
+from trainer.inference.guides.arrow import Arrow
 from trainer.inference.guides.full_rank import FullRank
+from trainer.inference.guides.low_rank import LowRank
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.plates import Batch, PlatedModel
@@ -69,6 +71,8 @@ PROBLEMS: dict[str, tuple[Any, Any, torch.dtype]] = {
     "poisson": (PoissonRegression(features=4), MeanField, torch.float32),
     "hierarchical": (VaryingSlopes(groups=30, slopes=2), MeanField, torch.float32),
     "full rank": (LogisticRegression(features=4), FullRank, torch.float32),
+    "low rank": (LogisticRegression(features=4), LowRank, torch.float32),
+    "arrow": (VaryingSlopes(groups=30, slopes=2), Arrow, torch.float32),
     "amortized": (with_local, amortized, torch.float64),
     "dense words": (of_words, MeanField, torch.float64),
     "words": (of_words, MeanField, torch.float64),

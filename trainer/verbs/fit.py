@@ -63,7 +63,8 @@ def fit(  # noqa: PLR0913  what its user gives, by name
     ``data``: a pandas or polars data frame, an Arrow table, a dict of arrays [N, ...], the path of a file that
         `svi shard` reads, or a shard folder, or a list of several. A table is packed into a folder of its own that is
         removed at the end.
-    ``guide``: "mean_field", one of `pyro.infer.autoguide`'s classes, or a guide of your own.
+    ``guide``: a name ("mean_field", "full_rank", "block", "low_rank", "arrow", "by_site", "point", "laplace"), one of
+        `pyro.infer.autoguide`'s classes, or a guide of your own; ``options`` has a named one's, as {"guide.rank": 3}.
     ``columns``, ``standardize`` (or ``standardise``), ``categories``, ``missing``, ``held_out``: as for `svi shard`
         (not with a shard folder, which is packed); without ``columns`` those of the data that the model takes.
     ``weight``: the column that says how many observations a row stands for; in a dict of arrays the key "weight" does

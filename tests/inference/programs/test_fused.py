@@ -21,7 +21,7 @@ from trainer.inference.step import in_dtype
 
 pytestmark = [pytest.mark.xdist_group("fused"), pytest.mark.timeout(1800)]  # one worker compiles, the other goes on
 HERE = Path(__file__).parents[1]
-MODELS = ["linear", "logistic", "poisson", "hierarchical", "full rank", "amortized"]
+MODELS = ["linear", "logistic", "poisson", "hierarchical", "full rank", "low rank", "arrow", "amortized"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])

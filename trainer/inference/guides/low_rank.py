@@ -26,7 +26,7 @@ _MOST = 256  # latents of which a curvature is taken
 _PAIRS, _PAIR_ROWS = 64, 2**18  # of a mean curvature
 _FIRST = 0.1  # of the factors beside the sds, which zeros would leave where they are
 _ITERATIONS = 200
-_RANK = 5
+_RANK, _MOST_RANK = 5, 32
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,11 @@ class LowRank(FullRank):
 
     def arrange(self, model: PlatedModel, batch: Batch) -> None:
         self.rank = min(_RANK, self.size) if self.asked is None else self.asked
-        if not 1 <= self.rank <= self.size:
+        most = min(_MOST_RANK, self.size)
+        if not 1 <= self.rank <= most:
             raise UserError(
-                f"guide.rank={self.rank} must lie between 1 and the number of latents outside the data plate, "
-                f"{self.size}: give one in between."
+                f"guide.rank={self.rank} must lie between 1 and {most}, since the model has {self.size:,} latents "
+                f"outside the data plate and a guide up to {_MOST_RANK} factors: give one in between."
             )
         self.alone, self.normals = self.with_own_prior(model, batch), self.size + self.rank
         self.kind = f"low rank ({self.rank} of {self.size})"
@@ -201,15 +202,29 @@ class LowRank(FullRank):
 
 
 def _root(scale: Tensor, factors: Tensor) -> Tensor:
-    """The lower Cholesky factor [R, R] of 1 + F' S^-2 F."""
+    """The lower Cholesky factor [R, R] of 1 + F' S^-2 F, column by column: a compiled step has no operation for it."""
     inner = factors / scale[:, None]
-    unit = torch.eye(inner.shape[1], dtype=inner.dtype, device=inner.device)
-    made: Tensor = torch.linalg.cholesky(unit + inner.mT @ inner)
-    return made
+    rest, columns = torch.eye(inner.shape[1], dtype=inner.dtype, device=inner.device) + inner.mT @ inner, []
+    for k in range(len(rest)):
+        column = rest[:, k] / rest[k, k].sqrt()
+        columns.append(column)
+        rest = rest - column[:, None] * column
+    return torch.stack(columns, dim=1).tril()
+
+
+def _solved(lower: Tensor, v: Tensor) -> Tensor:
+    """x [R] with L L' x = ``v`` [R], by substitution."""
+    found: list[Tensor] = []
+    for k in range(len(lower)):
+        found.append((v[k] - sum((lower[k, j] * found[j] for j in range(k)), v.new_zeros(()))) / lower[k, k])
+    back: dict[int, Tensor] = {}
+    for k in reversed(range(len(lower))):
+        later = sum((lower[j, k] * back[j] for j in range(k + 1, len(lower))), v.new_zeros(()))
+        back[k] = (found[k] - later) / lower[k, k]
+    return torch.stack([back[k] for k in range(len(lower))])
 
 
 def _squares(scale: Tensor, factors: Tensor, z: Tensor) -> Tensor:
     """[D], of the sum z' Sigma^-1 z (Woodbury 1950)."""
     inner, w = factors / scale[:, None], z / scale
-    along = torch.cholesky_solve((inner.mT @ w)[:, None], _root(scale, factors))[:, 0]
-    return w * (w - inner @ along)
+    return w * (w - inner @ _solved(_root(scale, factors), inner.mT @ w))
