@@ -4,7 +4,8 @@ import pytest
 import torch
 from svi_problems import F64
 
-from trainer.inference.guides.triangular import Pattern, Triangular, root, spread, standardized
+from trainer.inference.guides.pattern import Pattern
+from trainer.inference.guides.triangular import Triangular, _solved, root, spread, standardized
 
 D = 7
 PATTERNS = {
@@ -155,3 +156,12 @@ def test_steps_are_judged_along_every_direction(covariance):
     step = torch.zeros_like(theta)
     step[covariance.log_sd] = 0.25  # of all alike
     torch.testing.assert_close(covariance.change(theta, step), torch.full((D,), 0.25, dtype=F64))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 33])
+def test_a_triangular_inverse_is_the_solve(length):
+    generator = torch.Generator().manual_seed(length)
+    above = torch.randn(3, length, length, dtype=F64, generator=generator).triu(1)
+    v = torch.randn(3, length, dtype=F64, generator=generator)
+    want = torch.linalg.solve_triangular(above, v[..., None], upper=True, unitriangular=True)[..., 0]
+    torch.testing.assert_close(_solved(above, v), want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))

@@ -15,7 +15,7 @@ import torch
 
 from trainer.errors import UserError, meant
 from trainer.inference.guides.full_rank import FullRank
-from trainer.inference.guides.triangular import Pattern
+from trainer.inference.guides.pattern import Pattern
 from trainer.inference.model.latents import LatentSite
 from trainer.inference.model.plates import Batch, PlatedModel
 

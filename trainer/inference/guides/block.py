@@ -5,7 +5,7 @@ Shapes: D latents.
 
 from trainer.inference.guides.full_rank import FullRank
 from trainer.inference.guides.mean_field import MeanField
-from trainer.inference.guides.triangular import Pattern
+from trainer.inference.guides.pattern import Pattern
 from trainer.inference.model.plates import Batch, PlatedModel
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.inference.guides.gaussian import GaussianView
 from trainer.inference.guides.mean_field import Drawn, MeanField, normal_prior
-from trainer.inference.guides.triangular import Pattern, Triangular, marginal_sd, spread, standardized
+from trainer.inference.guides.pattern import Pattern
+from trainer.inference.guides.triangular import Triangular, marginal_sd, spread, standardized
 from trainer.inference.model.latents import FromUnconstrained
 from trainer.inference.model.plates import Batch, PlatedModel
 
