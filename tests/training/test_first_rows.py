@@ -4,11 +4,13 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import torch
 
 from trainer import UserError, fit
 from trainer.data.packing.pack import pack
 from trainer.data.shards.folder import open_split
 from trainer.data.sources.memory import MemorySource
+from trainer.inference.model.plates import Batch
 from trainer.training import first_rows
 
 N, FIRST = 4_096, 1_024
@@ -141,3 +143,12 @@ def test_weights_that_cannot_be(weights, words, columns, late):
     table = {"x": columns["x"], "y": columns["clicks"], "weight": weight}
     with pytest.raises(UserError, match=words):
         fit(clicks, table, progress=False, batch_size=256, max_steps=20, options={"program": "eager", "slots": 4})
+
+
+@pytest.mark.parametrize(("copies", "count"), [(1, 6000), (9, 6000), (81, 4096)])
+def test_a_start_takes_fewer_rows_where_many_copies_of_each_fill_memory(copies, count, monkeypatch):
+    monkeypatch.setattr(first_rows, "MOST", 65_536)
+    x = torch.arange(6000.0)
+    sample = first_rows.sample_of(Batch.whole({"x": x}), copies)
+    assert torch.equal(sample.columns["x"], x[None, :count])
+    assert int(sample.batch_rows) == int(sample.valid) == count

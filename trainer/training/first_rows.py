@@ -16,6 +16,7 @@ from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
 
 MOST = 65_536
+_FEWEST = 4096
 
 
 def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:
@@ -31,6 +32,14 @@ def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:
     }
     row_id = columns.pop(ROW_ID)
     return Batch.whole(columns, row_id)
+
+
+def sample_of(rows: Batch, copies: int) -> Batch:
+    """The one lane group from which start and curvature are taken: ``rows``, or so many of them that what each makes
+    `copies` of fits memory.
+    """
+    most = max(_FEWEST, MOST // copies)
+    return one_group(rows if rows.size <= most else rows.at(torch.arange(most)))
 
 
 def one_group(rows: Batch) -> Batch:

@@ -31,7 +31,7 @@ from trainer.posterior.tensors import to_tensor
 from trainer.training import resume, weights
 from trainer.training.budget import optimizer_of, update_of
 from trainer.training.columns import precision_lines, refuse_mixed_numbers, refuse_spared
-from trainer.training.first_rows import first_pass, first_rows, one_group
+from trainer.training.first_rows import first_pass, first_rows, sample_of
 from trainer.training.precision import in_its_precision
 
 _CHECK_ROWS = 1024
@@ -101,7 +101,7 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
         say(line)
     began, first = time.monotonic(), first_rows(folder, inference.model.arguments)
     checked = first_pass(folder, first, splits.held_out, inference, theta, plan.step_after(1.0))
-    sample = one_group(first)
+    sample = sample_of(first, inference.model.copies)
     doubts: list[str] = []
     at_mode = cfg.start == "laplace"
     start = start_of(inference, theta, sample, cfg.seed, doubts.append) if at_mode else (theta, None)

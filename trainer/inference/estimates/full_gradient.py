@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from trainer.inference.estimates.derivatives import second_derivative
-from trainer.inference.estimates.many_draws import Normals, Together, normals_of
+from trainer.inference.estimates.many_draws import Normals, Together, normals_of, part_of
 from trainer.inference.estimates.passes import Block, Pass
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.optim.variance_reduction import Preconditioner
@@ -29,6 +29,7 @@ class Draws(NamedTuple):
     part_rows: int
 
 
+_ROWS = 2**20  # and their copies, whose derivative is taken at once
 ONE = Draws(1, 1)
 FEW = Draws(16, 1)
 MANY = Draws(64, 16_384)  # in smaller parts rows are not alike, as a control variate takes them to be
@@ -121,7 +122,7 @@ def _over_parts(together: Together, theta: Tensor, rows: Pass, draws: Draws, der
 
 def _part(block: Block, part: int, parts: int) -> Block:
     """Part ``part`` of ``parts`` of the rows."""
-    rows = slice(part * len(block.row_id) // parts, (part + 1) * len(block.row_id) // parts)
+    rows = part_of(len(block.row_id), part, parts)
     return Block(block.number, {name: column[rows] for name, column in block.columns.items()}, block.row_id[rows])
 
 
@@ -139,17 +140,20 @@ def _noise(
 def _of_part(
     together: Together, theta: Tensor, block: Block, normals: Normals, share: float, derivative: _Derivative
 ) -> Tensor:
-    """Of the mean loss over the draws, in slices that fit memory."""
-    batch, count, at = block.batch, len(normals.seeds), theta.detach()
-    size, found = together.fitting(at, batch, normals), []
-    for first in range(0, count, size):
-        at = theta.detach().requires_grad_()
+    """Of the mean loss over the draws, in slices of rows and of draws that fit memory."""
+    count, found = len(normals.seeds), []
+    slices = math.ceil(len(block.row_id) * together.inference.model.copies / _ROWS)
+    for number in range(slices):
+        batch, own = _part(block, number, slices).batch, normals.of_rows(number, slices)
+        size = together.fitting(theta.detach(), batch, own)
+        for first in range(0, count, size):
+            at = theta.detach().requires_grad_()
 
-        def of(terms: Tensor, at: Tensor = at) -> Tensor:
-            return derivative.of(-(terms[:, 0].sum() + share * terms[:, 1].sum()) / count, at)
+            def of(terms: Tensor, at: Tensor = at) -> Tensor:
+                return derivative.of(-(terms[:, 0].sum() + share / slices * terms[:, 1].sum()) / count, at)
 
-        with torch.enable_grad():
-            found.append(together(at, batch, normals.part(first, first + size), of))
+            with torch.enable_grad():
+                found.append(together(at, batch, own.part(first, first + size), of))
     return torch.stack(found).sum(0)
 
 

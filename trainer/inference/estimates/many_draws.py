@@ -55,8 +55,19 @@ class Normals(NamedTuple):
         rows = None if self.rows is None else self.rows[first:stop]
         return Normals(self.elements[first:stop], rows, self.seeds[first:stop])
 
+    def of_rows(self, part: int, parts: int) -> "Normals":
+        """For part ``part`` of ``parts`` of the rows."""
+        if self.rows is None or parts == 1:
+            return self
+        return self._replace(rows=self.rows[:, part_of(self.rows.shape[1], part, parts)])
+
     def noise(self, s: int) -> Noise:
         return Noise(self.elements[s], None if self.rows is None else self.rows[s], self.seeds[s])
+
+
+def part_of(count: int, part: int, parts: int) -> slice:
+    """Part ``part`` of ``parts`` of so many rows."""
+    return slice(part * count // parts, (part + 1) * count // parts)
 
 
 class Pairs(NamedTuple):

@@ -226,6 +226,11 @@ class PlatedModel:
         return 1
 
     @property
+    def copies(self) -> int:
+        """How many copies of a row are evaluated together, and so fill memory."""
+        return 1
+
+    @property
     def generative(self) -> "PlatedModel":
         """The model as the user wrote it, latents of rows included."""
         return self

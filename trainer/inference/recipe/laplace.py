@@ -133,7 +133,7 @@ def preconditioner_at(inference: Inference, theta: Tensor, rows: Batch, seed: in
     count_of = view.covariance.normals
     eps = element_noise(seed, torch.zeros((), dtype=torch.int64), pairs, count_of, torch.float64)
     where = torch.cat([eps, -eps]) if len(eps) else torch.zeros(1, count_of, dtype=torch.float64)
-    parts = view.covariance.spread(theta.double(), where).split(_TOGETHER)
+    parts = view.covariance.spread(theta.double(), where).split(max(1, _TOGETHER // inference.model.copies))
 
     def mean(at: Tensor, part: Tensor) -> Tensor:
         return torch.stack([joint(at + each) for each in part]).mean()

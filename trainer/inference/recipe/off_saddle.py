@@ -83,7 +83,8 @@ class Sampled:
         return self.theta.to(at.dtype).index_copy(0, self.free, at)
 
     def pairs(self, most: int, least: int = 1) -> int:
-        return max(least, min(most, _ROWS // int(self.rows.batch_rows.clamp(min=1))))
+        together = int(self.rows.batch_rows.clamp(min=1)) * self.inference.model.copies
+        return max(least, min(most, _ROWS // together))
 
     def elbo(self, seed: int, pairs: int) -> Loss:
         """By that many antithetic pairs."""

@@ -123,7 +123,7 @@ class MarginalModel(PlatedModel):
     def __init__(self, model: PlatedModel, batch: Batch, sites: RowSites):
         marginal = Marginal(model.fn, model.plate, sites)
         super().__init__(marginal, batch.columns, model.plate, like=model.fn)
-        self.sites = sites
+        self.sites, self._copies = sites, len(marginal.nodes.at)
         self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
         self._generative, self._at_first = (
             model,
@@ -133,6 +133,10 @@ class MarginalModel(PlatedModel):
     @property
     def evaluations(self) -> int:
         return _EVALUATIONS if self.sites.continuous else 1
+
+    @property
+    def copies(self) -> int:
+        return self._copies
 
     @property
     def generative(self) -> PlatedModel:
