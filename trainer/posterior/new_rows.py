@@ -14,7 +14,8 @@ from trainer.data.shards.index import ROW_ID, Index
 from trainer.data.shards.splits import is_packed
 from trainer.data.sources.memory import MemorySource
 from trainer.data.sources.source import Source, open_source
-from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.model.arguments import arguments
+from trainer.inference.model.plates import Batch
 from trainer.posterior.tensors import to_tensor
 
 Progress = Callable[[int, int | None], None]

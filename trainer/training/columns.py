@@ -11,7 +11,8 @@ from trainer.data.shards.index import Index
 from trainer.errors import UserError
 from trainer.inference.checks.uses import calculates_with
 from trainer.inference.guides.pyro_guides import is_autoguide
-from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.model.arguments import arguments
+from trainer.inference.model.plates import Batch
 from trainer.inference.step import Inference
 
 _MOST_WHOLE = 2**24  # float32 holds all integers up to it

@@ -16,7 +16,8 @@ from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import PlanChoice, TrainState
 from trainer.errors import UserError
 from trainer.inference.estimates.passes import Block
-from trainer.inference.model.plates import Batch, arguments
+from trainer.inference.model.arguments import arguments
+from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.program import Eager
 from trainer.inference.recipe.off_saddle import start_of

@@ -11,7 +11,8 @@ import numpy as np
 
 from trainer.data.shards.index import Column, Index
 from trainer.errors import UserError
-from trainer.inference.model.plates import WEIGHT, arguments
+from trainer.inference.model.arguments import arguments
+from trainer.inference.model.plates import WEIGHT
 
 _MOST = 1000.0  # that a weight is taken for one without a word of the user's
 

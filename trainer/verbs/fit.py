@@ -19,7 +19,8 @@ from trainer.distributed.ranks import world
 from trainer.engine.signals import StopOnSignal
 from trainer.errors import Stopped, UserError
 from trainer.inference.isolation import own_state
-from trainer.inference.model.plates import WEIGHT, arguments
+from trainer.inference.model.arguments import arguments
+from trainer.inference.model.plates import WEIGHT
 from trainer.options.allowed import typed
 from trainer.options.entrance import of_call, option
 from trainer.options.kinds import Count, Names, Seed, Share

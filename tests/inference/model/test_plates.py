@@ -11,8 +11,9 @@ from pyro import poutine
 from svi_problems import F64, batch_of
 
 from trainer.errors import UserError
+from trainer.inference.model.arguments import arguments
 from trainer.inference.model.latents import log_prob, total_log_prob
-from trainer.inference.model.plates import PlatedModel, arguments
+from trainer.inference.model.plates import PlatedModel
 
 N = 1000
 

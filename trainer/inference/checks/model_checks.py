@@ -17,6 +17,7 @@ from trainer.inference.checks.cut_off import refuse_cut_off
 from trainer.inference.checks.dependence import check_outside, site_per_row
 from trainer.inference.checks.faults import observed
 from trainer.inference.checks.observed import RowCheck
+from trainer.inference.model.arguments import left_at_default
 from trainer.inference.model.latents import (
     AtZero,
     Site,
@@ -26,7 +27,7 @@ from trainer.inference.model.latents import (
     log_prob,
     refuse_latent,
 )
-from trainer.inference.model.plates import Batch, PlatedModel, WrongSize, inside, left_at_default
+from trainer.inference.model.plates import Batch, PlatedModel, WrongSize, inside
 from trainer.inference.objectives.objective import Term
 
 _CHECK_ROWS = 256

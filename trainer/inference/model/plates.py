@@ -8,19 +8,18 @@ Shapes: K steps of a chunk; A lane groups of this rank; B rows of a group (paddi
 which count.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger, _bound_partial, _context_wrap
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from trainer.errors import UserError, meant, shortened
+from trainer.errors import UserError
+from trainer.inference.model.arguments import arguments
 from trainer.inference.model.promotion import Promoting
 from trainer.inference.model.ragged import Column, each_tensor
 from trainer.inference.model.supports import harmless
@@ -252,50 +251,6 @@ class PlatedModel:
         # A mode is a detour for every operation, so only a model with such columns gets one.
         with DataPlate(self.plate, batch, weight), Promoting() if whole else nullcontext():
             return self.fn(**own)
-
-
-def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model") -> tuple[str, ...]:
-    """The columns that ``fn``, a model or ``what`` else, takes by name; an argument with a default that is not a column
-    keeps its default.
-
-    Raises UserError for a required argument that is not a column.
-    """
-    columns = tuple(columns)
-    fn = _unwrapped(fn)
-    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
-    taken: list[str] = []
-    for name, parameter in inspect.signature(call).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            return tuple(dict.fromkeys([*taken, *columns]))
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            continue
-        if name in columns:
-            taken.append(name)
-        elif parameter.default is parameter.empty:
-            one_of_models = ", or have it return a guide (lambda model: AutoNormal(model))" if what == "guide" else ""
-            hint = meant(name, columns)
-            raise UserError(
-                f'the {what} needs an argument "{name}" that is not a column of the data ({shortened(columns)}'
-                f"{hint and f'; {hint}'}): "
-                f"name its column with columns.{name}=..., or give it with {what}.{name}=... (in Python "
-                f'columns={{"{name}": ...}}, or functools.partial){one_of_models}.'
-            )
-    return tuple(taken)
-
-
-def left_at_default(fn: Callable[..., Any], columns: Iterable[str]) -> list[str]:
-    """The arguments of ``fn`` with None for a default that are no columns."""
-    fn = _unwrapped(fn)
-    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
-    found = inspect.signature(call).parameters.values()
-    return [each.name for each in found if each.default is None and each.name not in set(columns)]
-
-
-def _unwrapped(fn: Any) -> Any:
-    """What handlers of `pyro.poutine` were put around."""
-    while isinstance(fn, _bound_partial) or (isinstance(fn, partial) and fn.func is _context_wrap):
-        fn = fn.func if isinstance(fn, _bound_partial) else fn.args[1]
-    return fn
 
 
 def inside(site: Message[..., Any] | dict[str, Any], plate: str) -> bool:
