@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 import torch
 from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoMultivariateNormal
 
 from trainer import fit
 
@@ -46,6 +46,30 @@ def line(x, y=None):
     w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+GUIDES = [
+    "mean_field",
+    "full_rank",
+    "block",
+    "low_rank",
+    "by_site",
+    "arrow",
+    "point",
+    "laplace",
+    AutoMultivariateNormal,
+]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_sticking_the_landing_ends_where_the_default_does(guide):
+    """Any guide trains by it, to the same locations."""
+    options = {"program": "eager", "objective.kl": "sticking_the_landing"}
+    posterior = fit(line, {"x": X, "y": Y}, guide, max_steps=300, progress=False, options=options)
+    want = np.linalg.solve(X.T @ X / 0.25 + np.eye(2) / 4, X.T @ Y / 0.25)
+    (site,) = posterior.summary()
+    found = site.mean
+    np.testing.assert_allclose(found, want, atol=0.02)
 
 
 def test_laplace_ends_with_a_covariance(tmp_path):

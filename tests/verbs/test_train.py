@@ -328,6 +328,36 @@ def test_an_anchored_run_resumes_bit_for_bit(fit, tmp_path):
         fit("estimator=anchor", "guide._target_=pyro.infer.autoguide.AutoNormal", run_dir=tmp_path / "other")
 
 
+def test_a_warmup_of_the_kl_resumes_bit_for_bit_and_is_judged_after_it(fit, tmp_path, capsys):
+    """Its figures are of the ELBO: they end where those of a run without it do."""
+    options = ("max_steps=450", "rounds=2", "objective.kl_weight=0.1", "objective.kl_warmup=200")
+    options = (*options, "checkpoint.every_n_steps=50", "checkpoint.keep_last=20")
+    whole, cut = fit(*options, run_dir=tmp_path / "whole"), fit(*options, run_dir=tmp_path / "cut")
+    assert capsys.readouterr().out.count("converged at step 450:") == 2  # not at 150, within the warm-up
+    for newer in (cut / "checkpoints").glob("*"):
+        if "000000050" not in newer.name:
+            newer.unlink()
+    (cut / "metrics.json").unlink()
+    fit(*options, "ckpt_path=last", run_dir=cut)
+    for one, other in zip(tensors(final_state(whole)[0]), tensors(final_state(cut)[0]), strict=True):
+        assert torch.equal(one, other)
+    plain = fit("max_steps=450", "rounds=2", run_dir=tmp_path / "plain")
+    elbos = [json.loads((run / "metrics.json").read_text())["elbo"] for run in (whole, plain)]
+    assert elbos[0] == pytest.approx(elbos[1], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("max_steps=60 objective.kl_weight=0.5 objective.kl_warmup=60", "objective.kl_warmup=60 must be at most 49, "),
+        ("objective.kl_weight=0.5 objective.kl_warmup=9 estimator=anchor", "which objective.kl_weight= changes"),
+    ],
+)
+def test_a_warmup_that_cannot_be_is_refused(fit, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        fit(*options.split(), "start=zero")
+
+
 def test_a_table_is_packed_on_the_fly_once(fit, table, tmp_path, capsys):
     """Beside it, said; the same rows as those of `svi shard`; a table that has changed since is refused."""
     here = tmp_path / "table.npz"

@@ -53,7 +53,7 @@ class StepInput(NamedTuple):
     batch: Batch
     """This rank's rows [A, B, ...]."""
     rates: Tensor
-    """`Round.rates` at this step."""
+    """`Inference.rates` at this step."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,23 @@ class Inference:
     def gaussian(self) -> GaussianView | None:
         """The guide as a Gaussian, if it is one."""
         return self.guide.gaussian(self.parameters.places)
+
+    def rates(self, round_: Round, step: Tensor) -> Tensor:
+        """All that depends on ``step`` (int64 []) alone, float64: `Round.rates` [m], then the weight of the KL terms
+        where the objective has a warm-up.
+        """
+        rates = round_.rates(step, self.num_obs)
+        if not self.objective.warmup:
+            return rates
+        return torch.stack([*rates.unbind(), self.objective.kl_weight_at(step)])
+
+    def raised(self, terms: Tensor, rates: Tensor) -> Tensor:
+        """What a step raises [], of its ``terms`` [S]: their sum, weighted during a warm-up."""
+        if not self.objective.warmup:
+            return terms.sum()
+        likelihood = sum(value for kind, value in zip(self.kinds, terms.unbind()) if kind == "likelihood")
+        others = sum(value for kind, value in zip(self.kinds, terms.unbind()) if kind != "likelihood")
+        return likelihood + rates[-1] * others
 
     def terms(self, theta: Tensor, noise: StepNoise, batch: Batch, share: float) -> Tensor:
         """This rank's part of the ELBO's terms [S], float64 nats; ``share``: a group's part in what counts once."""
@@ -114,7 +131,7 @@ def step(
         theta = theta.detach().requires_grad_()
         with torch.enable_grad():
             terms = inference.terms(theta, noise, batch, share)
-            (grad,) = torch.autograd.grad(-terms.sum() / inference.num_obs, theta)
+            (grad,) = torch.autograd.grad(-inference.raised(terms, rates) / inference.num_obs, theta)
         return terms.detach(), grad
 
     terms, grad = gradient(state.theta)

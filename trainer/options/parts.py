@@ -64,6 +64,8 @@ class Objective:
     kl: Literal["analytic", "monte_carlo", "sticking_the_landing"]
     antithetic: bool
     pairs: Annotated[int, Range(1, 10_000)] | None
+    kl_weight: Annotated[float, Range(0, 1)]
+    kl_warmup: Count
 
 
 @dataclass(frozen=True)

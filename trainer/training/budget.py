@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
+from trainer.errors import UserError
+from trainer.inference.objectives.objective import Objective
 from trainer.inference.optim.rounds import Round, Update
 from trainer.options import build
 from trainer.options.verbs import Train
@@ -62,6 +64,16 @@ def update_of(cfg: Train, plan: Epochs, whitened: bool, anchored: int, begun: Be
             rounds.append(Round(optimizer, schedule, end, end - length, start))
             start = end
     return Update(tuple(rounds), whitened, anchored)
+
+
+def refuse_long_warmup(objective: Objective, update: Update) -> None:
+    """Raises UserError where the result would be an average over steps of an objective's warm-up."""
+    last = update.rounds[-1]
+    if objective.warmup > last.average_from:
+        raise UserError(
+            f"objective.kl_warmup={objective.warmup} must be at most {last.average_from}, the step from which the "
+            "result is averaged: shorten it, or train longer with max_steps=."
+        )
 
 
 def moved(begun: Begun, horizon: int) -> list[int]:

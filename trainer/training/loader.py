@@ -28,7 +28,7 @@ from trainer.options.verbs import Train
 from trainer.posterior.posterior import Posterior
 from trainer.posterior.tensors import as_type
 from trainer.training import resume
-from trainer.training.budget import optimizer_of, update_of
+from trainer.training.budget import optimizer_of, refuse_long_warmup, update_of
 from trainer.training.first_rows import one_group
 from trainer.training.precision import in_its_precision
 from trainer.training.prepare import Context, Given, guide_of, problem_of
@@ -97,6 +97,7 @@ def begun(
     batches = trainer.num_training_batches
     plan = _Steps(int(batches) if math.isfinite(batches) else int(cfg.max_steps or 1))
     update = update_of(cfg, plan, whitened, 0, resume.begun(saved))
+    refuse_long_warmup(inference.objective, update)
     fresh = update.init(*start)
     size = context.world.size
     choice = PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader")

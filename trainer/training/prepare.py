@@ -29,7 +29,7 @@ from trainer.options.verbs import Train
 from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
 from trainer.training import resume, weights
-from trainer.training.budget import optimizer_of, update_of
+from trainer.training.budget import optimizer_of, refuse_long_warmup, update_of
 from trainer.training.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.training.first_rows import first_pass, first_rows, sample_of
 from trainer.training.precision import in_its_precision
@@ -110,6 +110,7 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
         say(sentence)
     cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, whitened))
     update = update_of(cfg, plan, whitened, _anchored(cfg, inference), resume.begun(saved))
+    refuse_long_warmup(inference.objective, update)
     if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=build.objective(cfg.objective, 2))
     fresh = update.init(*start)
@@ -196,6 +197,10 @@ def _anchored(cfg: Train, inference: Inference) -> int:
     """How many locations are anchored."""
     if cfg.estimator == "plain":
         return 0
+    if inference.objective.warmup:
+        raise UserError(
+            "estimator=anchor has the gradient of the ELBO, which objective.kl_weight= changes: leave estimator=plain."
+        )
     view, each_step = inference.gaussian, int(cfg.program.get("sync_every", 1)) == 1
     if view is None or inference.guide.noise_size[1] or not each_step:
         raise UserError(

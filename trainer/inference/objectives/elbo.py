@@ -3,7 +3,8 @@
     ELBO = sum over observed sites  E_q log p(y | z)  +  sum over latent sites  (E_q log p(z) + entropy of q(z))
 
 Hoffman et al. (2013), eq. 31 for the minibatch estimate; antithetic pairs evaluate each draw at eps and -eps
-(Hammersley and Morton 1956), which removes the odd part of the noise from every gradient.
+(Hammersley and Morton 1956), which removes the odd part of the noise from every gradient. A weight of the KL terms that
+rises to 1 lets the likelihood lead at first (Bowman et al. 2016; Sønderby et al. 2016).
 
 Shapes: B rows.
 """
@@ -30,6 +31,19 @@ class ELBO:
     kl: KL = "analytic"
     antithetic: bool = True
     pairs: int = 1
+    kl_weight: float = 1.0
+    """The weight of the KL terms at step 0, in training alone; from there it rises in a line to 1."""
+    kl_warmup: int = 1000
+    """Steps until it is 1."""
+
+    @property
+    def warmup(self) -> int:
+        return self.kl_warmup if self.kl_weight < 1 else 0
+
+    def kl_weight_at(self, step: Tensor) -> Tensor:
+        # A vector is an input of a compiled step, where two numbers would be written into its code.
+        start, steps = torch.tensor([self.kl_weight, self.kl_warmup], dtype=torch.float64, device=step.device).unbind()
+        return start + (1 - start) * (step / steps).clamp(max=1)
 
     @property
     def signs(self) -> tuple[float, ...]:

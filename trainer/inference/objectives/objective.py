@@ -50,6 +50,17 @@ class Objective(Protocol):
         """What each draw's noise is multiplied by, an evaluation each."""
         ...
 
+    @property
+    def warmup(self) -> int:
+        """The step from which on training raises the objective itself, not a weighted one; 0: from the first on."""
+        ...
+
+    def kl_weight_at(self, step: Tensor) -> Tensor:
+        """What the gradient of all terms but the likelihood is multiplied by at ``step`` (int64 []), float64 []; asked
+        for where there is a ``warmup``.
+        """
+        ...
+
     def combined(self, draws: Sequence[Sequence[Terms]], share: float) -> dict[str, Tensor]:
         """The named terms, float64 [] nats, of this rank's ``draws``: by lane group, each its pairs at every sign.
 

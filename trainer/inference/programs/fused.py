@@ -164,11 +164,12 @@ class Fused:
         return flat, [[*carry, *(e[k] for e in each), *numbers] for k in range(len(chunk.batch_rows))]
 
     def _rates(self, step: Tensor, num_obs: Tensor, lr: Tensor, start: Tensor, horizon: Tensor, _: Tensor) -> Tensor:
-        """`Round.rates` as a function of tensors."""
+        """`Inference.rates` as a function of tensors."""
         last = self.update.rounds[-1]
         optimizer: Any = dataclasses.replace(last.optimizer, lr=lr)  # type: ignore[type-var]
         frame: dict[str, Any] = {"optimizer": optimizer, "start": start, "horizon": horizon}
-        return dataclasses.replace(last, **frame).rates(step, num_obs)  # type: ignore[arg-type]
+        inference = dataclasses.replace(self.inference, num_obs=num_obs)  # type: ignore[arg-type]
+        return inference.rates(dataclasses.replace(last, **frame), step)
 
     def _noise(self, state: State, chunk: Batch) -> tuple[Tensor, ...]:
         """The noise of the chunk's steps: [elements], [rows], each [K, ...]."""

@@ -116,7 +116,7 @@ class Eager:
         for k in range(steps):
             batch = chunk.slot(k)
             noise = self.noise(int(state.step), batch, state.theta.dtype)
-            rates = here.rates(state.step, self.inference.num_obs)
+            rates = self.inference.rates(here, state.step)
             state, values, norm = step(self.inference, here, self.comm, state, StepInput(noise, batch, rates))
             terms.append(values)
             norms.append(norm)
