@@ -10,7 +10,8 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoLaplaceApproximation
+from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 
 from trainer.errors import UserError, meant
@@ -33,6 +34,7 @@ from trainer.inference.guides.low_rank import LowRank
 from trainer.inference.guides.mean_field import Guide, MeanField, Noise
 from trainer.inference.guides.point import Point
 from trainer.inference.guides.pyro_guides import PyroGuide, is_autoguide, no_guide
+from trainer.inference.model.arguments import unwrapped
 from trainer.inference.model.latents import has_latents
 from trainer.inference.model.noise_mode import AtMean
 from trainer.inference.model.parameters import Parameters
@@ -119,28 +121,57 @@ def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> Gu
     if inspect.isclass(made) and is_autoguide(made):
         return OfGlobals(lambda plated, _: _of_autoguide(guide(plated.fn), plated.fn, columns, plate))
     if is_autoguide(guide):
-        return OfGlobals(lambda _plated, _batch: _of_autoguide(guide, guide.model, columns, plate))
-    return lambda plated, _: _of_callable(guide, plated.fn, tuple(columns), plate)
+        return OfGlobals(lambda plated, _: _of_autoguide(_of_model(guide, plated), guide.model, columns, plate))
+    return OfCallable(guide, tuple(columns), plate)
 
 
-def _of_callable(guide: Any, model: Any, columns: tuple[str, ...], plate: str) -> Guide:
-    """The guide of the user's ``guide``, or of what it makes of ``model``."""
-    made: Any = None
-    if _takes_a_model(guide, columns):
+@dataclass(frozen=True)
+class OfCallable:
+    """Makes the guide of the user's ``guide``, or of what it makes of the model."""
+
+    guide: Any
+    columns: tuple[str, ...]
+    plate: str
+
+    def __call__(self, plated: PlatedModel, batch: Batch) -> Guide:
+        made = self._made(plated.fn)
+        if is_autoguide(made):
+            return _of_autoguide(made, made.model, self.columns, self.plate)
+        fn = made if callable(made) else self.guide
+        return PyroGuide(PlatedModel(fn, self.columns, self.plate, what="guide"), self.plate)
+
+    def of_globals(self, model: Any) -> bool:
+        """Whether it makes one of Pyro's guides, which hold no latent of a row, of ``model``."""
+        made = self._made(model)
+        return is_autoguide(made) and not isinstance(made, AutoGuideList)
+
+    def _made(self, model: Any) -> Any:
+        """What it makes of ``model``, if it has one argument to give it, and that is not a column."""
+        if isinstance(self.guide, torch.nn.Module):
+            return None
+        taken = inspect.signature(self.guide).parameters.values()
+        needed = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+        if len(needed) != 1 or any(each.name in self.columns for each in taken):
+            return None
         with suppress(Exception), poutine.block():
-            made = guide(model)
-    if is_autoguide(made):
-        return _of_autoguide(made, made.model, columns, plate)
-    return PyroGuide(PlatedModel(made if callable(made) else guide, columns, plate, what="guide"), plate)
+            return self.guide(model)
+        return None
 
 
-def _takes_a_model(guide: Any, columns: tuple[str, ...]) -> bool:
-    """Whether a callable has one argument to give it, and that is not a column."""
-    if isinstance(guide, torch.nn.Module):
-        return False
-    taken = inspect.signature(guide).parameters.values()
-    needed = [each.name for each in taken if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
-    return len(needed) == 1 and not any(each.name in columns for each in taken)
+def _of_model(guide: AutoGuide, plated: PlatedModel) -> AutoGuide:
+    """``guide``, or its like for ``plated`` where latents of rows of its own model are integrated out."""
+    (model, handlers), fn = unwrapped(guide.model), plated.fn
+    if plated.sites is None or model is not plated.generative.fn or any(map(_hides, handlers)):
+        return guide
+    for handler in reversed(handlers):
+        fn = handler(fn)
+    made: AutoGuide = object.__new__(type(guide))  # a copy of Python's would take the model from both
+    made.__dict__ = {**guide.__dict__, "_model": (fn,), "prototype_trace": None}
+    return made
+
+
+def _hides(handler: Any) -> bool:
+    return isinstance(handler, BlockMessenger)
 
 
 def _of_autoguide(made: Any, model: Any, columns: Iterable[str], plate: str) -> Guide:
@@ -166,6 +197,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
     ``global_sites``: observed sites that may stand outside the data plate. Raises UserError for what cannot be right.
     """
     plated, of_globals = PlatedModel(model, batch.columns, plate), isinstance(guide, OfGlobals) or is_family(guide)
+    of_globals = of_globals or (isinstance(guide, OfCallable) and guide.of_globals(model))
     torch.manual_seed(seed)
     made: list[Guide] = []
     derived: list[str] = []

@@ -179,6 +179,37 @@ def test_a_discrete_guide_has_the_evidence_where_it_is_the_posterior():
     assert float(found) == pytest.approx(float(joint.logsumexp(0)), abs=1e-9)
 
 
+def of_rows(x, y):
+    b = pyro.sample("b", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(x.new_tensor(0.0), 1.0))
+        pyro.sample("y", dist.Normal(x @ b + u, 1.0), obs=y)
+
+
+GIVEN = {
+    "a class": autoguide.AutoNormal,
+    "an instance": autoguide.AutoNormal(of_rows),
+    "an instance of a part": autoguide.AutoNormal(poutine.block(of_rows, hide=["u"])),
+    "a function of the model": lambda model: autoguide.AutoNormal(model),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_however_it_is_given_it_holds_the_globals_and_rows_are_integrated(given):
+    inference, theta = made(GIVEN[given], of_rows, DATA)
+    assert inference.model.sites is not None
+    assert {site.name for site in inference.model.sites.continuous} == {"u"}
+    assert inference.guide.noise_size == (2, 0)
+    noise = noise_of(torch.full((1, 1, 2), 0.3, dtype=F64))
+    found = inference.terms(torch.tensor([0.2, -0.1, -1.0, 0.5], dtype=F64), noise, one_group(**DATA), 1.0)
+    scales = torch.nn.functional.softplus(torch.tensor([-1.0, 0.5], dtype=F64))
+    b = torch.tensor([0.2, -0.1], dtype=F64) + 0.3 * scales
+    rows = dist.Normal(DATA["x"] @ b, math.sqrt(2.0)).log_prob(DATA["y"]).sum()
+    ratio = dist.Normal(0.0, 1.0).log_prob(b) - dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.3)) + scales.log()
+    assert float(found.sum()) == pytest.approx(float(rows + ratio.sum()), abs=1e-9)
+    assert len(theta) == 4
+
+
 # Laplace's approximation of a normal posterior is that posterior.
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import _bound_partial, _context_wrap
+from pyro.poutine.messenger import Messenger, _bound_partial, _context_wrap
 
 from trainer.errors import UserError, meant, shortened
 
@@ -18,7 +18,7 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model
     Raises UserError for a required argument that is not a column.
     """
     columns = tuple(columns)
-    fn = _unwrapped(fn)
+    fn, _ = unwrapped(fn)
     call = fn.forward if isinstance(fn, torch.nn.Module) else fn
     taken: list[str] = []
     for name, parameter in inspect.signature(call).parameters.items():
@@ -42,14 +42,19 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model
 
 def left_at_default(fn: Callable[..., Any], columns: Iterable[str]) -> list[str]:
     """The arguments of ``fn`` with None for a default that are no columns."""
-    fn = _unwrapped(fn)
+    fn, _ = unwrapped(fn)
     call = fn.forward if isinstance(fn, torch.nn.Module) else fn
     found = inspect.signature(call).parameters.values()
     return [each.name for each in found if each.default is None and each.name not in set(columns)]
 
 
-def _unwrapped(fn: Any) -> Any:
-    """What handlers of `pyro.poutine` were put around."""
+def unwrapped(fn: Any) -> tuple[Any, list[Messenger]]:
+    """What handlers of `pyro.poutine` were put around, and these, the last one first."""
+    handlers = []
     while isinstance(fn, _bound_partial) or (isinstance(fn, partial) and fn.func is _context_wrap):
-        fn = fn.func if isinstance(fn, _bound_partial) else fn.args[1]
-    return fn
+        if isinstance(fn, _bound_partial):
+            fn = fn.func
+        else:
+            handlers.append(fn.args[0])
+            fn = fn.args[1]
+    return fn, handlers
