@@ -176,6 +176,8 @@ def test_what_conf_says_is_what_a_record_takes():
         ("start=bogus", "start=bogus must be laplace or zero."),
         ("objective.kl=foo", "objective.kl=foo must be analytic, monte_carlo or sticking_the_landing."),
         ("objective.kl_weight=2", "objective.kl_weight=2 must be a number from 0 to 1."),
+        ("objective=renyi objective.alpha=2", "objective.alpha=2 must be a number from 0 to 1."),
+        ("objective=iw objective.draws=0", "objective.draws=0 must be a whole number from 1 to 10,000."),
         ("objective.kl_warmup=0", "objective.kl_warmup=0 must be a whole number from 1 up."),
         ("optimizer.lr=-1", "optimizer.lr=-1 must be a number above 0, or null."),
         ("rounds=2.5", "rounds=2.5 must be a whole number from 1 to 30."),

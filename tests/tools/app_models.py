@@ -72,6 +72,13 @@ def with_arguments(x, y=None, prior_sd=1.0):
         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
 
+def with_parameter(x, y=None):
+    bias = pyro.param("bias", lambda: torch.zeros(()))
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[-1]]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w + bias, 1.0), obs=y)
+
+
 def own_guide(x, y=None):
     loc = pyro.param("w_loc", lambda: torch.zeros(x.shape[-1]))
     scale = pyro.param("w_scale", lambda: torch.full((x.shape[-1],), 0.1), constraint=dist.constraints.positive)

@@ -193,6 +193,11 @@ def test_options_of_the_guide_hold_over_a_loader(tmp_path):
     [
         ({}, DataLoader(Rows(10), 5), r"num_obs= is missing"),
         ({"num_obs": 10}, DataLoader([torch.zeros(2)] * 10, 5), r"gives Tensor where dicts of tensors belong"),
+        (
+            {"num_obs": 10, "options": {"objective": "iw"}},
+            DataLoader(Rows(10), 10),
+            r"objective=renyi weights draws by all rows, and a loader's batch has some: leave objective=elbo",
+        ),
     ],
 )
 def test_what_cannot_be_has_a_sentence(tmp_path, options, loader, said):

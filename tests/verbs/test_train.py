@@ -350,12 +350,31 @@ def test_a_warmup_of_the_kl_resumes_bit_for_bit_and_is_judged_after_it(fit, tmp_
     ("options", "sentence"),
     [
         ("max_steps=60 objective.kl_weight=0.5 objective.kl_warmup=60", "objective.kl_warmup=60 must be at most 49, "),
-        ("objective.kl_weight=0.5 objective.kl_warmup=9 estimator=anchor", "which objective.kl_weight= changes"),
+        ("objective.kl_weight=0.5 objective.kl_warmup=9 estimator=anchor", "has the gradient of the ELBO"),
+        ("objective=iw", "objective=renyi weights draws by all rows, and an epoch has 11 steps: give batch_size="),
+        ("objective=iw batch_size=4096 draws=2", "and a step has 2 draws: give batch_size="),
+        ("objective=iw batch_size=4096 estimator=anchor", "has the gradient of the ELBO"),
+        ("objective=renyi model._target_=app_models.VAE", "and the guide draws latents of rows: leave objective=elbo."),
+        ("objective=renyi guide=point", "and the guide draws nothing: leave objective=elbo."),
+        ("objective=iw batch_size=4096 model._target_=app_models.with_parameter", "set objective.doubly=false."),
     ],
 )
-def test_a_warmup_that_cannot_be_is_refused(fit, options, sentence):
+def test_an_objective_that_cannot_be_is_refused(fit, options, sentence):
     with pytest.raises(UserError, match=sentence):
         fit(*options.split(), "start=zero")
+
+
+@pytest.mark.parametrize("options", ["objective=iw objective.draws=4", "objective=renyi objective.alpha=0.3"])
+def test_bounds_of_several_draws_end_at_the_posterior_and_report_the_elbo(fit, tmp_path, options, capsys):
+    """Of a nearly Gaussian posterior, so that all bounds have nearly the same optimum."""
+    common = ("batch_size=4096", "max_steps=450", "rounds=2")
+    plain, found = fit(*common, run_dir=tmp_path / "plain"), fit(*common, *options.split(), run_dir=tmp_path / "found")
+    for one, other in zip(summary(found), summary(plain), strict=True):
+        assert abs(float(one["mean"]) - float(other["mean"])) < 0.15 * float(other["sd"])
+        assert float(one["sd"]) == pytest.approx(float(other["sd"]), rel=0.1)
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in (found, plain))
+    assert first["elbo"] == pytest.approx(second["elbo"], abs=0.3)
+    assert (first["steps"], first["stop_reason"], second["stop_reason"]) == (450, "budget", "converged")
 
 
 def test_a_table_is_packed_on_the_fly_once(fit, table, tmp_path, capsys):

@@ -135,7 +135,7 @@ def step(
         return terms.detach(), grad
 
     terms, grad = gradient(state.theta)
-    if preconditioner is not None:
+    if preconditioner is not None and inference.objective.is_elbo:  # the noise of the ELBO's gradient
         view = inference.gaussian
         assert view is not None
         chance = view.covariance.by_chance(preconditioner.curvature, state.theta, noise.elements, share)

@@ -61,9 +61,10 @@ def program(node: DictConfig) -> ProgramFactory:
     return made
 
 
-def objective(node: DictConfig, pairs: int) -> Objective:
-    """The objective, of so many ``pairs`` of draws."""
-    made: Objective = make(node, partial=True)(pairs=pairs)
+def objective(node: DictConfig, pairs: int = 1) -> Objective:
+    """The objective, of so many ``pairs`` of draws where the config leaves their number open."""
+    options = {"pairs": pairs} if "pairs" in node and node.pairs is None else {}
+    made: Objective = make(node, partial=True)(**options)
     return made
 
 

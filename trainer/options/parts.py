@@ -69,6 +69,13 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Renyi:
+    alpha: Annotated[float, Range(0, 1)]
+    draws: Annotated[int, Range(1, 10_000)]
+    doubly: bool
+
+
+@dataclass(frozen=True)
 class Gaussian:
     init_scale: Positive
 
@@ -189,6 +196,7 @@ RECORDS: dict[str, type] = {
     "trainer.inference.programs.fused.Fused": Nothing,
     "trainer.inference.programs.local_steps.LocalSteps": LocalSteps,
     "trainer.inference.objectives.elbo.ELBO": Objective,
+    "trainer.inference.objectives.renyi.Renyi": Renyi,
     "trainer.inference.guides.mean_field.MeanField": Gaussian,
     "trainer.inference.guides.full_rank.FullRank": Gaussian,
     "trainer.inference.guides.block.Block": Gaussian,

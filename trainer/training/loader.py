@@ -30,6 +30,7 @@ from trainer.posterior.tensors import as_type
 from trainer.training import resume
 from trainer.training.budget import optimizer_of, refuse_long_warmup, update_of
 from trainer.training.first_rows import one_group
+from trainer.training.objectives import title
 from trainer.training.precision import in_its_precision
 from trainer.training.prepare import Context, Given, guide_of, problem_of
 
@@ -98,6 +99,11 @@ def begun(
     plan = _Steps(int(batches) if math.isfinite(batches) else int(cfg.max_steps or 1))
     update = update_of(cfg, plan, whitened, 0, resume.begun(saved))
     refuse_long_warmup(inference.objective, update)
+    if not inference.objective.is_elbo:
+        raise UserError(
+            f"{title(inference.objective)} weights draws by all rows, and a loader's batch has some: leave "
+            "objective=elbo."
+        )
     fresh = update.init(*start)
     size = context.world.size
     choice = PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader")
@@ -141,7 +147,7 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
         guide_of(cfg, given, given.model, columns),
         rows,
         num_obs,
-        build.objective(cfg.objective, cfg.objective.pairs or 1),
+        build.objective(cfg.objective),
         plate=cfg.plate,
         global_sites=cfg.global_sites,
         seed=cfg.seed,

@@ -32,6 +32,7 @@ from trainer.training import resume, weights
 from trainer.training.budget import optimizer_of, refuse_long_warmup, update_of
 from trainer.training.columns import precision_lines, refuse_mixed_numbers, refuse_spared
 from trainer.training.first_rows import first_pass, first_rows, sample_of
+from trainer.training.objectives import refuse_parts, refuse_weighted_draws
 from trainer.training.precision import in_its_precision
 
 _CHECK_ROWS = 1024
@@ -99,6 +100,9 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
         *precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()),
     ):
         say(line)
+    if not inference.objective.is_elbo:
+        refuse_weighted_draws(inference, theta, first_rows(folder, inference.model.arguments))
+        refuse_parts(inference.objective, plan.steps_per_epoch, choice.draws)
     began, first = time.monotonic(), first_rows(folder, inference.model.arguments)
     checked = first_pass(folder, first, splits.held_out, inference, theta, plan.step_after(1.0))
     sample = sample_of(first, inference.model.copies)
@@ -111,7 +115,7 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
     cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, whitened))
     update = update_of(cfg, plan, whitened, _anchored(cfg, inference), resume.begun(saved))
     refuse_long_warmup(inference.objective, update)
-    if cfg.objective.pairs is None and update.anchored:  # the rows' noise is gone, so that of the draws counts
+    if update.anchored and cfg.objective.pairs is None:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=build.objective(cfg.objective, 2))
     fresh = update.init(*start)
     record = TrainState(problem_of(cfg, choice, inference, update, context.world), time.monotonic() - began)
@@ -165,8 +169,7 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
     present = [column.name for column in folder.index.columns if column.name != "row_id"]
     columns = tuple(weights.shown_to_model(cfg.weight, folder.index, user_model, present))
     factory = guide_of(cfg, given, user_model, columns)
-    pairs = cfg.objective.pairs or 1
-    objective = build.objective(cfg.objective, pairs)
+    objective = build.objective(cfg.objective)
     dtype = torch.get_default_dtype()
     rows = {n: to_tensor(folder.read_block(0, n)[:_CHECK_ROWS], dtype) for n in (*columns, "row_id")}
     batch = Batch.whole({name: rows[name] for name in columns}, rows["row_id"], folder.num_rows)
@@ -197,9 +200,9 @@ def _anchored(cfg: Train, inference: Inference) -> int:
     """How many locations are anchored."""
     if cfg.estimator == "plain":
         return 0
-    if inference.objective.warmup:
+    if inference.objective.warmup or not inference.objective.is_elbo:
         raise UserError(
-            "estimator=anchor has the gradient of the ELBO, which objective.kl_weight= changes: leave estimator=plain."
+            "estimator=anchor has the gradient of the ELBO, and objective= another one: leave estimator=plain."
         )
     view, each_step = inference.gaussian, int(cfg.program.get("sync_every", 1)) == 1
     if view is None or inference.guide.noise_size[1] or not each_step:

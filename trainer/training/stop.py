@@ -88,7 +88,8 @@ class Stop(Callback):
 
     def _judged(self, trainer: pl.Trainer, module: ChunkModule) -> None:
         here, average = module.update.at(module.step - 1), module.theta.cpu()
-        if here.average_from < module.inference.objective.warmup:  # it is no estimate of the ELBO's optimum
+        objective = module.inference.objective
+        if not objective.is_elbo or here.average_from < objective.warmup:  # no estimate of the ELBO's optimum
             module.state = module.state._replace(theta=module.theta.clone())
             return
         ends = segment_ends(here, self.epoch, module.program.sync_every)

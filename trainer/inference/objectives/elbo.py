@@ -35,6 +35,7 @@ class ELBO:
     """The weight of the KL terms at step 0, in training alone; from there it rises in a line to 1."""
     kl_warmup: int = 1000
     """Steps until it is 1."""
+    is_elbo = True
 
     @property
     def warmup(self) -> int:

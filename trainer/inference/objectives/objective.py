@@ -1,6 +1,9 @@
 """What an objective is: how all draws of a step become named terms, whose sum is what training raises.
 
-Every term is in full-data nats; division by N happens once, in `trainer.inference.step`. Shapes: B rows of a group.
+The terms are the ELBO's whatever is raised: another objective changes their gradient, not their value, so that what is
+logged is the ELBO. Every term is in full-data nats; division by N happens once, in `trainer.inference.step`.
+
+Shapes: B rows of a group.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,6 +51,11 @@ class Objective(Protocol):
     @property
     def signs(self) -> tuple[float, ...]:
         """What each draw's noise is multiplied by, an evaluation each."""
+        ...
+
+    @property
+    def is_elbo(self) -> bool:
+        """Whether the ELBO is what training raises, a ``warmup`` aside; the terms are always the ELBO's."""
         ...
 
     @property
