@@ -346,3 +346,42 @@ def test_what_globals_alone_decide_asks_for_no_density_of_a_row(monkeypatch):
     monkeypatch.setattr(Marginal, "log_density", lambda *_: pytest.fail("a density of the rows"))
     drawn = latent_draws(inference, theta, Batch.whole({"y": Y[:, 0]}), 0, range(3))
     assert {name: value.shape for name, value in drawn.items()} == {"weights": (3, 3), "means": (3, 3)}
+
+
+def counts(y):
+    w = pyro.sample("w", dist.Normal(0 * ONE, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Poisson((w + pyro.sample("u", dist.Normal(0 * ONE, 1.0))).exp()), obs=y)
+
+
+def mixed_up(y):
+    """Gaussian given a class that is summed out."""
+    w = pyro.sample("w", dist.Normal(0 * ONE, 1.0))
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.Bernoulli(0.5 * ONE))
+        pyro.sample("y", dist.Normal(pyro.sample("u", dist.Normal(w, 1.0)) + k, 1.0), obs=y)
+
+
+SEEN = {
+    "factors": (factors, Y, True),
+    "counts": (counts, Y[:, 0].abs().round(), False),
+    "mixed up": (mixed_up, Y[:, 0], False),
+}
+
+
+@pytest.mark.parametrize(("model", "y", "gaussian"), SEEN.values(), ids=SEEN)
+def test_gaussian_rows_are_found_and_take_no_copies(model, y, gaussian):
+    found = without_latents_of_rows(PlatedModel(model, ("y",)), Batch.whole({"y": y}))
+    assert found.fn.gaussian is gaussian
+    assert found.copies == (1 if gaussian else 9)
+
+
+def test_gaussian_rows_of_many_numbers_are_exact():
+    """Where 16 even points would not be."""
+    inference, theta = build(factors, num_obs=N, y=Y)
+    noise = torch.randn(1, 1, 12, dtype=F64, generator=GENERATOR)
+    found = inference.terms(theta, noise_of(noise), one_group(y=Y), 1.0)[list(inference.sites).index("y")]
+    loadings = (theta[:12] + theta[12:].exp() * noise.flatten()).view(3, 4)
+    covariance = loadings.T @ loadings + 0.25 * torch.eye(4, dtype=F64)
+    want = dist.MultivariateNormal(torch.zeros(4, dtype=F64), covariance).log_prob(Y).sum()
+    assert float(found.detach()) == pytest.approx(float(want), abs=1e-9)

@@ -26,7 +26,7 @@ LogDensity = Callable[[Tensor], Tensor]
 _LOG_2PI = math.log(2 * math.pi)
 _STEPS = 8
 _LONGEST = 3.0  # a Newton step, in each number
-_LEAST = 1e-3  # curvature
+_LEAST, _NONE = 1e-3, 1e-6  # curvature that is taken for none, and what is taken for it
 _GRID = 2  # numbers for which nodes are a grid
 
 
@@ -98,6 +98,26 @@ def log_integral(f: LogDensity, normal: Normal, nodes: Nodes) -> Tensor:
     return torch.logsumexp(values + weights[:, None], 0) + normal.log_volume
 
 
+def log_gaussian_integral(still: LogDensity, f: LogDensity, start: Tensor) -> Tensor:
+    """`log_integral` where exp f is a Gaussian's density in u up to a factor: exact, and so are all its derivatives.
+
+    From the value, gradient and Hessian at a point, which is held fixed: the mode of ``still``, which is f without what
+    it depends on, so that nothing cancels.
+    """
+    gradient, hessian = _derivatives(still, start)
+    factor = _factor(hessian, least=None)
+    u = start + _backward(factor, _forward(factor, gradient))
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = u.detach().requires_grad_()
+        value = f(at)
+        (gradient,) = torch.autograd.grad(value.sum(), at, create_graph=True)
+        hessian = -_by_number(gradient, at, differentiated).movedim(0, 1)
+        normal = Normal(at, _factor(hessian, least=None))
+        found = value + 0.5 * (_forward(normal.factor, gradient) ** 2).sum(1) + normal.log_volume
+    return found if differentiated else found.detach()
+
+
 def _derivatives(f: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient [B, d] and minus the Hessian [B, d, d]. Rows do not meet: a sum over them gives each one's."""
     size = u.shape[1]
@@ -108,21 +128,22 @@ def _derivatives(f: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
     return gradient.detach(), -hessian.detach().movedim(0, 1)
 
 
-def _by_number(gradient: Tensor, at: Tensor) -> Tensor:
+def _by_number(gradient: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
     """[d, B, d]: the derivative of each number's ``gradient`` [B, d], all together where that is possible."""
     size = at.shape[1]
+    options = {"retain_graph": True, "create_graph": create_graph}
     unit = torch.eye(size, dtype=at.dtype, device=at.device)[:, None].expand(-1, *at.shape)
     if size > 1:
         try:
             with silent_vmap():
-                return torch.autograd.grad(gradient, at, unit, retain_graph=True, is_grads_batched=True)[0]
+                return torch.autograd.grad(gradient, at, unit, is_grads_batched=True, **options)[0]
         except RuntimeError:  # an operation that cannot be batched
             pass
-    return torch.stack([torch.autograd.grad(gradient, at, each, retain_graph=True)[0] for each in unit])
+    return torch.stack([torch.autograd.grad(gradient, at, each, **options)[0] for each in unit])
 
 
-def _factor(matrix: Tensor) -> Tensor:
-    """The lower Cholesky factor [B, d, d]; a pivot that is not positive becomes a small one."""
+def _factor(matrix: Tensor, least: float | None = _LEAST) -> Tensor:
+    """The lower Cholesky factor [B, d, d]; a pivot that is not positive becomes ``least`` (None: not a number)."""
     size = matrix.shape[1]
     columns: list[Tensor] = []
     for j in range(size):
@@ -130,7 +151,8 @@ def _factor(matrix: Tensor) -> Tensor:
         if columns:
             known = torch.stack(columns, 2)
             column = column - (known[:, j:] * known[:, j, None]).sum(2)
-        pivot = column[:, :1].clamp(min=_LEAST).sqrt()
+        pivot = column[:, :1]
+        pivot = (pivot if least is None else torch.where(pivot > _NONE, pivot, least)).sqrt()
         columns.append(pad(torch.cat([pivot, column[:, 1:] / pivot], 1), (j, 0)))
     return torch.stack(columns, 2)
 

@@ -31,13 +31,14 @@ from trainer.inference.model.latents import (
     masked,
 )
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
-from trainer.inference.rows.integral import Nodes, around_the_mode, log_integral, nodes_of
+from trainer.inference.rows.integral import Nodes, around_the_mode, log_gaussian_integral, log_integral, nodes_of
+from trainer.inference.rows.quadratic import is_quadratic
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
 from trainer.inference.rows.sums import NONE, Enumerated, summed_out
 
 Columns = Mapping[str, Any]
 Globals = dict[str, Tensor]
-_EVALUATIONS = 20  # of the model, for the modes and the integrals of the rows
+_EVALUATIONS, _OF_A_GAUSSIAN = 20, 5  # of the model, for the modes and the integrals of the rows
 
 
 class Marginal:
@@ -52,6 +53,8 @@ class Marginal:
         self.nodes = nodes_of(sites.size, nodes, draws, torch.zeros((), dtype=torch.float64))
         self.site = "+".join(sites.observed)
         """The site that stands for the observed ones."""
+        self.gaussian = False
+        """Whether the integral is known in closed form."""
 
     def __call__(self, **columns: Any) -> None:
         density = self.log_density(columns, self.of_globals(**columns))
@@ -70,11 +73,25 @@ class Marginal:
         """log p(y_i | z) [B] at the latents ``at`` outside the data plate."""
         if not self.sites.continuous:
             return self.joint(columns, at)
-        still, rows = {name: value.detach() for name, value in at.items()}, rows_of(columns)
-        start = torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
+        still, start = {name: value.detach() for name, value in at.items()}, self._zeros(rows_of(columns))
+        if self.gaussian:
+            return log_gaussian_integral(
+                lambda u: self.joint(columns, still, u), lambda u: self.joint(columns, at, u), start
+            )
         normal = around_the_mode(lambda u: self.joint(columns, still, u), start)
         nodes = Nodes(self.nodes.at.to(start), self.nodes.log_weights.to(start))
         return log_integral(lambda u: self.joint(columns, at, u), normal, nodes)
+
+    def look(self, columns: Columns) -> None:
+        """Finds out whether the rows' densities are Gaussian in their own numbers."""
+        if self.sites.continuous and not self.sites.discrete:
+            rows = rows_of(columns)
+            with AtZero(rows.dtype, rows.valid.device), poutine.block():
+                at = self.of_globals(**columns)
+                self.gaussian = is_quadratic(lambda u: self.joint(columns, at, u), self._zeros(rows))
+
+    def _zeros(self, rows: Batch) -> Tensor:
+        return torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
 
     def joint(self, columns: Columns, at: Globals, u: Tensor | None = None) -> Tensor:
         """log p(y_i, u_i | z) [B], discrete latents summed out; [S B] for the rows' ``u`` [S B, d] S times over."""
@@ -123,7 +140,9 @@ class MarginalModel(PlatedModel):
     def __init__(self, model: PlatedModel, batch: Batch, sites: RowSites):
         marginal = Marginal(model.fn, model.plate, sites)
         super().__init__(marginal, batch.columns, model.plate, like=model.fn)
-        self.sites, self._copies = sites, len(marginal.nodes.at)
+        marginal.look({name: batch.columns[name] for name in self.own if name in batch.columns})
+        self.sites, self._copies = sites, 1 if marginal.gaussian else len(marginal.nodes.at)
+        self._evaluations = 1 if not sites.continuous else _OF_A_GAUSSIAN if marginal.gaussian else _EVALUATIONS
         self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
         self._generative, self._at_first = (
             model,
@@ -132,7 +151,7 @@ class MarginalModel(PlatedModel):
 
     @property
     def evaluations(self) -> int:
-        return _EVALUATIONS if self.sites.continuous else 1
+        return self._evaluations
 
     @property
     def copies(self) -> int:
