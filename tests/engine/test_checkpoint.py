@@ -43,7 +43,8 @@ def test_what_is_saved_comes_back(kind, tmp_path):
 def test_one_of_format_1_held_the_tensors_in_this_order(kind):
     state = state_of(*kind)
     own = [state.step, state.theta, state.average, state.averaged, *state.moments.values()]
-    old = [*own, *(state.preconditioner or ()), *(state.snapshot or ())]
+    parts = [*(state.preconditioner or ()), *(state.snapshot or ())]
+    old = [*own, *(part for part in parts if part is not None)]
     again, record = unpacked({"format": 1, "state": old, "facts": {"told": 1}}, "it")
     assert same(state, again)
     assert record == {"told": 1}
