@@ -233,7 +233,7 @@ def test_agreement_between_seeds_by_hand():
             {"options": {"optimizer": "adan"}},
             "optimizer=adan is unknown",
         ),
-        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"guide": "full_rank"}, "guide=full_rank is unknown"),
+        ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"guide": "fullrank"}, "guide=fullrank is unknown"),
         ({"x": np.ones((4, 3)), "y": np.ones(4)}, {"seeds": 0}, "seeds=0 must be a whole number from 1 up"),
     ],
 )

@@ -6,6 +6,7 @@ free: all but the covariance of the guide; D latents, m directions, R pairs of d
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,7 +40,10 @@ def start_of(
     """
     found = laplace_start(inference, theta, rows, say, seed)
     made, preconditioner = (theta, None) if found is None else found
-    return off_saddle(inference, theta, rows, seed, say) if made is theta else made, preconditioner
+    if made is theta:
+        with suppress(NotImplementedError):  # an operation without a second derivative
+            made = off_saddle(inference, theta, rows, seed, say)
+    return made, preconditioner
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,13 @@ def falls_at(inference: Inference, theta: Tensor, rows: Batch, seed: int) -> Ten
     problem = sampled(inference, theta, rows)
     if problem is None:
         return theta.new_zeros(0, len(theta))
-    with in_dtype(float_type(inference)), torch.enable_grad():
+    with suppress(NotImplementedError):  # an operation without a second derivative
+        return _confirmed(problem, seed)
+    return problem.at.new_zeros(0, len(problem.at))
+
+
+def _confirmed(problem: Sampled, seed: int) -> Tensor:
+    with in_dtype(float_type(problem.inference)), torch.enable_grad():
         at, scale = problem.at, problem.scale
         loss = problem.elbo(seed, problem.pairs(8))
         if problem.view.size <= problem.view.covariance.most:
