@@ -81,5 +81,5 @@ def test_another_guide_has_no_table_of_parameters(tmp_path):
     data = {"x": np.random.default_rng(0).normal(size=(40, 2)), "group": np.arange(40) % 3, "y": np.zeros(40)}
     options = {"program": "eager", "slots": 64}
     posterior = fit_here(by_group, data, AutoNormal, max_steps=2, progress=False, options=options)
-    with pytest.raises(UserError, match="only the mean-field guide"):
+    with pytest.raises(UserError, match="only a Gaussian guide"):
         save_guide(posterior, tmp_path / "guide.safetensors")
