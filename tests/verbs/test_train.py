@@ -313,14 +313,19 @@ def test_an_anchored_run_keeps_its_anchor_beyond_a_round(fit, tmp_path):
         assert float(anchored["sd"]) == pytest.approx(float(plain["sd"]), rel=0.02)
 
 
+def cut_back_to_step_50(run_dir):
+    """Leaves what a run had kept that was killed after step 50."""
+    for newer in (run_dir / "checkpoints").glob("*"):
+        if "000000050" not in newer.name:
+            newer.unlink()
+    (run_dir / "metrics.json").unlink()
+
+
 def test_an_anchored_run_resumes_bit_for_bit(fit, tmp_path):
     """The anchor is in the checkpoint: a run cut in the middle of an epoch goes on with it."""
     options = ("max_steps=60", "start=zero", "estimator=anchor", "rounds=1", "checkpoint.every_n_steps=25")
     whole, cut = fit(*options, run_dir=tmp_path / "whole"), fit(*options, run_dir=tmp_path / "cut")
-    for newer in (cut / "checkpoints").glob("*"):
-        if "000000050" not in newer.name:
-            newer.unlink()
-    (cut / "metrics.json").unlink()
+    cut_back_to_step_50(cut)
     fit(*options, "ckpt_path=last", run_dir=cut)
     for one, other in zip(tensors(final_state(whole)[0]), tensors(final_state(cut)[0]), strict=True):
         assert torch.equal(one, other)
@@ -334,10 +339,7 @@ def test_a_warmup_of_the_kl_resumes_bit_for_bit_and_is_judged_after_it(fit, tmp_
     options = (*options, "checkpoint.every_n_steps=50", "checkpoint.keep_last=20")
     whole, cut = fit(*options, run_dir=tmp_path / "whole"), fit(*options, run_dir=tmp_path / "cut")
     assert capsys.readouterr().out.count("converged at step 450:") == 2  # not at 150, within the warm-up
-    for newer in (cut / "checkpoints").glob("*"):
-        if "000000050" not in newer.name:
-            newer.unlink()
-    (cut / "metrics.json").unlink()
+    cut_back_to_step_50(cut)
     fit(*options, "ckpt_path=last", run_dir=cut)
     for one, other in zip(tensors(final_state(whole)[0]), tensors(final_state(cut)[0]), strict=True):
         assert torch.equal(one, other)

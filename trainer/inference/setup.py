@@ -80,6 +80,9 @@ class OfGlobals:
     make: GuideFactory
     can_be_empty: bool = False
 
+    def of_globals(self, model: Any) -> bool:
+        return True
+
     def __call__(self, plated: PlatedModel, batch: Batch) -> Guide:
         if plated.sites is not None and not self.can_be_empty and not has_latents(plated, batch):
             raise UserError(_OF_ROWS_ALONE)
@@ -123,6 +126,12 @@ def guide_factory(guide: Any, columns: Iterable[str], plate: str = "data") -> Gu
     if is_autoguide(guide):
         return OfGlobals(lambda plated, _: _of_autoguide(_of_model(guide, plated), guide.model, columns, plate))
     return OfCallable(guide, tuple(columns), plate)
+
+
+def _is_of_globals(guide: GuideFactory, model: Any) -> bool:
+    """Whether it makes a guide that holds no latent of a row of ``model``."""
+    told = getattr(guide, "of_globals", None)
+    return is_family(guide) or (told is not None and told(model))
 
 
 @dataclass(frozen=True)
@@ -196,8 +205,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
 
     ``global_sites``: observed sites that may stand outside the data plate. Raises UserError for what cannot be right.
     """
-    plated, of_globals = PlatedModel(model, batch.columns, plate), isinstance(guide, OfGlobals) or is_family(guide)
-    of_globals = of_globals or (isinstance(guide, OfCallable) and guide.of_globals(model))
+    plated, of_globals = PlatedModel(model, batch.columns, plate), _is_of_globals(guide, model)
     torch.manual_seed(seed)
     made: list[Guide] = []
     derived: list[str] = []
@@ -241,10 +249,9 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
 
 def _computes_wide(evaluate: Callable[..., Any], batch: Batch) -> bool:
     """Whether the model can be evaluated in float64: not where a matrix of its own is float32."""
-    columns = {name: c.double() if c.is_floating_point() else c for name, c in batch.columns.items()}
     try:
         with in_dtype(torch.float64), torch.no_grad(), torch.random.fork_rng(devices=()):
-            evaluate(batch._replace(columns=columns), torch.float64)
+            evaluate(batch.floats_as(torch.float64), torch.float64)
     except RuntimeError:
         return False
     return True

@@ -201,19 +201,6 @@ class Inspect:
 
 
 @dataclass(frozen=True)
-class Predict:
-    run: str
-    data: Data
-    out: str
-    draws: Draws
-    quantiles: tuple[Within, ...]
-    seed: Seed
-    latents: Literal["auto", "posterior", "prior"]
-    allow: Names
-    debug: bool
-
-
-@dataclass(frozen=True)
 class Latents:
     run: str
     data: Data
@@ -223,6 +210,11 @@ class Latents:
     seed: Seed
     allow: Names
     debug: bool
+
+
+@dataclass(frozen=True)
+class Predict(Latents):
+    latents: Literal["auto", "posterior", "prior"]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from trainer.errors import UserError
 from trainer.inference.guides.mean_field import KL, Draw, Guide, Noise
 from trainer.inference.model.latents import AtZero, Site, is_discrete, is_latent, total_log_prob
 from trainer.inference.model.plates import Batch, PlatedModel, inside
-from trainer.inference.rows.sites import AtFirst, states_of
+from trainer.inference.rows.sites import AtFirst, every_state
 
 _MOST = 4096
 
@@ -62,7 +62,7 @@ def state_sites(trace: poutine.Trace, plate: str) -> tuple[StateSite, ...]:
     for site in trace.nodes.values():
         if is_latent(site) and is_discrete(site["fn"]) and not inside(site, plate):
             fn: Any = site["fn"]
-            states = states_of(str(site["name"]), fn)
+            states = every_state(str(site["name"]), fn)
             found.append(StateSite(str(site["name"]), states.reshape(-1, *fn.event_shape), tuple(fn.batch_shape)))
     joint = math.prod(len(site.states) ** site.size for site in found)
     if joint > _MOST:

@@ -1,7 +1,7 @@
 """The columns that a model or guide takes: the arguments of its signature, under whatever handlers are around it."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,8 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model
     Raises UserError for a required argument that is not a column.
     """
     columns = tuple(columns)
-    fn, _ = unwrapped(fn)
-    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
     taken: list[str] = []
-    for name, parameter in inspect.signature(call).parameters.items():
+    for name, parameter in _parameters(fn).items():
         if parameter.kind is parameter.VAR_KEYWORD:
             return tuple(dict.fromkeys([*taken, *columns]))
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -42,10 +40,14 @@ def arguments(fn: Callable[..., Any], columns: Iterable[str], what: str = "model
 
 def left_at_default(fn: Callable[..., Any], columns: Iterable[str]) -> list[str]:
     """The arguments of ``fn`` with None for a default that are no columns."""
-    fn, _ = unwrapped(fn)
-    call = fn.forward if isinstance(fn, torch.nn.Module) else fn
-    found = inspect.signature(call).parameters.values()
+    found = _parameters(fn).values()
     return [each.name for each in found if each.default is None and each.name not in set(columns)]
+
+
+def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Of its signature, by name."""
+    fn, _ = unwrapped(fn)
+    return inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn).parameters
 
 
 def unwrapped(fn: Any) -> tuple[Any, list[Messenger]]:

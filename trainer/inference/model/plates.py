@@ -88,6 +88,11 @@ class Batch(NamedTuple):
         columns = {name: column[index] for name, column in self.columns.items()}
         return Batch.whole(columns, None if self.row_id is None else self.row_id[index])
 
+    def floats_as(self, dtype: torch.dtype) -> "Batch":
+        """With its floating columns in ``dtype``."""
+        columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in self.columns.items()}
+        return self._replace(columns=columns)
+
     @property
     def dtype(self) -> torch.dtype:
         """float64 where a column is, else torch's default."""

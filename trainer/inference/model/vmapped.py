@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+CANNOT_BE_BATCHED = (RuntimeError, ValueError, NotImplementedError, IndexError)
+"""What an operation of a model says that vmap cannot take."""
+
 
 @contextmanager
 def silent_vmap() -> Iterator[None]:

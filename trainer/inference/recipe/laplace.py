@@ -190,13 +190,12 @@ def _minus_terms(inference: Inference, kl: KL, rows: Batch, loc: Tensor, log_sca
     """Minus the ELBO's terms [S] (nats) at one draw, in float64."""
     dtype = _dtype(inference)
     problem = replace(inference, objective=ELBO(kl, antithetic=False))
-    columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in rows.columns.items()}
     view = inference.gaussian
     assert view is not None
     theta = view.theta(loc.to(dtype), log_scale.to(dtype))
     padded = torch.nn.functional.pad(eps, (0, view.covariance.normals - len(eps)))  # those of factors are of no use
     noise = StepNoise(padded[None, None].to(dtype), None, ((0,),))
-    return -problem.terms(theta, noise, rows._replace(columns=columns), share=1.0)
+    return -problem.terms(theta, noise, rows.floats_as(dtype), share=1.0)
 
 
 def _factor(hessian: Tensor, scale: Tensor) -> Tensor:

@@ -105,8 +105,7 @@ class Sampled:
 
     def _loss(self, eps: Tensor, objective: ELBO, likelihood: bool) -> Loss:
         problem, dtype = replace(self.inference, objective=objective), float_type(self.inference)
-        columns = {n: c.to(dtype) if c.is_floating_point() else c for n, c in self.rows.columns.items()}
-        rows = self.rows._replace(columns=columns)
+        rows = self.rows.floats_as(dtype)
         noise = StepNoise(eps[None].to(dtype), None, ((0,) * len(eps),))
         counted = [n for n, kind in enumerate(self.inference.kinds) if kind == "likelihood" or not likelihood]
 

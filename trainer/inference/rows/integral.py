@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.quasirandom import SobolEngine
 
-from trainer.inference.model.vmapped import silent_vmap
+from trainer.inference.model.vmapped import CANNOT_BE_BATCHED, silent_vmap
 
 LogDensity = Callable[[Tensor], Tensor]
 """Of u [B, d], that of each row [B], up to its integral; of [S B, d], which are these rows S times over, [S B]."""
@@ -48,10 +48,16 @@ def nodes_of(size: int, nodes: int, draws: int, like: Tensor) -> Nodes:
         grid = np.stack(np.meshgrid(*[x] * size, indexing="ij"), -1).reshape(-1, size)
         weights = np.log(reduce(np.multiply.outer, [w / w.sum()] * size)).reshape(-1)
         return Nodes(like.new_tensor(grid), like.new_tensor(weights))
-    uniform = SobolEngine(size, scramble=True, seed=0).draw(draws, dtype=torch.float64)
-    normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+    normal = even_normals(draws, size)
     points = torch.cat([normal, -normal]).to(like)
     return Nodes(points, like.new_full((len(points),), -math.log(len(points))))
+
+
+def even_normals(count: int, size: int) -> Tensor:
+    """float64 [count, size]: the first points of a scrambled Sobol sequence, each axis a standard normal."""
+    uniform = SobolEngine(size, scramble=True, seed=0).draw(count, dtype=torch.float64)
+    normals: Tensor = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+    return normals
 
 
 class Normal(NamedTuple):
@@ -92,7 +98,7 @@ def log_integral(f: LogDensity, normal: Normal, nodes: Nodes) -> Tensor:
     try:
         with silent_vmap():
             values: Tensor = torch.vmap(at)(nodes.at)
-    except (RuntimeError, ValueError, NotImplementedError, IndexError):  # an operation that cannot be batched
+    except CANNOT_BE_BATCHED:
         values = f(torch.cat([normal.at(e) for e in nodes.at])).view(len(nodes.at), -1)
     weights = nodes.log_weights + 0.5 * (nodes.at**2).sum(1)
     return torch.logsumexp(values + weights[:, None], 0) + normal.log_volume

@@ -144,10 +144,8 @@ class MarginalModel(PlatedModel):
         self.sites, self._copies = sites, 1 if marginal.gaussian else len(marginal.nodes.at)
         self._evaluations = 1 if not sites.continuous else _OF_A_GAUSSIAN if marginal.gaussian else _EVALUATIONS
         self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
-        self._generative, self._at_first = (
-            model,
-            PlatedModel(AtFirst(model.plate)(model.fn), batch.columns, model.plate),
-        )
+        self._generative = model
+        self._at_first = PlatedModel(AtFirst(model.plate)(model.fn), batch.columns, model.plate)
 
     @property
     def evaluations(self) -> int:

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
 from trainer.inference.model.latents import Site
-from trainer.inference.model.vmapped import silent_vmap
-from trainer.inference.rows.integral import around_the_mode
+from trainer.inference.model.vmapped import CANNOT_BE_BATCHED, silent_vmap
+from trainer.inference.rows.integral import around_the_mode, even_normals
 from trainer.inference.rows.line import Line, line_nodes
 from trainer.inference.rows.marginal import Columns, Globals, Marginal, rows_of
 from trainer.inference.rows.sums import States, drawn_states, states_of
@@ -233,7 +232,7 @@ def _mapped(work: Callable[..., Any], given: tuple[Any, ...], together: int | No
     try:
         with silent_vmap():
             return torch.vmap(work, chunk_size=together)(*given)
-    except (RuntimeError, ValueError, NotImplementedError, IndexError):  # an operation that cannot be batched
+    except CANNOT_BE_BATCHED:
         pass
     count = len(next(iter(given[0].values())) if isinstance(given[0], dict) else given[0])
     some = [work(*(_at(each, number) for each in given)) for number in range(count)]
@@ -255,8 +254,7 @@ def even_points(draws: int, half: int, size: int, like: Tensor) -> Tensor:
     """[R, S, d]: ``half`` even points of a standard normal for each draw and their mirror images, no two draws the
     same, of mean 0 and covariance 1.
     """
-    uniform = SobolEngine(size, scramble=True, seed=0).draw(draws * half, dtype=torch.float64)
-    normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).view(draws, half, size)
+    normal = even_normals(draws * half, size).view(draws, half, size)
     factor = torch.linalg.cholesky(normal.mT @ normal / half)
     normal = torch.linalg.solve_triangular(factor, normal.mT, upper=False).mT
     return torch.cat([normal, -normal], 1).to(like)

@@ -93,7 +93,7 @@ class AtFirst(Messenger):
     def _pyro_sample(self, msg: Message[..., Any]) -> None:
         fn, within = cast(Any, msg["fn"]), inside(msg, self.plate)
         if is_latent(msg) and not msg["done"] and is_discrete(fn) and (within or self.outside):
-            state = states_of(str(msg["name"]), fn)[0 if within else -1]
+            state = every_state(str(msg["name"]), fn)[0 if within else -1]
             msg["value"], msg["done"] = state.expand(fn.shape()), True
 
 
@@ -108,7 +108,7 @@ def row_sites(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> Ro
     own = [site for site in sites if is_latent(site) and inside(site, model.plate)]
     discrete = [site for site in own if is_discrete(site["fn"])]
     for site in discrete:
-        states_of(str(site["name"]), site["fn"])
+        every_state(str(site["name"]), site["fn"])
     continuous: list[RowLatent] = []
     for site in own:
         if not is_discrete(site["fn"]) and not is_deterministic(site):
@@ -143,7 +143,7 @@ def _row_latent(site: Site, plate: str, start: int) -> RowLatent:
     return RowLatent(str(site["name"]), (*shape[:axis], 0, *shape[len(shape) + axis + 1 :]), axis, start)
 
 
-def states_of(name: str, fn: Any) -> Tensor:
+def every_state(name: str, fn: Any) -> Tensor:
     """All values of a discrete site."""
     try:
         states: Tensor = fn.enumerate_support(expand=False)
