@@ -66,6 +66,25 @@ def test_a_family_of_guides_is_made_of_the_model(target, options, kind):
     assert (guide.kind, guide.init_scale) == (kind, 0.3)
 
 
+class WithNodes(MeanField):
+    """A family with an option that guides have of the latents of rows."""
+
+    def __init__(self, model, batch, nodes: int = 7):
+        super().__init__(model, batch)
+        self.nodes = nodes
+
+
+@pytest.mark.parametrize(("words", "own"), [((), 7), (("guide.nodes=5",), 5)])
+def test_options_of_latents_of_rows_stand_beside_those_of_any_guide(words, own):
+    plated, x = PlatedModel(LinearRegression(noise_sd=1.0), ("x", "y"), "data"), torch.ones(4, 2)
+    rows = Batch.whole({"x": x, "y": x[:, 0]})
+    for target in ("pyro.infer.autoguide.AutoNormal", f"{__name__}.WithNodes"):
+        node = config("train", "data.path=x", f"guide._target_={target}", *words).guide
+        guide = build.guide(node, plated.fn, ("x", "y"), "data")(plated, rows)
+        assert build.rows(node).nodes == (own if words else None)
+    assert guide.nodes == own
+
+
 def test_what_it_takes_is_bound():
     assert build.model(config("train", "data.path=x", "model=linear", "model.weight_sd=3").model).weight_sd == 3
     assert build.optimizer(config("train", "data.path=x", "optimizer=sgd", "optimizer.lr=0.3").optimizer).lr == 0.3

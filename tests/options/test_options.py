@@ -85,8 +85,8 @@ def kind_of(verb: str, name: str, cfg: DictConfig) -> Any:
             if part.several:
                 kinds = dict.fromkeys(node, Part)
                 continue
-            record = part.record or parts.RECORDS.get(str(node.get("_target_")) if node else "")
-            kinds = kinds_of(record) if record else {}
+            records = part.record, parts.RECORDS.get(str(node.get("_target_")) if node else "")
+            kinds = {name: kind for each in records if each for name, kind in kinds_of(each).items()}
         elif inner:
             kinds = kinds_of(inner[0])
         elif get_origin(kind) is dict:
@@ -180,6 +180,9 @@ def test_what_conf_says_is_what_a_record_takes():
         ("objective=iw objective.draws=0", "objective.draws=0 must be a whole number from 1 to 10,000."),
         ("objective.kl_warmup=0", "objective.kl_warmup=0 must be a whole number from 1 up."),
         ("optimizer.lr=-1", "optimizer.lr=-1 must be a number above 0, or null."),
+        ("guide=arrow guide.rows=all", "guide.rows=all must be auto or integrate."),
+        ("guide.nodes=129", "guide.nodes=129 must be a whole number from 1 to 128, or null."),
+        ("guide.row_draws=0", "guide.row_draws=0 must be a whole number from 1 to 4,096, or null."),
         ("rounds=2.5", "rounds=2.5 must be a whole number from 1 to 30."),
         ("seed=1.9", "seed=1.9 must be a whole number from 0 to 2**63 - 1."),
         ("data.lanes=1.5", "data.lanes=1.5 must be a whole number from 1 to 65,536, or null."),

@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 
 from trainer import Posterior, fit
 
@@ -71,6 +72,15 @@ def test_a_saved_posterior_is_read_again(fitted, tmp_path):
     fitted.save(tmp_path / "a.pt")
     again = Posterior.load(tmp_path / "a.pt", counts)
     assert np.array_equal(again.sample(3)["tau"], fitted.sample(3)["tau"])
+
+
+@pytest.mark.parametrize("guide", ["full_rank", AutoNormal])
+def test_any_guide_of_the_others_says_how_rows_are_integrated(guide, tmp_path):
+    data, options = {"x": X, "y": COUNTS}, {**QUICK, "guide.rows": "integrate", "guide.nodes": 3}
+    fitted = fit(counts, data, guide, progress=False, max_steps=1, options=options)
+    fitted.save(tmp_path / "a.pt")
+    for posterior in (fitted, Posterior.load(tmp_path / "a.pt", counts, guide)):
+        assert len(posterior.inference.model.fn.nodes.at) == 3
 
 
 def test_classes_of_rows_are_summed_out_and_said(capsys):

@@ -13,6 +13,7 @@ from trainer.data.packing.pack import pack
 from trainer.errors import UserError
 from trainer.inference.estimates import full_elbo
 from trainer.posterior import summary
+from trainer.training.finished import posterior_of
 from trainer.verbs import latents, predict, train
 
 
@@ -30,7 +31,7 @@ def small(tmp_path_factory):
 def run_dir(small, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run") / "run"
     options = ["model._target_=app_models.effects", f"data.path={small[1]}", "max_steps=3", "recipe=plain"]
-    rest = ["trainer=cpu", "threads=1", "program=eager", "batch_size=32", f"run_dir={run_dir}"]
+    rest = ["trainer=cpu", "threads=1", "program=eager", "batch_size=32", "guide.nodes=11", f"run_dir={run_dir}"]
     before = torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as few:
         few.setattr(full_elbo, "_PAIRS", 8)
@@ -64,6 +65,11 @@ def test_a_table_and_shards_give_the_same_rows(run_dir, small, tmp_path, capsys)
     np.testing.assert_allclose(of_table["k_p0"] + of_table["k_p1"], 1, atol=1e-9)
     posterior = Posterior.load(run_dir / "posterior.pt", effects)
     np.testing.assert_array_equal(posterior.latents(table, 8)["u"].mean, of_table["u_mean"])
+
+
+def test_how_latents_of_rows_are_held_is_part_of_a_run(run_dir):
+    for posterior in (posterior_of(run_dir, ["app_models"]), Posterior.load(run_dir / "posterior.pt", effects)):
+        assert len(posterior.inference.model.fn.nodes.at) == 11
 
 
 def test_a_second_call_writes_the_same_bytes(run_dir, small, tmp_path):

@@ -42,6 +42,7 @@ from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Objective
 from trainer.inference.rows.marginal import without_latents_of_rows
+from trainer.inference.rows.options import DEFAULT, RowOptions
 from trainer.inference.rows.sites import AtFirst
 from trainer.inference.step import Inference, in_dtype
 
@@ -200,10 +201,12 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
     plate: str = "data",
     global_sites: Iterable[str] = (),
     seed: int = 0,
+    rows: RowOptions = DEFAULT,
 ) -> tuple[Inference, Tensor]:
     """The inference problem and theta [P] at its start, checked on ``batch`` with Pyro's validation on.
 
-    ``global_sites``: observed sites that may stand outside the data plate. Raises UserError for what cannot be right.
+    ``global_sites``: observed sites that may stand outside the data plate. ``rows``: how latents of rows are
+    held. Raises UserError for what cannot be right.
     """
     plated, of_globals = PlatedModel(model, batch.columns, plate), _is_of_globals(guide, model)
     torch.manual_seed(seed)
@@ -212,7 +215,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
 
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
         nonlocal plated
-        plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals)
+        plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals, options=rows)
         with AtFirst(plate):
             derived.extend(check_model(plated, batch, tuple(global_sites)))
         made.append(guide(plated, batch))
@@ -243,8 +246,8 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
                 check_exchangeable(evaluate, batch)
         wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)
     kinds = tuple(term.kind for term in first.values())
-    found = Inference(plated, fitted, parameters, objective, float(num_obs), tuple(first), kinds, wide, tuple(derived))
-    return found, theta
+    facts = tuple(first), kinds, wide, tuple(derived), rows
+    return Inference(plated, fitted, parameters, objective, float(num_obs), *facts), theta
 
 
 def _computes_wide(evaluate: Callable[..., Any], batch: Batch) -> bool:

@@ -24,6 +24,7 @@ from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Kind, Objective, Terms
 from trainer.inference.optim.rounds import Round, State
+from trainer.inference.rows.options import DEFAULT, RowOptions
 
 
 @contextmanager
@@ -72,6 +73,8 @@ class Inference:
     """Whether the model can be evaluated in float64."""
     derived: tuple[str, ...] = ()
     """Deterministic sites that latents outside the data plate alone decide."""
+    rows: RowOptions = DEFAULT
+    """How latents of rows are held."""
 
     @property
     def gaussian(self) -> GaussianView | None:

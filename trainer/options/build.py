@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -17,8 +18,11 @@ from trainer.inference.optim.optimizers import Optimizer
 from trainer.inference.optim.schedules import Schedule
 from trainer.inference.programs.program import ProgramFactory
 from trainer.inference.recipe.convergence import Rule
+from trainer.inference.rows.options import RowOptions
 from trainer.inference.setup import GuideFactory, guide_factory, is_family
 from trainer.options.allowed import imported
+
+_OF_ROWS = tuple(each.name for each in fields(RowOptions))
 
 
 def make(node: DictConfig, *, partial: bool = False) -> Any:
@@ -113,7 +117,19 @@ def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...],
     owner = getattr(model, "__self__", None)
     if found is MeanField and owner is not None and _is_pair(owner):
         return guide_factory(owner.guide, columns, plate)
-    made = make(node, partial=True)
+    made = make(_without_rows(node, found), partial=True)
     if inspect.isclass(found) and not is_autoguide(found) and not is_family(found):
         made = made()
     return guide_factory(made, columns, plate)
+
+
+def rows(node: DictConfig) -> RowOptions:
+    """What the options of a guide say of the latents of rows."""
+    return RowOptions(**{name: node[name] for name in _OF_ROWS if node.get(name) is not None})
+
+
+def _without_rows(node: DictConfig, target: Any) -> DictConfig:
+    """The options of the guide ``target`` itself, which may have some by the same names."""
+    own = inspect.signature(target).parameters
+    kept = {name: node[name] for name in node if name not in _OF_ROWS or (name in own and node[name] is not None)}
+    return DictConfig(kept, key="guide")

@@ -97,14 +97,14 @@ def _typed(fixed: type | None, value: Mapping[Any, Any], key: str) -> dict[Any, 
     if not isinstance(target, str | NoneType):
         raise UserError(f"{key}._target_={shown(target)} must be the name of a class or function: package.name.")
     closed = RECORDS.get(str(target))
-    known = fixed or closed
-    kinds = kinds_of(known) if known else {}
+    needed = kinds_of(fixed) if fixed else {}
+    kinds = {**(kinds_of(closed) if closed else {}), **needed}
     for name, each in value.items():
         if name in kinds:
             found = bound(kinds[name], each, f"{key}.{name}")
             made[name] = list(found) if isinstance(found, tuple) else found
         elif closed and not getattr(closed, "IS_OPEN", False) and not re.fullmatch("_.*_", str(name)):
             raise Unknown(f"{key}.{name}")
-    for name in (name for name in kinds if fixed and name not in value):
+    for name in (name for name in needed if name not in value):
         raise UserError(f"{key}.{name} is missing: give {key}.{name}=VALUE.")
     return made

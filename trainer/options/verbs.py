@@ -116,6 +116,15 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class OfRows:
+    """How latents of rows are held, beside the options of any guide."""
+
+    rows: Literal["auto", "integrate"]
+    nodes: Annotated[int, Range(1, 128)] | None
+    row_draws: Annotated[int, Range(1, 4096)] | None
+
+
+@dataclass(frozen=True)
 class Train:
     data: TrainData
     batch_size: Count
@@ -145,7 +154,7 @@ class Train:
     budget: Budget
     rates: Rates
     model: Part
-    guide: Part
+    guide: Annotated[DictConfig, PartOf(OfRows)]
     objective: Part
     optimizer: Part
     schedule: Part

@@ -24,6 +24,7 @@ from trainer.inference.isolation import each_in_own_state, own_state
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import of_plain, plain
 from trainer.inference.objectives.elbo import ELBO
+from trainer.inference.rows.options import RowOptions
 from trainer.inference.setup import GuideFactory, guide_factory, set_up
 from trainer.inference.step import Inference
 from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
@@ -174,11 +175,7 @@ class Posterior:
         return each_in_own_state(self._latents_by_part(data, asked, progress, say))
 
     def _latents_by_part(
-        self,
-        data: Any,
-        asked: Asked,
-        progress: Progress | None,
-        say: Callable[[str], None],
+        self, data: Any, asked: Asked, progress: Progress | None, say: Callable[[str], None]
     ) -> Iterator[tuple[np.ndarray, dict[str, Prediction]]]:
         find = RowLatents(self.inference, self.theta, self.rows, asked)
         yield from find.by_part(self._rows(data, say), self.index, progress)
@@ -216,6 +213,7 @@ class Posterior:
             "plate": inference.model.plate,
             "num_obs": inference.num_obs,
             "objective": {"kl": inference.objective.kl},
+            "rows": asdict(inference.rows),
             "sites": inference.sites,
             "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
             "metrics": self.metrics,
@@ -281,6 +279,7 @@ class Posterior:
                 ELBO(**facts["objective"]),
                 plate=facts["plate"],
                 global_sites=facts["sites"],
+                rows=RowOptions(**facts.get("rows", {})),
             )
         shapes = {name: list(shape) for name, shape in inference.parameters.shapes.items()}
         if shapes != facts["shapes"]:

@@ -151,6 +151,7 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
         plate=cfg.plate,
         global_sites=cfg.global_sites,
         seed=cfg.seed,
+        rows=build.rows(cfg.guide),
     )
 
 

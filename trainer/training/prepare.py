@@ -183,6 +183,7 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
         plate=cfg.plate,
         global_sites=cfg.global_sites,
         seed=cfg.seed,
+        rows=build.rows(cfg.guide),
     )
     refuse_mixed_numbers(folder.index, inference, theta, batch)
     return inference, theta

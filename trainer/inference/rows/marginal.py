@@ -32,6 +32,7 @@ from trainer.inference.model.latents import (
 )
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
 from trainer.inference.rows.integral import Nodes, around_the_mode, log_gaussian_integral, log_integral, nodes_of
+from trainer.inference.rows.options import DEFAULT, DRAWS, NODES, RowOptions
 from trainer.inference.rows.quadratic import is_quadratic
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
 from trainer.inference.rows.sums import NONE, Enumerated, summed_out
@@ -48,7 +49,7 @@ class Marginal:
     with its mirror image.
     """
 
-    def __init__(self, fn: Callable[..., Any], plate: str, sites: RowSites, nodes: int = 9, draws: int = 8):
+    def __init__(self, fn: Callable[..., Any], plate: str, sites: RowSites, nodes: int = NODES, draws: int = DRAWS):
         self.generative, self.plate, self.sites = fn, plate, sites
         self.nodes = nodes_of(sites.size, nodes, draws, torch.zeros((), dtype=torch.float64))
         self.site = "+".join(sites.observed)
@@ -137,8 +138,9 @@ class Marginal:
 class MarginalModel(PlatedModel):
     """A model without its latents of rows."""
 
-    def __init__(self, model: PlatedModel, batch: Batch, sites: RowSites):
-        marginal = Marginal(model.fn, model.plate, sites)
+    def __init__(self, model: PlatedModel, batch: Batch, sites: RowSites, options: RowOptions):
+        nodes, draws = options.nodes or NODES, options.row_draws or DRAWS
+        marginal = Marginal(model.fn, model.plate, sites, nodes, draws)
         super().__init__(marginal, batch.columns, model.plate, like=model.fn)
         marginal.look({name: batch.columns[name] for name in self.own if name in batch.columns})
         self.sites, self._copies = sites, 1 if marginal.gaussian else len(marginal.nodes.at)
@@ -168,10 +170,13 @@ class MarginalModel(PlatedModel):
         return self._at_first
 
 
-def without_latents_of_rows(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> PlatedModel:
+def without_latents_of_rows(
+    model: PlatedModel, batch: Batch, guide_holds: bool = False, options: RowOptions = DEFAULT
+) -> PlatedModel:
     """``model`` with its latents of rows integrated out, or as it is where it has none or cannot run.
 
-    ``guide_holds``: but the continuous ones, which are the guide's. Raises NotIntegrable for what cannot be.
+    ``guide_holds``: but the continuous ones, which are the guide's. Raises NotIntegrable for what cannot be, and
+    UserError for ``options`` that say nothing of the model.
     """
     try:
         sites = row_sites(model, batch, guide_holds)
@@ -179,7 +184,8 @@ def without_latents_of_rows(model: PlatedModel, batch: Batch, guide_holds: bool 
         raise
     except Exception:  # of the model, as the checks that follow say
         return model
-    return MarginalModel(model, batch, sites) if sites and sites.observed else model
+    options.refuse_unused(sites.kept, sites.size)
+    return MarginalModel(model, batch, sites, options) if sites and sites.observed else model
 
 
 def rows_of(columns: Columns) -> Batch:
