@@ -99,6 +99,19 @@ def test_a_run_does_not_converge_at_a_saddle(capsys):
     assert "converged at step" not in said
 
 
+@pytest.mark.parametrize("start", ["laplace", "zero"])
+def test_a_point_leaves_a_saddle(start, monkeypatch, capsys):
+    """At its start, or where its run has come to it: a = b = t at the mode, with X'X t^2 = X'Y - 1."""
+    monkeypatch.setattr(budget, "_ROUND_STEPS", 40)
+    options = {"start": start, "program": "eager", "rounds": 3}
+    found = fit(product, {"x": X, "y": Y}, "point", max_steps=800, options=options)
+    a, b = (float(site.mean) for site in found.summary())
+    want = (X @ Y - 1) / (X @ X)
+    assert found.metrics["stop_reason"] == "converged"
+    assert (abs(a), a * b) == pytest.approx((want**0.5, want), rel=1e-4)
+    assert "saddle" in capsys.readouterr().out
+
+
 def test_a_run_leaves_a_saddle_that_it_has_come_to(monkeypatch, capsys):
     monkeypatch.setattr(budget, "_ROUND_STEPS", 40)
     given = {"start": "zero", "program": "eager", "rounds": 3}

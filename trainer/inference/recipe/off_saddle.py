@@ -29,6 +29,7 @@ _FEW, _MANY = 2, 16  # pairs of a descent, and of what judges it
 _ROWS = 2**18  # rows times pairs that one evaluation takes; at least 4 pairs judge
 _NEGATIVE = 0.02  # of a curvature in guide sds, which is 1 where latents are independent
 _ERRORS = 3.0  # standard errors
+_MATRIX = 256  # parameters of a guide that draws nothing, up to which the curvature is a matrix
 
 
 def start_of(
@@ -53,14 +54,16 @@ class Sampled:
     inference: Inference
     theta: Tensor
     rows: Batch
-    view: GaussianView
+    view: GaussianView | None
+    """None of a guide that draws nothing, whose parameters are all free."""
 
     @property
     def free(self) -> Tensor:
         """int64 [F]: where the free parameters lie in theta."""
-        covariance = self.view.covariance.log_sd.start
         fixed = torch.zeros(len(self.theta), dtype=torch.bool)
-        fixed[covariance : covariance + self.view.covariance.parameters] = True
+        if self.view is not None:
+            covariance = self.view.covariance.log_sd.start
+            fixed[covariance : covariance + self.view.covariance.parameters] = True
         return (~fixed).nonzero()[:, 0]
 
     @property
@@ -72,15 +75,27 @@ class Sampled:
     def scale(self) -> Tensor:
         """[F]: the guide's sds for the latents, 1 for the others."""
         whole = torch.ones(len(self.theta), dtype=torch.float64)
-        whole[self.view.loc] = self.view.sd(self.theta.double())
+        if self.view is not None:
+            whole[self.view.loc] = self.view.sd(self.theta.double())
         return whole[self.free]
 
     @property
     def parts(self) -> Tensor:
-        """bool [sites, F]: which are a site's locations."""
+        """bool [sites, F]: which are a site's locations, or a parameter's of a guide that draws nothing."""
+        if self.view is None:
+            places = torch.arange(len(self.theta))
+            spans = self.inference.parameters.places.values()
+            return torch.stack([(places >= span.start) & (places < span.stop) for span in spans])
         whole = torch.zeros(len(self.view.sites), len(self.theta), dtype=torch.bool)
         whole[:, self.view.loc] = self.view.parts
         return whole[:, self.free]
+
+    @property
+    def takes_a_matrix(self) -> bool:
+        """Whether the curvature is taken as a matrix [F, F]."""
+        if self.view is None:
+            return len(self.theta) <= _MATRIX
+        return self.view.size <= self.view.covariance.most
 
     def with_free(self, at: Tensor) -> Tensor:
         """theta [P] with other free parameters [F]."""
@@ -116,10 +131,10 @@ class Sampled:
 
 
 def sampled(inference: Inference, theta: Tensor, rows: Batch) -> Sampled | None:
-    """None for another guide than a Gaussian's, and where rows have noise of their own."""
-    view = inference.gaussian
-    known = view is not None and not inference.guide.noise_size[1]
-    return Sampled(inference, theta.detach().cpu(), rows, view) if known and view is not None else None
+    """None for a guide that draws from another distribution than a Gaussian, and where rows have noise of their own."""
+    view, guide = inference.gaussian, inference.guide
+    known = (view is not None or guide.still) and not guide.noise_size[1]
+    return Sampled(inference, theta.detach().cpu(), rows, view) if known else None
 
 
 def off_saddle(inference: Inference, theta: Tensor, rows: Batch, seed: int, say: Say) -> Tensor:
@@ -167,8 +182,10 @@ def _confirmed(problem: Sampled, seed: int) -> Tensor:
     with in_dtype(float_type(problem.inference)), torch.enable_grad():
         at, scale = problem.at, problem.scale
         loss = problem.elbo(seed, problem.pairs(8))
-        if problem.view.size <= problem.view.covariance.most:
-            values, vectors = torch.linalg.eigh(torch.nan_to_num(scale[:, None] * hessian(loss, at) * scale))
+        if problem.takes_a_matrix:
+            curvature = torch.nan_to_num(hessian(loss, at))
+            scale = scale if problem.view is not None else saddle.units(curvature.diagonal())
+            values, vectors = torch.linalg.eigh(scale[:, None] * curvature * scale)
             found: Tensor = (vectors[:, values < -_NEGATIVE] * scale[:, None]).T
         else:
             found = _falling(loss, at, scale, seed, _NEGATIVE)

@@ -82,7 +82,7 @@ def product_at(loss: Loss, at: Tensor) -> Callable[[Tensor], Tensor]:
 
 def falling(gradient: Tensor, curvature: Tensor) -> Tensor:
     """Directions [m, D] of negative ``curvature`` [D, D] along which the ``gradient`` [D] is zero."""
-    scale = _units(curvature.diagonal())
+    scale = units(curvature.diagonal())
     if not (curvature.isfinite().all() and gradient.isfinite().all()):
         return curvature[:0]
     values, vectors = torch.linalg.eigh(scale[:, None] * curvature * scale)
@@ -213,12 +213,12 @@ def best_mode(loss: Loss, likelihood: Loss, at: Tensor, curvature: Tensor, searc
     directions, unseen = falling(slope(loss, at), curvature), hidden(likelihood, at, seed)
     if not len(directions) and not unseen.any():
         return None
-    units = _units(curvature.diagonal())
+    scale = units(curvature.diagonal())
 
     def start(number: int) -> Tensor:
         noise = normals(seed, number, 0, at)
         along = pushed(loss, at, directions, noise) if len(directions) else at
-        return along + unseen * units * noise.flip(0)
+        return along + unseen * scale * noise.flip(0)
 
     def descend(end: Tensor) -> Tensor | None:
         found: Tensor | None = end
@@ -236,7 +236,7 @@ def best_mode(loss: Loss, likelihood: Loss, at: Tensor, curvature: Tensor, searc
 def laplace_elbo(loss: Loss, at: Tensor, curvature: Tensor | None = None) -> float:
     """The ELBO (nats) of a mean-field Gaussian at a mode, where minus the log joint is quadratic; -inf at no mode."""
     curvature = hessian(loss, at) if curvature is None else curvature
-    scale = _units(curvature.diagonal())
+    scale = units(curvature.diagonal())
     if not curvature.isfinite().all() or torch.linalg.cholesky_ex(scale[:, None] * curvature * scale)[1]:
         return -math.inf
     with torch.no_grad():
@@ -263,7 +263,7 @@ def descended(loss: Loss, start: Tensor, iterations: int = 100) -> Tensor:
     return where
 
 
-def _units(diagonal: Tensor) -> Tensor:
+def units(diagonal: Tensor) -> Tensor:
     """Of each argument [D], by its curvature."""
     return torch.where(diagonal.abs() > 0, diagonal.abs(), 1.0).rsqrt()
 
