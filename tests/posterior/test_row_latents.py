@@ -260,6 +260,37 @@ def test_predictions_have_the_rows_first_where_plates_are_nested():
     assert found["kinds"].probabilities[-1, :, 1].min() > 0.99
 
 
+LENGTH = torch.arange(N) % 4
+
+
+def of_entries(y, length, kinds=None):
+    b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+    with pyro.plate("data", len(y), dim=-2):
+        a = pyro.sample("a", dist.Normal(b, TAU))
+        with pyro.plate("entries", y.shape[1], dim=-1):
+            group = pyro.sample("group", dist.Bernoulli(torch.tensor(0.3, dtype=F64)))
+            pyro.sample("y", dist.Normal(a + group, NOISE), obs=y)
+            logits = torch.stack([torch.zeros_like(a), a], -1)
+            pyro.sample("kinds", dist.Categorical(logits=logits), obs=kinds)
+
+
+def test_places_that_fill_rows_up_stay_blank():
+    y = torch.arange(N, dtype=F64)[:, None].expand(-1, 3).clone()
+    columns = {"y": y, "length": LENGTH, "kinds": torch.ones(N, 3, dtype=torch.int64)}
+    fitted, real = posterior_of(of_entries, [0.0], **columns), np.arange(3) < LENGTH.numpy()[:, None]
+    table = {name: column.numpy() for name, column in columns.items()}
+    found = fitted.predict({name: table[name] for name in ("y", "length")} | {"kinds": table["kinds"]}, 20)
+    for each in (found["y"].mean, found["y"].sd, *found["y"].quantiles, found["kinds"].probabilities[..., 1]):
+        assert np.array_equal(np.isfinite(each), real)
+    assert np.array_equal(found["y"].entries, real)
+    classes = module.table_columns("kinds", found["kinds"], (0.5,))["kinds_class"]
+    assert (classes[real] >= 0).all()
+    assert all(each is None for each in classes[~real])
+    latents = fitted.latents(table, draws=2)
+    assert latents["a"].mean.shape == (N,)
+    assert np.array_equal(np.isfinite(latents["group"].probabilities[..., 0]), real)
+
+
 def plain(x, y=None):
     b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=F64), 1.0))
     with pyro.plate("data", len(x)):

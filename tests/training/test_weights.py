@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from trainer import UserError, fit
+from trainer.data.fields import Field
 from trainer.data.packing.pack import pack
 from trainer.data.shards.cache import ShardCache
 from trainer.data.shards.files import read_index
@@ -136,7 +137,7 @@ def test_the_index_says_what_packing_was_asked_for(tmp_path):
 
 def test_what_a_table_in_memory_is_packed_with():
     said = []
-    fields = ["age", "y", "weight", "freq"]
+    fields = {name: Field("float") for name in ("age", "y", "weight", "freq")}
     assert packed_for({"weight": [1, 2]}, fields, {"age", "y"}, None, said.append)["weight"] == "weight"
     assert packed_for({}, fields, {"age", "y"}, "freq", said.append) == {"age": "age", "y": "y", "weight": "freq"}
     assert not said
@@ -147,6 +148,20 @@ def test_what_a_table_in_memory_is_packed_with():
         "weight": "weight",
     }
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "goes"),
+    [
+        (Field("int"), {"x"}, True),
+        (Field("float"), {"x"}, False),
+        (Field("int", (2,)), {"x"}, False),
+        (Field("int"), {"y"}, False),  # no column of entries
+    ],
+)
+def test_the_number_of_a_rows_entries_goes_with_them(kind, taken, goes):
+    fields = {"x": Field("float", (3,)), "y": Field("float"), "length": kind}
+    assert ("length" in packed_for({}, fields, taken, None, print)) == goes
 
 
 @pytest.mark.parametrize("names", [["n"], ["n", "weight"]])

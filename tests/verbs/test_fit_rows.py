@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from trainer import Posterior, fit
+from trainer import Posterior, UserError, fit
 
 QUICK = {"program": "eager"}
 GENERATOR = np.random.default_rng(0)
@@ -98,3 +98,53 @@ def test_classes_of_rows_are_summed_out_and_said(capsys):
     assert float(found["share"]) == pytest.approx(2 / 3, abs=0.03)
     np.testing.assert_allclose(found["mean"], [-2.0, 1.0], atol=0.15)
     assert "latents of rows: kind of each row summed out" in " ".join(capsys.readouterr().out.split())
+
+
+def of_persons(x, y=None):
+    a = pyro.sample("a", dist.Normal(0.0, 5.0))
+    spread = pyro.sample("spread", dist.HalfNormal(2.0))
+    with pyro.plate("data", len(x), dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, spread))
+        with pyro.plate("entries", x.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(a + x + u, 1.0), obs=y)
+
+
+def exact_persons(person, z):
+    """The log joint's mode (a, log spread) and the sds of a factorized Gaussian, each person's answers a normal."""
+
+    def minus(at):
+        a, spread = at[0], at[1].exp()
+        found = -dist.Normal(0.0, 5.0).log_prob(a) - dist.HalfNormal(2.0).log_prob(spread) - at[1]
+        for who in range(person.max() + 1):
+            own = torch.tensor(z[person == who])
+            covariance = torch.eye(len(own), dtype=torch.float64) + spread**2
+            found = found - dist.MultivariateNormal(a.expand(len(own)), covariance).log_prob(own)
+        return found
+
+    at = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    for _ in range(10):
+        hessian = torch.autograd.functional.hessian(minus, at)
+        at = at - torch.linalg.solve(hessian, torch.autograd.functional.jacobian(minus, at))
+    return at.numpy(), hessian.diagonal().rsqrt().numpy()
+
+
+def test_persons_are_rows_of_the_entries_that_they_have():
+    """A long table by `group_by`, and the same in memory as columns [persons, entries] with `length`."""
+    generator, persons = np.random.default_rng(1), 40
+    counts_of = generator.integers(1, 5, persons)
+    person = np.repeat(np.arange(persons), counts_of)
+    x = generator.normal(size=len(person))
+    y = 0.5 + x + generator.normal(size=persons)[person] + generator.normal(size=len(person))
+    common = {"progress": False, "dtype": "float64", "options": QUICK}
+    long = fit(of_persons, {"person": person, "x": x, "y": y}, group_by="person", max_steps=30, **common)
+    real = np.arange(4) < counts_of[:, None]
+    wide = {"x": np.zeros((persons, 4)), "y": np.full((persons, 4), 99.0), "length": counts_of}
+    wide["x"][real], wide["y"][real] = x, y
+    mode, sds = exact_persons(person, y - x)
+    for site, at, sd in zip(long.summary(), mode, sds):
+        assert abs(float(site.loc) - at) < 0.15 * sd
+        assert float(site.scale) == pytest.approx(sd, rel=0.1)
+    found = fit(of_persons, wide, max_steps=1, **common).predict(wide, 50)["y"]
+    assert np.array_equal(np.isfinite(found.mean), real)
+    with pytest.raises(UserError, match="packed with group_by=: pack the new rows so too"):
+        long.predict({"x": x, "y": y})

@@ -24,6 +24,7 @@ from trainer.inference.checks.model_checks import (
     refuse_batch_norm,
 )
 from trainer.inference.checks.observed import RowCheck, with_parameters
+from trainer.inference.checks.padding import check_padding
 from trainer.inference.guides.arrow import Arrow
 from trainer.inference.guides.auto_laplace import Laplace, LaplaceOfGlobals
 from trainer.inference.guides.block import Block
@@ -41,6 +42,7 @@ from trainer.inference.model.parameters import Parameters
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Objective
+from trainer.inference.rows.entries import OfEntries, as_given, with_entries
 from trainer.inference.rows.marginal import without_latents_of_rows
 from trainer.inference.rows.options import DEFAULT, RowOptions
 from trainer.inference.rows.sites import AtFirst
@@ -148,6 +150,8 @@ class OfCallable:
         if is_autoguide(made):
             return _of_autoguide(made, made.model, self.columns, self.plate)
         fn = made if callable(made) else self.guide
+        if isinstance(plated.generative.fn, OfEntries):
+            fn = OfEntries(fn, self.plate)
         return PyroGuide(PlatedModel(fn, self.columns, self.plate, what="guide"), self.plate)
 
     def of_globals(self, model: Any) -> bool:
@@ -171,7 +175,7 @@ class OfCallable:
 def _of_model(guide: AutoGuide, plated: PlatedModel) -> AutoGuide:
     """``guide``, or its like for ``plated`` where latents of rows of its own model are integrated out."""
     (model, handlers), fn = unwrapped(guide.model), plated.fn
-    if plated.sites is None or model is not plated.generative.fn or any(map(_hides, handlers)):
+    if plated.sites is None or model is not as_given(plated.generative.fn) or any(map(_hides, handlers)):
         return guide
     for handler in reversed(handlers):
         fn = handler(fn)
@@ -202,11 +206,13 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
     global_sites: Iterable[str] = (),
     seed: int = 0,
     rows: RowOptions = DEFAULT,
+    grouped: bool = False,
 ) -> tuple[Inference, Tensor]:
     """The inference problem and theta [P] at its start, checked on ``batch`` with Pyro's validation on.
 
-    ``global_sites``: observed sites that may stand outside the data plate. ``rows``: how latents of rows are
-    held. Raises UserError for what cannot be right.
+    ``global_sites``: observed sites that may stand outside the data plate. ``rows``: how latents of rows are held.
+    ``grouped``: whether rows were packed in groups, of which `length` has the sizes. Raises UserError for what cannot
+    be right.
     """
     plated, of_globals = PlatedModel(model, batch.columns, plate), _is_of_globals(guide, model)
     torch.manual_seed(seed)
@@ -215,6 +221,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
 
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
         nonlocal plated
+        plated = with_entries(plated, batch)
         plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals, options=rows)
         with AtFirst(plate):
             derived.extend(check_model(plated, batch, tuple(global_sites)))
@@ -244,6 +251,8 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
             check_finite(first)
             with AtMean():
                 check_exchangeable(evaluate, batch)
+                if grouped:
+                    check_padding(evaluate, batch)
         wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)
     kinds = tuple(term.kind for term in first.values())
     facts = tuple(first), kinds, wide, tuple(derived), rows

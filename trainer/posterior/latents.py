@@ -22,7 +22,8 @@ from trainer.inference.model.noise import row_noise
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.promotion import Promoting
 from trainer.inference.rows.marginal import Marginal
-from trainer.inference.rows.posterior import Moments, RowPosterior, value_by_row, weighted
+from trainer.inference.rows.posterior import Moments, RowPosterior, weighted
+from trainer.inference.rows.sites import value_by_row
 from trainer.inference.step import Inference
 from trainer.posterior.draws import dtype_of, held, unobserved
 from trainer.posterior.fractions import refusing_fractions
@@ -229,7 +230,9 @@ def _integrated(rows: RowPosterior, levels: Sequence[float]) -> dict[str, Predic
     found = {}
     if nodes is not None:
         found = {name: _of_moments(each) for name, each in rows.moments(nodes, levels).items()}
-    return found | {name: _of_states(each.values, shares[name], levels) for name, each in rows.states().items()}
+    found |= {name: _of_states(each.values, shares[name], levels) for name, each in rows.states().items()}
+    entries = rows.entries()
+    return {name: each.at_entries(entries[name]) for name, each in found.items()}
 
 
 def _of_moments(found: Moments) -> Prediction:

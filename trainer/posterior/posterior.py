@@ -146,7 +146,7 @@ class Posterior:
                 with refusing_fractions(self.index, part):
                     found = predicted(self.inference, self.theta, part, asked, latents)
                 for name, each in found.items():
-                    if name not in doubted and np.isnan(each.mean).any():
+                    if name not in doubted and each.has_no_mean:
                         say(f'site "{name}" has no mean: mean and sd are blank; its quantiles tell where it lies.')
                         doubted.add(name)
                 assert part.row_id is not None

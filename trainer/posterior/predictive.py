@@ -17,6 +17,7 @@ from trainer.inference.checks.observed import with_lookups_checked
 from trainer.inference.model.latents import Site
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.supports import innermost
+from trainer.inference.rows.entries import entries_by_row
 from trainer.inference.step import Inference
 from trainer.posterior.draws import Latents, observations
 
@@ -59,6 +60,8 @@ class Prediction(NamedTuple):
     """[N, ..., K] of a Categorical, OneHotCategorical, OrderedLogistic or Multinomial; None for others."""
     words: tuple[str, ...] | None = None
     """What the classes are called, where they are those of a categorical column."""
+    entries: np.ndarray | None = None
+    """[N, ...]: False at places that only fill a row up, where all numbers are nan; None where every place counts."""
 
     @property
     def most_likely(self) -> np.ndarray | None:
@@ -71,11 +74,32 @@ class Prediction(NamedTuple):
         words: np.ndarray = np.array(self.words)[codes]
         return words
 
+    @property
+    def has_no_mean(self) -> bool:
+        """Whether there is none somewhere."""
+        none = np.isnan(self.mean)
+        return bool((none if self.entries is None else none[self.entries]).any())
+
     def named(self, words: Sequence[str] | None) -> "Prediction":
         """With what the classes are called, where there is a word for each."""
         if self.probabilities is None or words is None or self.probabilities.shape[-1] > len(words):
             return self
         return self._replace(words=tuple(words[: self.probabilities.shape[-1]]))
+
+    def at_entries(self, entries: Tensor | None) -> "Prediction":
+        """With nan where ``entries`` [N, ...], the first axes of all numbers, are False; as it is for None."""
+        if entries is None:
+            return self
+        known = entries.cpu().numpy()
+
+        def of(numbers: np.ndarray) -> np.ndarray:
+            return np.where(known.reshape(*known.shape, *(1,) * (numbers.ndim - known.ndim)), numbers, np.nan)
+
+        quantiles = np.stack([of(each) for each in self.quantiles]) if len(self.quantiles) else self.quantiles
+        classes = None if self.probabilities is None else of(self.probabilities)
+        return self._replace(
+            mean=of(self.mean), sd=of(self.sd), quantiles=quantiles, probabilities=classes, entries=known
+        )
 
 
 def levels_of(quantiles: Any) -> list[float]:
@@ -89,12 +113,14 @@ def levels_of(quantiles: Any) -> list[float]:
 def joined(parts: Sequence[Prediction]) -> Prediction:
     """The rows of ``parts``, one after another."""
     first, classes = parts[0], [each.probabilities for each in parts if each.probabilities is not None]
+    entries = [each.entries for each in parts if each.entries is not None]
     return Prediction(
         np.concatenate([each.mean for each in parts]),
         np.concatenate([each.sd for each in parts]),
         np.concatenate([each.quantiles for each in parts], axis=1),
         np.concatenate(classes) if classes else None,
         first.words,
+        np.concatenate(entries) if entries else None,
     )
 
 
@@ -139,6 +165,8 @@ def table_columns(site: str, found: Prediction, levels: Sequence[float]) -> dict
     if likely is None or probabilities is None:
         quantiles = {f"{site}_q{100 * level:02g}": values for level, values in zip(levels, found.quantiles)}
         return {f"{site}_mean": found.mean, f"{site}_sd": found.sd, **quantiles}
+    if found.entries is not None:
+        likely = np.where(found.entries, likely.astype(object), np.array(None))
     if probabilities.shape[-1] > MOST_CLASSES:
         return {f"{site}_class": likely, f"{site}_p": probabilities.max(-1)}
     names = [f"p_{word}" for word in found.words] if found.words else [f"p{k}" for k in range(probabilities.shape[-1])]
@@ -153,6 +181,7 @@ class _Gathered:
         dims = [frame.dim for frame in site["cond_indep_stack"] if frame.name == plate]
         self.axis = dims[0] - len(site["fn"].event_shape) if dims else -value.dim()
         """That of the rows, which other plates may stand before."""
+        self.entries = entries_by_row(site, plate)
         self.samples = value.new_empty(num_draws, *value.shape)
         self.mean, self.within, self.between = (torch.zeros(value.shape, dtype=torch.float64) for _ in range(3))
         self.probabilities: Tensor | None = None
@@ -178,7 +207,7 @@ class _Gathered:
         if self.probabilities is not None:
             more = self.probabilities.dim() - self.mean.dim()
             classes = (self.probabilities / count).movedim(self.axis - more, 0).numpy()
-        return Prediction(mean, spread, quantiles, classes)
+        return Prediction(mean, spread, quantiles, classes).at_entries(self.entries)
 
     def _quantiles(self, levels: Sequence[float]) -> np.ndarray:
         count, shape = len(self.samples), self.samples.shape[1:]

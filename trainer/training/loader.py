@@ -21,6 +21,7 @@ from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.program import Eager
 from trainer.inference.recipe.off_saddle import start_of
+from trainer.inference.rows.entries import LENGTH
 from trainer.inference.setup import set_up
 from trainer.inference.step import Inference
 from trainer.options import build
@@ -140,6 +141,8 @@ class _Steps:
 def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -> tuple[Inference, Tensor]:
     """The inference problem, checked on the first batch, and theta [P] at its start."""
     columns = tuple(arguments(given.model, list(first)))
+    if LENGTH in first and LENGTH not in columns:  # of the entries of rows, where the model has a plate of them
+        columns = (*columns, LENGTH)
     rows = _rows({name: first[name] for name in columns}, 0)
     rows = rows._replace(num_obs=num_obs)
     return set_up(

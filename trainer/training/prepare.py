@@ -184,6 +184,7 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
         global_sites=cfg.global_sites,
         seed=cfg.seed,
         rows=build.rows(cfg.guide),
+        grouped=bool(folder.index.meta.get("group_by")),
     )
     refuse_mixed_numbers(folder.index, inference, theta, batch)
     return inference, theta

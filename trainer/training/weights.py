@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.fields import Field
 from trainer.data.shards.index import Column, Index
 from trainer.errors import UserError
 from trainer.inference.model.arguments import arguments
 from trainer.inference.model.plates import WEIGHT
+from trainer.inference.rows.entries import LENGTH
 
 _MOST = 1000.0  # that a weight is taken for one without a word of the user's
 
@@ -61,11 +63,15 @@ def unused(remedy: str) -> str:
 
 
 def packed_for(
-    data: Any, fields: Iterable[str], taken: set[str], weight: str | None, say: Callable[[str], None]
+    data: Any, fields: Mapping[str, Field], taken: set[str], weight: str | None, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """The columns {packed: source} of a table for a model that takes ``taken``; ``weight``: the column asked for."""
-    fields = list(fields)
+    """The columns {packed: source} of a table for a model that takes ``taken``; ``weight``: the column asked for.
+
+    Beside columns of several entries a row goes the one that may be their number.
+    """
     made = {name: name for name in fields if name in taken}
+    if fields.get(LENGTH) == Field("int") and any(fields[name].shape for name in made):
+        made[LENGTH] = LENGTH
     if weight is not None:
         if weight not in fields:
             raise UserError(f"weight={weight} is not a column of the data ({', '.join(fields)}).")

@@ -14,13 +14,14 @@ from trainer.data.packing.pack import pack
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.splits import is_packed
 from trainer.data.sources.memory import MemorySource, MemoryTable
-from trainer.data.sources.source import open_source
+from trainer.data.sources.source import Source, open_source
 from trainer.distributed.ranks import world
 from trainer.engine.signals import StopOnSignal
 from trainer.errors import Stopped, UserError
 from trainer.inference.isolation import own_state
 from trainer.inference.model.arguments import arguments
 from trainer.inference.model.plates import WEIGHT
+from trainer.inference.rows.entries import LENGTH
 from trainer.options.allowed import typed
 from trainer.options.entrance import of_call, option
 from trainer.options.kinds import Count, Names, Seed, Share
@@ -49,6 +50,7 @@ def fit(  # noqa: PLR0913  what its user gives, by name
     missing: str = "error",
     held_out: float = 0.0,
     weight: str | None = None,
+    group_by: str | None = None,
     batch_size: int | None = None,
     max_epochs: float | None = None,
     max_steps: int | None = None,
@@ -70,6 +72,7 @@ def fit(  # noqa: PLR0913  what its user gives, by name
         (not with a shard folder, which is packed); without ``columns`` those of the data that the model takes.
     ``weight``: the column that says how many observations a row stands for; in a dict of arrays the key "weight" does
         without it (docs/data.md).
+    ``group_by``: the column whose values make rows one, as for `svi shard`: a person with all their answers.
     ``seeds``: how many fits to make, from ``seed`` on; the one of the highest ELBO is returned, with ``rhat`` between
         them.
     ``run_dir``: keep checkpoints, metrics and summary there (a folder for each of several seeds); None: no file is left
@@ -88,6 +91,7 @@ def fit(  # noqa: PLR0913  what its user gives, by name
         "categories": option(Names, categories, "categories"),
         "missing": option(Missing, missing, "missing"),
         "held_out": option(Share, held_out, "held_out"),
+        "group_by": option(str | None, group_by, "group_by"),
     }
     given = {"batch_size": batch_size, "max_epochs": max_epochs, "max_steps": max_steps, "dtype": dtype}
     chosen = {**{name: value for name, value in given.items() if value is not None}, **(options or {})}
@@ -133,14 +137,14 @@ def _packed(
     """The shard folder of ``data``, or several: its own, or one that is removed with ``opened``."""
     columns, weight, dtype, packing = asked
     if _is_packed(data):
-        if columns or any(value not in ((), 0.0, "error") for value in packing.values()):
+        if columns or any(value not in ((), 0.0, "error", None) for value in packing.values()):
             raise UserError(f"columns, {', '.join(packing)} belong to packing: this data is packed already.")
         return [str(each) for each in data] if isinstance(data, list | tuple) else str(getattr(data, "place", data))
     path = Path(opened.enter_context(TemporaryDirectory(prefix="svi-data-"))) / "shards"
     source = open_source(data) if isinstance(data, (str, Path)) else MemorySource(data)
     if columns is None:
         if weight is None and callable(takers[0]) and not isinstance(takers[0], type):
-            arguments(takers[0], source.fields)  # where one is absent, the sentence has all columns of the table
+            arguments(takers[0], _names(source, packing))  # where one is absent, the sentence has all of the table
         columns = packed_for(data, source.fields, columns_taken(takers, source.fields), weight, console.print) or None
     elif weight is not None:
         if columns.get(WEIGHT, weight) not in (weight, columns.get(weight)):
@@ -150,6 +154,11 @@ def _packed(
     train, _ = pack(source, path, columns=columns, float_dtype=wide, **packing)
     console.print(columns_line(train))
     return str(path)
+
+
+def _names(source: Source, packing: Mapping[str, Any]) -> list[str]:
+    """The columns of a table once it is packed."""
+    return [*source.fields, *([LENGTH] if packing["group_by"] is not None else [])]
 
 
 def _is_packed(data: Any) -> bool:

@@ -81,8 +81,11 @@ MODELS = [effects, slopes, kinds, factors, mixture, indicator, chain]
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
 def test_the_traced_step_is_the_eager_one(model, monkeypatch):
-    chunk = chunk_of(3, 2, 9, x=(), y=())
-    inference, theta = build(model, num_obs=100, x=chunk.columns["x"][0, 0], y=chunk.columns["y"][0, 0])
+    same_steps(model, chunk_of(3, 2, 9, x=(), y=()), monkeypatch)
+
+
+def same_steps(model, chunk, monkeypatch):
+    inference, theta = build(model, num_obs=100, **{name: each[0, 0] for name, each in chunk.columns.items()})
     update = one_round(Adam(lr=0.05), Constant(), 10, 5)
     state, eager, traced = update.init(theta), Eager(inference, update, 3, [0, 1]), Fused(inference, update, 3, [0, 1])
     monkeypatch.setattr(fused_module.Fused, "_made", made)
@@ -90,6 +93,23 @@ def test_the_traced_step_is_the_eager_one(model, monkeypatch):
     want, got = eager.run(state, chunk, 3), traced.run(state, chunk, 3)
     torch.testing.assert_close(got.state.theta, want.state.theta, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got.terms, want.terms, rtol=1e-10, atol=1e-10)
+
+
+def persons(x, y):
+    """Entries beyond the length of a row are masked."""
+    b = pyro.sample("b", dist.Normal(0 * ONE, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(ONE))
+    with pyro.plate("data", len(x), dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, tau))
+        with pyro.plate("entries", x.shape[1], dim=-1):
+            k = pyro.sample("k", dist.Bernoulli(0.3 * ONE))
+            pyro.sample("y", dist.StudentT(4.0, b * x + u + k, 0.8), obs=y)
+
+
+def test_the_traced_step_takes_rows_of_any_lengths(monkeypatch):
+    chunk = chunk_of(3, 2, 9, x=(3,), y=(3,))
+    chunk.columns["length"] = torch.arange(54).view(3, 2, 9) % 4
+    same_steps(persons, chunk, monkeypatch)
 
 
 def made(self, traced, rates, state, chunk, say):

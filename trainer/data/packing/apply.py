@@ -23,7 +23,11 @@ def available(index: Index, source: Source) -> list[str]:
 
 
 def check_columns(index: Index, source: Source, names: Iterable[str]) -> None:
-    """Raises UserError, with close names, for a source column that ``names`` are made of and ``source`` lacks."""
+    """Raises UserError, with close names, for a source column that ``names`` are made of and ``source`` lacks, and for
+    a table where rows were packed in groups.
+    """
+    if index.meta.get("group_by"):
+        raise UserError("the table was packed with group_by=: pack the new rows so too, and give their shard folder.")
     for name in names:
         choose(_recipe(index, index.column(name)).parts, list(source.fields), source.name)
 
@@ -34,8 +38,6 @@ def rows_like(index: Index, source: Source, names: Iterable[str], rows: int) -> 
     Where integers were packed, a batch with a fraction comes as float64. Raises UserError for a missing source column,
     one of another kind or shape, a missing value, and text that the packed table had not.
     """
-    if index.meta.get("group_by"):
-        raise UserError("the table was packed with group_by=: pack the new rows so too, and give their shard folder.")
     packed = [_recipe(index, index.column(name)) for name in names]
     needed = list(dict.fromkeys(part for recipe in packed for part in recipe.parts))
     choose(needed, list(source.fields), source.name)

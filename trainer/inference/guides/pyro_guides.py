@@ -28,6 +28,7 @@ from trainer.inference.model.lazy_guides import KINDS
 from trainer.inference.model.noise_mode import NoiseLayout, NoiseMode, measure_noise
 from trainer.inference.model.parameters import modules_read
 from trainer.inference.model.plates import Batch, PlatedModel, inside
+from trainer.inference.rows.entries import as_given
 
 NO_LATENT = "none (no latent site: maximum likelihood)"
 
@@ -51,7 +52,7 @@ class PyroGuide:
 
     @property
     def _given(self) -> Any:
-        return self.guide.fn if isinstance(self.guide, PlatedModel) else self.guide
+        return as_given(self.guide.fn) if isinstance(self.guide, PlatedModel) else self.guide
 
     def setup(self, model: PlatedModel, batch: Batch) -> dict[str, Tensor]:
         """Runs guide and model to learn how many normals they take. Raises UserError for sites it cannot hold."""

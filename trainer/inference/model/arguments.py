@@ -44,10 +44,15 @@ def left_at_default(fn: Callable[..., Any], columns: Iterable[str]) -> list[str]
     return [each.name for each in found if each.default is None and each.name not in set(columns)]
 
 
+def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
+    """That of ``fn`` under whatever handlers are around it; of a module, that of its ``forward``."""
+    fn, _ = unwrapped(fn)
+    return inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
+
+
 def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Of its signature, by name."""
-    fn, _ = unwrapped(fn)
-    return inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn).parameters
+    return signature_of(fn).parameters
 
 
 def unwrapped(fn: Any) -> tuple[Any, list[Messenger]]:

@@ -31,6 +31,7 @@ from trainer.inference.model.latents import (
     masked,
 )
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
+from trainer.inference.rows.entries import of_real_entries
 from trainer.inference.rows.integral import Nodes, around_the_mode, log_gaussian_integral, log_integral, nodes_of
 from trainer.inference.rows.options import DEFAULT, DRAWS, NODES, RowOptions
 from trainer.inference.rows.quadratic import is_quadratic
@@ -130,6 +131,8 @@ class Marginal:
             value = log_prob(site)
             if name in given.jacobian:
                 value = value + given.jacobian[name]
+            if name in given.u:
+                value = of_real_entries(site, value, given.u[name])
             # A latent that is masked is still somewhere, so it keeps its density.
             site["log_prob"] = masked(value, site["mask"] if site["is_observed"] else None) * site["scale"]
         return trace

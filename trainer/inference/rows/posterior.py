@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from trainer.inference.model.latents import Site
 from trainer.inference.model.vmapped import CANNOT_BE_BATCHED, silent_vmap
+from trainer.inference.rows.entries import entries_by_row
 from trainer.inference.rows.integral import around_the_mode, even_normals
 from trainer.inference.rows.line import Line, line_nodes
 from trainer.inference.rows.marginal import Columns, Globals, Marginal, rows_of
+from trainer.inference.rows.sites import other_plates, value_by_row
 from trainer.inference.rows.sums import States, drawn_states, states_of
 
 _SAME = 1e-6  # of a value, between draws of the globals
@@ -76,7 +78,17 @@ class RowPosterior:
         """The discrete latents."""
         if not self.marginal.sites.discrete:
             return {}
-        return states_of(self.marginal.factors(self.columns, self._draw(0), self._start()[0]), self.marginal.plate)
+        return states_of(self._first(), self.marginal.plate)
+
+    def entries(self) -> dict[str, Tensor | None]:
+        """As `entries_by_row`, of every latent of the rows as it comes out."""
+        trace, plate = self._first(), self.marginal.plate
+        names = (*(each.name for each in self.marginal.sites.continuous), *self.marginal.sites.discrete)
+        found = {name: entries_by_row(trace.nodes[name], plate) for name in names}
+        return {
+            name: None if real is None else real.reshape(len(real), *other_plates(trace.nodes[name], plate))
+            for name, real in found.items()
+        }
 
     @property
     def evaluations(self) -> int:
@@ -190,6 +202,9 @@ class RowPosterior:
             found[name] = states[name].values[drawn]
         return found
 
+    def _first(self) -> poutine.Trace:
+        return self.marginal.factors(self.columns, self._draw(0), self._start()[0])
+
     def _start(self) -> Tensor:
         """u = 0 [R, B, d]."""
         rows = rows_of(self.columns)
@@ -218,13 +233,6 @@ class RowPosterior:
         with torch.set_grad_enabled(bool(tilts)):
             values, sites = _mapped(lambda u: self._joint(u, tilts), (u,), self.together)
         return values, {name: each.detach() for name, each in sites.items()}
-
-
-def value_by_row(site: Site, plate: str) -> Tensor:
-    """The value of a latent of rows [B, n]."""
-    (frame,) = [each for each in site["cond_indep_stack"] if each.name == plate]
-    value: Tensor = site["value"].movedim(frame.dim - len(site["fn"].event_shape), 0)
-    return value
 
 
 def _mapped(work: Callable[..., Any], given: tuple[Any, ...], together: int | None) -> Any:

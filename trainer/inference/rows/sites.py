@@ -143,6 +143,24 @@ def _row_latent(site: Site, plate: str, start: int) -> RowLatent:
     return RowLatent(str(site["name"]), (*shape[:axis], 0, *shape[len(shape) + axis + 1 :]), axis, start)
 
 
+def frames_of(site: Site) -> list[Any]:
+    """The plates of a site that have an axis, from the left."""
+    return sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
+
+
+def other_plates(site: Site, plate: str) -> list[int]:
+    """The sizes of the plates of a site beside ``plate``, from the left."""
+    return [frame.size for frame in frames_of(site) if frame.name != plate]
+
+
+def value_by_row(site: Site, plate: str) -> Tensor:
+    """The value of a latent of rows [B, n]: n by its other plates and its event."""
+    (frame,) = [each for each in site["cond_indep_stack"] if each.name == plate]
+    events = len(site["fn"].event_shape)
+    value: Tensor = site["value"].movedim(frame.dim - events, 0)
+    return value.reshape(len(value), *other_plates(site, plate), *value.shape[value.dim() - events :])
+
+
 def every_state(name: str, fn: Any) -> Tensor:
     """All values of a discrete site."""
     try:

@@ -24,6 +24,7 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from trainer.inference.model.latents import Site
+from trainer.inference.rows.sites import frames_of
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
 
@@ -75,7 +76,7 @@ def states_of(trace: poutine.Trace, plate: str) -> dict[str, States]:
     """The discrete sites of the rows."""
     found = {}
     for name, site in _enumerated(trace).items():
-        frames = _frames(site)
+        frames = frames_of(site)
         axis = [frame.name for frame in frames].index(plate)
         values = site["fn"].enumerate_support(expand=False)
         events = values.shape[values.dim() - len(site["fn"].event_shape) :]
@@ -90,7 +91,7 @@ def drawn_states(trace: poutine.Trace) -> dict[str, Tensor]:
     sites, zeros = _enumerated(trace), {}
     for name, site in sites.items():
         count = len(site["fn"].enumerate_support(expand=False))
-        zeros[name] = site["log_prob"].new_zeros(count, *(frame.size for frame in _frames(site)))
+        zeros[name] = site["log_prob"].new_zeros(count, *(frame.size for frame in frames_of(site)))
     tree, states, queries = _factors(trace, zeros)
     sizes = {dim: size for terms in tree.values() for term in terms for dim, size in zip(_dims(term), term.shape)}
     for query in queries.values():
@@ -113,7 +114,7 @@ def _factors(
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     added = {}
     for name, site in _sites(trace).items():
-        terms = tree.setdefault(frozenset(symbols[frame.name] for frame in _frames(site)), [])
+        terms = tree.setdefault(frozenset(symbols[frame.name] for frame in frames_of(site)), [])
         terms.append(pack(site["log_prob"], site["infer"]["_dim_to_symbol"]))
         if name in tilts:
             added[name] = pack(_unpacked(tilts[name], site), site["infer"]["_dim_to_symbol"])
@@ -134,23 +135,18 @@ def _sites(trace: poutine.Trace) -> dict[str, Site]:
     return cast(dict[str, Site], trace.nodes)
 
 
-def _frames(site: Site) -> list[Any]:
-    """The plates of a site, from the left."""
-    return sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
-
-
 def _unpacked(tilt: Tensor, site: Site) -> Tensor:
     """[K, n] with the axes that Pyro gives them."""
     shape = [1] * -site["infer"]["_enumerate_dim"]
     shape[0] = len(tilt)
-    for frame, size in zip(_frames(site), tilt.shape[1:]):
+    for frame, size in zip(frames_of(site), tilt.shape[1:]):
         shape[frame.dim] = size
     return tilt.reshape(shape)
 
 
 def _own_state(query: Tensor, site: Site) -> Tensor:
     """The number of the site's state [n], once the elimination has gone backward to its ``query``."""
-    frames, drawn = _frames(site), getattr(query, "_pyro_backward_result", None)
+    frames, drawn = frames_of(site), getattr(query, "_pyro_backward_result", None)
     sizes = [frame.size for frame in frames]
     symbol, of_plates = site["infer"]["_enumerate_symbol"], site["infer"]["_dim_to_symbol"]
     if drawn is None:  # one state
