@@ -126,6 +126,14 @@ def step(
 
     The terms are left for the caller to sum over the ranks once a chunk.
     """
+    state, terms, grad = step_and_gradient(inference, round_, comm, state, given)
+    return state, terms, grad.double().norm()
+
+
+def step_and_gradient(
+    inference: Inference, round_: Round, comm: Comm, state: State, given: StepInput
+) -> tuple[State, Tensor, Tensor]:
+    """As `step`, with the gradient [P] itself."""
     noise, batch, rates = given
     share = 1.0 / (comm.size * len(batch.valid))
     preconditioner, snapshot = state.preconditioner, state.snapshot
@@ -148,4 +156,4 @@ def step(
     grad = comm.sum(grad)
     if snapshot is not None:
         grad = snapshot.plus(grad)
-    return round_(state, grad, rates), terms, grad.double().norm()
+    return round_(state, grad, rates), terms, grad

@@ -26,6 +26,7 @@ from trainer.inference.estimates.passes import Block, Pass, Reduce
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.ragged import cat
 from trainer.inference.optim.variance_reduction import Preconditioner
+from trainer.inference.programs.sweep import Sweep
 from trainer.inference.recipe.optimum import problem_of
 from trainer.inference.step import Inference
 from trainer.posterior.first_pass import FirstPass
@@ -100,6 +101,8 @@ class FullLoss:
     inference: Inference
     seed: int
     passed: Callable[[], None]
+    sweep: Callable[[], Sweep | None] = lambda: None
+    """What evaluates rows where that is compiled by now."""
     together: dict[str, Together] = field(default_factory=dict)
     """How draws go through the model for each derivative, once that is known."""
 
@@ -113,7 +116,7 @@ class FullLoss:
     ) -> Tensor:
         """float64 [P] at ``theta``; other draws at every ``step``, and others if ``fresh``."""
         made = self._together("gradient", self.inference)
-        return full_gradient(made, theta, self._pass(step, theta, fresh), preconditioner, draws)
+        return full_gradient(made, theta, self._pass(step, theta, fresh), preconditioner, draws, self.sweep())
 
     def product(self, step: int, theta: Tensor, along: Tensor) -> Tensor:
         """float64 [D]: the Hessian by the locations at ``theta``, times ``along`` [D]."""

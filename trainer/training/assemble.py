@@ -91,7 +91,7 @@ def assembled(
         record.passes += 1
         passed(record.passes)
 
-    loss = FullLoss(full, inference, cfg.seed, counted)
+    loss = FullLoss(full, inference, cfg.seed, counted, program.sweep)
     afford = None if cfg.newton_after is None else plan.step_after(cfg.newton_after)
     by_passes = afford if latents_alone(inference) or can_be_settled(inference) else None
     end_round = EndRound(loss, sample, by_passes, record)

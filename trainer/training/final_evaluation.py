@@ -55,13 +55,13 @@ class FinalEvaluation:
         return module.comm.from_first(parameters.flatten(values).to(theta.dtype))
 
     def _evaluated(self, module: ChunkModule, theta: torch.Tensor) -> dict[str, Any]:
-        inference = module.inference
+        inference, sweep = module.inference, module.program.sweep()
         rows = self.rows.once(theta, module.step, self.seed)
-        fitted = full_elbo(inference, theta, rows, module.state.preconditioner)
+        fitted = full_elbo(inference, theta, rows, module.state.preconditioner, sweep)
         held_out = None
         if self.held_out is not None:
             rows = self.held_out.once(theta, module.step, self.seed)
-            held_out = held_out_elbo_per_row(inference, theta, rows, fitted)
+            held_out = held_out_elbo_per_row(inference, theta, rows, fitted, sweep)
         return {
             "elbo": fitted.elbo,
             "elbo_se": fitted.elbo_se,

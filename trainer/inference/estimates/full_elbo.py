@@ -17,6 +17,7 @@ from trainer.inference.estimates.passes import Block, Pass, Reduce
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.model.plates import WEIGHT
 from trainer.inference.optim.variance_reduction import Preconditioner
+from trainer.inference.programs.sweep import Sweep
 from trainer.inference.step import Inference
 
 _FEWEST_PAIRS = 2  # per block: their difference gives the standard error
@@ -47,10 +48,17 @@ class ElboEstimate:
 
 
 def full_elbo(
-    inference: Inference, theta: Tensor, rows: Pass, preconditioner: Preconditioner | None = None
+    inference: Inference,
+    theta: Tensor,
+    rows: Pass,
+    preconditioner: Preconditioner | None = None,
+    sweep: Sweep | None = None,
 ) -> ElboEstimate:
-    """The ELBO over all ``rows``; ``preconditioner`` gives a control variate for the draws."""
-    at = _draws(inference, theta, rows.seed)
+    """The ELBO over all ``rows``; ``preconditioner`` gives a control variate for the draws.
+
+    ``sweep``: evaluates the rows, where there is one.
+    """
+    at = _draws(inference, theta, rows.seed, sweep)
     likelihood, variance, count, first = _likelihood(at, rows, preconditioner)
     # A rank without a block takes the KL of those that have one; these agree.
     here = (0.0, 0.0) if first is None else _global_kl(at, first, math.sqrt(variance))
@@ -59,9 +67,11 @@ def full_elbo(
     return ElboEstimate(likelihood - kl, math.sqrt(variance + kl_se**2), likelihood, kl, count)
 
 
-def held_out_elbo_per_row(inference: Inference, theta: Tensor, rows: Pass, fitted: ElboEstimate) -> float:
+def held_out_elbo_per_row(
+    inference: Inference, theta: Tensor, rows: Pass, fitted: ElboEstimate, sweep: Sweep | None = None
+) -> float:
     """Nats per held-out row, each with its share of the KL that the training rows (``fitted``) paid."""
-    likelihood, _, count, _ = _likelihood(_draws(inference, theta, rows.seed), rows)
+    likelihood, _, count, _ = _likelihood(_draws(inference, theta, rows.seed, sweep), rows)
     return likelihood / count - fitted.kl / fitted.rows if count else math.nan
 
 
@@ -135,7 +145,7 @@ def _global_kl(at: Antithetic, block: Block, likelihood_se: float) -> tuple[floa
     """Minus the terms outside the data plate in nats, with its standard error (0 where no draw matters)."""
     one = Block(-1, {name: column[:1] for name, column in block.columns.items()}, block.row_id[:1])
     of_globals = replace(at.together.inference, model=at.together.inference.model.of_globals)
-    at, batch = at._replace(together=terms_together(of_globals, "analytic")), one.batch
+    at, batch = at._replace(together=terms_together(of_globals, "analytic"), sweep=None), one.batch
     most = _KL_DRAWS // 2
     values = torch.zeros(0, dtype=torch.float64, device=at.theta.device)
     for stop in [*(n for n in (4, 64) if n < most), *range(500, most, 500), most]:
@@ -149,6 +159,6 @@ def _global_kl(at: Antithetic, block: Block, likelihood_se: float) -> tuple[floa
     return float(values.mean()), 0.0 if exact else spread / math.sqrt(len(values))
 
 
-def _draws(inference: Inference, theta: Tensor, seed: int) -> Antithetic:
+def _draws(inference: Inference, theta: Tensor, seed: int, sweep: Sweep | None = None) -> Antithetic:
     """With the exact KL where it is known, by other noise than the parameters were trained with."""
-    return Antithetic(terms_together(inference, "analytic"), theta, mixed_seed(seed, 0x5EED, 0))
+    return Antithetic(terms_together(inference, "analytic"), theta, mixed_seed(seed, 0x5EED, 0), sweep)

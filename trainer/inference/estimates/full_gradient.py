@@ -20,6 +20,7 @@ from trainer.inference.estimates.many_draws import Normals, Together, normals_of
 from trainer.inference.estimates.passes import Block, Pass
 from trainer.inference.model.noise import mixed_seed
 from trainer.inference.optim.variance_reduction import Preconditioner
+from trainer.inference.programs.sweep import Sweep
 
 
 class Draws(NamedTuple):
@@ -43,6 +44,8 @@ class _Derivative(NamedTuple):
     size: int
     by_chance: Callable[[Tensor, int], Tensor] | None = None
     """float64 [size]: what a part's draws [pairs, E] add on so many rows, which has mean 0."""
+    swept: Callable[[Block, Tensor], Tensor] | None = None
+    """float64 [size]: the same of a part at its draws [pairs, E], less what these add, where that is compiled."""
 
 
 def full_gradient(
@@ -51,12 +54,14 @@ def full_gradient(
     rows: Pass,
     preconditioner: Preconditioner | None = None,
     draws: Draws = FEW,
+    sweep: Sweep | None = None,
 ) -> Tensor:
     """The gradient [P] of minus the ELBO in nats at ``theta`` over all rows.
 
     Each part of a block has its own antithetic pairs: S draws, each on 1/S of the rows, say as much as S draws on all
     of them; where there are fewer rows than ``draws`` asks for, they are gone through once for each draw.
     ``preconditioner`` gives a control variate, without which the log scales' part is too noisy to judge them by.
+    ``sweep``: evaluates the rows, where there is one.
     """
 
     def by_chance(elements: Tensor, count: int) -> Tensor:
@@ -69,7 +74,12 @@ def full_gradient(
     def derivative(loss: Tensor, at: Tensor) -> Tensor:
         return torch.autograd.grad(loss, at)[0].double()
 
-    return _over_parts(together, theta, rows, draws, _Derivative(derivative, len(theta), preconditioner and by_chance))
+    def swept(part: Block, elements: Tensor) -> Tensor:
+        assert sweep is not None
+        return sweep(theta, part.columns, part.row_id, elements, preconditioner).gradient
+
+    made = _Derivative(derivative, len(theta), preconditioner and by_chance, sweep and swept)
+    return _over_parts(together, theta, rows, draws, made)
 
 
 def full_product(together: Together, theta: Tensor, along: Tensor, rows: Pass) -> Tensor:
@@ -112,6 +122,9 @@ def _over_parts(together: Together, theta: Tensor, rows: Pass, draws: Draws, der
         for number in range(parts):
             part = _part(block, number, parts)
             elements, of_rows, seeds = _noise(together, theta, part, rows.seed, number * pairs, pairs)
+            if derivative.swept is not None:
+                total += derivative.swept(part, elements)
+                continue
             signs = together.inference.objective.signs
             normals = Normals.of(elements, of_rows, [seed for seed in seeds for _ in signs], signs)
             total += _of_part(together, theta, part, normals, 1.0 / (rows.num_blocks * parts), derivative)

@@ -8,6 +8,7 @@ one.
 Shapes: S draws, B rows, E normals of a draw, n of a row.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from trainer.inference.model.ragged import maker, parts
 from trainer.inference.model.vmapped import silent_vmap
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Terms
+from trainer.inference.programs.sweep import Sweep
 from trainer.inference.programs.tracing import trace
 from trainer.inference.step import Inference
 
@@ -199,9 +201,17 @@ class Antithetic(NamedTuple):
     theta: Tensor
     """[P]."""
     seed: int
+    sweep: Sweep | None = None
+    """Evaluates what stands inside the data plate, where there is one; what stands outside is then not known."""
 
     def pairs(self, batch: Batch, number: int, first: int, stop: int) -> Iterator[Pairs]:
         """Pairs [first, stop) of the noise that block ``number`` has, in slices that fit memory."""
+        if self.sweep is not None:
+            elements = self._normals(batch, number, range(first, stop)).elements[::2]
+            assert batch.row_id is not None
+            inside = self.sweep(self.theta, batch.columns, batch.row_id, elements).inside
+            yield Pairs(elements, inside, torch.full_like(inside, math.nan))
+            return
         with torch.no_grad():
             start = first
             while start < stop:

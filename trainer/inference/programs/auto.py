@@ -24,6 +24,7 @@ from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import ChunkResult, Eager
+from trainer.inference.programs.sweep import Sweep
 from trainer.inference.programs.tracing import Untraceable
 from trainer.inference.step import Inference
 
@@ -66,6 +67,9 @@ class Auto:
 
     def abandon(self) -> None:
         self.fused.abandon()
+
+    def sweep(self) -> Sweep | None:
+        return self.fused.sweep()
 
     def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         return (self.fused if self._is_compiled(state) else self.reference).run(state, chunk, steps)

@@ -20,15 +20,16 @@ from trainer.distributed.comm import ALONE, Comm
 from trainer.errors import UserError, first_line
 from trainer.inference.model.noise import chunk_noise
 from trainer.inference.model.plates import Batch
-from trainer.inference.model.ragged import Column, cat, maker, parts, rolled
 from trainer.inference.optim.rounds import State, Update
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.programs.compiling import Compilation
+from trainer.inference.programs.layout import Layout, with_a_second_slot
 from trainer.inference.programs.program import ChunkResult, Eager, draw_numbers
 from trainer.inference.programs.replay import Replay, Section
 from trainer.inference.programs.scan import Recipe, Scan, shapes_of
+from trainer.inference.programs.sweep import Sweep, gives_gradients
 from trainer.inference.programs.tracing import Traced, Untraceable, trace
-from trainer.inference.step import Inference, StepInput, StepNoise, step
+from trainer.inference.step import Inference, StepInput, step_and_gradient
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
@@ -59,6 +60,7 @@ class Fused:
     )
     _coming: Callable[[], Section] | None = field(default=None, init=False, repr=False)
     _compilation: Compilation | None = field(default=None, init=False, repr=False)
+    _sweep: Sweep | None = field(default=None, init=False, repr=False)
 
     @property
     def reference(self) -> Eager:
@@ -73,7 +75,7 @@ class Fused:
         """
         self.abandon()
         if len(chunk.batch_rows) < 2:
-            chunk = _with_a_second_slot(chunk)
+            chunk = with_a_second_slot(chunk)
         step_of_tensors, (first, second) = self.flat(state, chunk.part(0, 2))
         traced = trace(step_of_tensors, first, second)
         numbers = self._numbers(state)
@@ -92,11 +94,13 @@ class Fused:
         coming, self._coming = self._coming, None
         assert coming is not None
         if len(chunk.batch_rows) < 2:
-            chunk = _with_a_second_slot(chunk)
+            chunk = with_a_second_slot(chunk)
         with _compiler_errors():
             self._call = coming()
             for k in (0, len(chunk.batch_rows) - 1):
                 self._compare(state, chunk.part(k, k + 1))
+        if gives_gradients(self.inference, self.comm):
+            self._sweep = Sweep.of(self._still, self.inference, state, chunk)
 
     def abandon(self) -> None:
         """Ends a compilation that `begin` began and nobody needs."""
@@ -138,8 +142,20 @@ class Fused:
         chunk = chunk.part(0, steps)
         data = (*self._noise(state, chunk), *self._layout(chunk).data(chunk))
         carry = state.named()
-        *after, terms, norms = self._call([*carry.values()], data, self._fixed(state))
+        made = self._call([*carry.values()], data, self._fixed(state))
+        after, (terms, norms, *_) = made[: len(carry)], made[len(carry) :]
         return ChunkResult(State.of_named(dict(zip(carry, after))), self.comm.sum(terms), norms)
+
+    def sweep(self) -> Sweep | None:
+        return self._sweep
+
+    def _still(self, state: State, chunk: Batch, elements: Tensor) -> tuple[Tensor, Tensor]:
+        """What `Sweep` takes: a chunk without a rate, by noise that is given."""
+        assert self._call is not None
+        num_obs, rate, *frame = self._numbers(state)
+        fixed, carry = (num_obs, 0.0 * rate, *frame, *self._constants), [*state.named().values()]
+        terms, _, gradients = self._call(carry, (elements, *self._layout(chunk).data(chunk)), fixed)[len(carry) :]
+        return terms, gradients
 
     def flat(self, state: State, chunk: Batch) -> tuple[Callable[..., tuple[Tensor, ...]], list[list[Tensor]]]:
         """The pure step as a function of tensors in a row (carry, noise, data, rates, numbers), and these for each
@@ -158,8 +174,9 @@ class Fused:
             frame: dict[str, Any] = {"start": start, "average_from": average_from}
             round_ = dataclasses.replace(self.update.rounds[-1], **frame)
             here = State.of_named(dict(zip(names, before)))
-            made, terms, norm = step(inference, round_, self.comm, here, StepInput(noise, batch, rates))
-            return *made.named().values(), terms, norm
+            made, terms, grad = step_and_gradient(inference, round_, self.comm, here, StepInput(noise, batch, rates))
+            kept = (grad,) if gives_gradients(self.inference, self.comm) else ()
+            return *made.named().values(), terms, grad.double().norm(), *kept
 
         return flat, [[*carry, *(e[k] for e in each), *numbers] for k in range(len(chunk.batch_rows))]
 
@@ -193,9 +210,8 @@ class Fused:
             *(torch.tensor(x, device=device) for x in whole),
         )
 
-    def _layout(self, chunk: Batch) -> "_Layout":
-        makers = tuple((name, *maker(column)) for name, column in chunk.columns.items())
-        return _Layout(self.inference.guide.noise_size, makers, chunk.row_id is not None)
+    def _layout(self, chunk: Batch) -> Layout:
+        return Layout.of(self.inference.guide.noise_size, chunk)
 
     def _compare(self, start: State, slot: Batch) -> None:
         """One step of both programs, by the optimizer's vectors: in theta Adam makes steps of lr of mere rounding.
@@ -245,48 +261,3 @@ def _compiler_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise Untraceable(f"the compiler: {first_line(error)}") from error
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The order of a slot's tensors: [elements], [rows], valid, batch_rows, [row_id], columns."""
-
-    noise_size: tuple[int, int]
-    columns: tuple[tuple[str, int, Callable[..., Column]], ...]
-    """Of each its name, how many tensors it has, and what makes it of them."""
-    with_row_id: bool
-
-    def data(self, chunk: Batch) -> tuple[Tensor, ...]:
-        """All of a chunk that comes from outside, each [K, ...]."""
-        row_id = () if chunk.row_id is None else (chunk.row_id,)
-        return (
-            chunk.valid,
-            chunk.batch_rows,
-            *row_id,
-            *(part for name, *_ in self.columns for part in parts(chunk.columns[name])),
-        )
-
-    def slot(self, tensors: Sequence[Tensor], theta: Tensor) -> tuple[StepNoise, Batch]:
-        """What a step takes, from its tensors in a row."""
-        left = list(tensors)
-        elements = left.pop(0) if self.noise_size[0] else None
-        rows = left.pop(0) if self.noise_size[1] else None
-        valid, batch_rows = left.pop(0), left.pop(0)
-        row_id = left.pop(0) if self.with_row_id else None
-        groups = len(valid)
-        if elements is None:
-            assert rows is not None or not self.noise_size[1]
-            elements = theta.new_zeros(groups, 1 if rows is None else rows.shape[1], 0)
-        pairs = elements.shape[1]
-        noise = StepNoise(elements, rows, ((0,) * pairs,) * groups)
-        columns = {}
-        for name, count, make in self.columns:
-            columns[name], left = make(*left[:count]), left[count:]
-        return noise, Batch(columns, valid, batch_rows, row_id)
-
-
-def _with_a_second_slot(chunk: Batch) -> Batch:
-    """A chunk of one slot with another after it, of the same rows in another order."""
-    columns = {name: cat([each, rolled(each)]) for name, each in chunk.columns.items()}
-    row_id = None if chunk.row_id is None else torch.cat([chunk.row_id, chunk.row_id.roll(1, dims=2)])
-    return Batch(columns, chunk.valid.repeat(2, 1), chunk.batch_rows.repeat(2), row_id)

@@ -60,6 +60,9 @@ class LocalSteps:
     def abandon(self) -> None:
         self.local.abandon()
 
+    def sweep(self) -> None:
+        return None
+
     def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         """The chunk's end is an average too, so it has to be a multiple of ``sync_every`` or the end of the run."""
         chunk, at, terms, norms = _own(chunk), 0, [], []

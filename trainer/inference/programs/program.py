@@ -14,6 +14,7 @@ from trainer.distributed.comm import ALONE, Comm
 from trainer.inference.model.noise import chunk_noise, mixed_seed
 from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
+from trainer.inference.programs.sweep import Sweep
 from trainer.inference.step import Inference, StepInput, StepNoise, step
 
 
@@ -59,6 +60,10 @@ class Program(Protocol):
         """Ends what `begin` began, where it still runs."""
         ...
 
+    def sweep(self) -> Sweep | None:
+        """Evaluates rows at one theta, where that is compiled and worth it."""
+        ...
+
     def run(self, state: State, chunk: Batch, steps: int) -> ChunkResult:
         """Takes ``steps`` <= K steps from ``state``, all of one round; the chunk's other slots are not used."""
         ...
@@ -101,6 +106,9 @@ class Eager:
 
     def abandon(self) -> None:
         pass
+
+    def sweep(self) -> None:
+        return None
 
     def noise(self, at: int, batch: Batch, dtype: torch.dtype) -> StepNoise:
         draws = draw_numbers(self.groups, self.inference.objective.pairs, batch.valid.device)
