@@ -48,6 +48,14 @@ def with_local(x: torch.Tensor, y: torch.Tensor) -> None:
         pyro.sample("y", dist.Normal(z + x.sum(-1), 0.5), obs=y)
 
 
+def with_many_locals(x: torch.Tensor, y: torch.Tensor) -> None:
+    """So many numbers of a row that an encoder holds them."""
+    m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0).expand([17]).to_event(1))
+        pyro.sample("y", dist.Normal(m + z.sum(-1) + x.sum(-1), 0.5), obs=y)
+
+
 def local_guide(x: torch.Tensor, y: torch.Tensor) -> None:
     loc = pyro.param("loc", torch.zeros((), dtype=x.dtype))
     slope, spread = (pyro.param(n, torch.tensor(0.4, dtype=x.dtype), constraint=constraints.positive) for n in "ab")
@@ -67,6 +75,7 @@ PROBLEMS: dict[str, tuple[Any, Any, str, torch.dtype]] = {
         "monte_carlo",
         torch.float64,
     ),
+    "encoder, float64": (with_many_locals, MeanField, "analytic", torch.float64),
 }
 
 

@@ -14,6 +14,7 @@ PROBLEMS = {
     "mean_field, float64": 1e-12,
     "full_rank, float64": 1e-12,
     "amortized, float64": 1e-12,
+    "encoder, float64": 1e-12,
     "mean_field, float32": 1e-5,
     "full_rank, float32": 1e-5,
 }

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -30,6 +30,8 @@ from trainer.inference.guides.auto_laplace import Laplace, LaplaceOfGlobals
 from trainer.inference.guides.block import Block
 from trainer.inference.guides.by_site import BySite
 from trainer.inference.guides.discrete import WithStates, states_of_model
+from trainer.inference.guides.encoded import Encoded
+from trainer.inference.guides.encoder import facts_of
 from trainer.inference.guides.full_rank import FullRank
 from trainer.inference.guides.low_rank import LowRank
 from trainer.inference.guides.mean_field import Guide, MeanField, Noise
@@ -220,12 +222,14 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
     derived: list[str] = []
 
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
-        nonlocal plated
+        nonlocal plated, rows
         plated = with_entries(plated, batch)
         plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals, options=rows)
         with AtFirst(plate):
             derived.extend(check_model(plated, batch, tuple(global_sites)))
-        made.append(guide(plated, batch))
+        if plated.encoded:
+            rows = replace(rows, facts=facts_of({name: batch.columns[name] for name in plated.own}, rows.facts))
+        made.append(Encoded(guide, plated, batch, rows) if plated.encoded else guide(plated, batch))
         return made[0].setup(plated, batch), (model, *made[0].callables)
 
     with pyro.validation_enabled(True), on_the_first_batch():

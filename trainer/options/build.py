@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -18,11 +17,9 @@ from trainer.inference.optim.optimizers import Optimizer
 from trainer.inference.optim.schedules import Schedule
 from trainer.inference.programs.program import ProgramFactory
 from trainer.inference.recipe.convergence import Rule
-from trainer.inference.rows.options import RowOptions
+from trainer.inference.rows.options import OPTIONS, RowOptions
 from trainer.inference.setup import GuideFactory, guide_factory, is_family
 from trainer.options.allowed import imported
-
-_OF_ROWS = tuple(each.name for each in fields(RowOptions))
 
 
 def make(node: DictConfig, *, partial: bool = False) -> Any:
@@ -125,11 +122,12 @@ def guide(node: DictConfig, model: Callable[..., Any], columns: tuple[str, ...],
 
 def rows(node: DictConfig) -> RowOptions:
     """What the options of a guide say of the latents of rows."""
-    return RowOptions(**{name: node[name] for name in _OF_ROWS if node.get(name) is not None})
+    given = {name: node[name] for name in OPTIONS if node.get(name) is not None}
+    return RowOptions(**{**given, **({"widths": tuple(given["widths"])} if "widths" in given else {})})
 
 
 def _without_rows(node: DictConfig, target: Any) -> DictConfig:
     """The options of the guide ``target`` itself, which may have some by the same names."""
     own = inspect.signature(target).parameters
-    kept = {name: node[name] for name in node if name not in _OF_ROWS or (name in own and node[name] is not None)}
+    kept = {name: node[name] for name in node if name not in OPTIONS or (name in own and node[name] is not None)}
     return DictConfig(kept, key="guide")

@@ -119,9 +119,10 @@ class Trial:
 class OfRows:
     """How latents of rows are held, beside the options of any guide."""
 
-    rows: Literal["auto", "integrate"]
+    rows: Literal["auto", "integrate", "amortise", "mean_field"]
     nodes: Annotated[int, Range(1, 128)] | None
     row_draws: Annotated[int, Range(1, 4096)] | None
+    widths: Annotated[tuple[Annotated[int, Range(1, 65_536)], ...], Filled("widths of layers, as [64,64]")] | None
 
 
 @dataclass(frozen=True)

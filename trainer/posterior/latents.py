@@ -184,12 +184,34 @@ def are_given(inference: Inference, theta: Tensor, batch: Batch, latents: OfRows
     """
     if latents not in get_args(OfRows):
         raise UserError(f"latents={latents} is unknown: give {', '.join(get_args(OfRows))}.")
-    if latents == "prior" or marginal_of(inference) is None:
+    if latents == "prior" or not follow_from_rows(inference):
         return False
     given = not unobserved(inference, theta, batch)
     if latents == "posterior" and not given:
         raise _unknown(lacks)
     return given
+
+
+def follow_from_rows(inference: Inference) -> bool:
+    """Whether latents of rows are known from what is observed of a row, by an integral or an encoder."""
+    return marginal_of(inference) is not None or bool(inference.model.encoded)
+
+
+def drawn_latents(
+    inference: Inference, theta: Tensor, batch: Batch, asked: Asked, given: bool
+) -> Callable[[int], Mapping[str, Tensor]] | None:
+    """What `observations` takes: latents of the rows ``given`` what is observed of them, or from their prior."""
+    encoded = {each.name for each in inference.model.encoded}
+    if given and marginal_of(inference) is not None:
+        return GivenRows(inference, theta, batch, asked)
+    if given or not encoded:
+        return None
+
+    def others(number: int) -> dict[str, Tensor]:
+        known = held(inference, theta, batch, asked.seed, number)[0]
+        return {name: value for name, value in known.items() if name not in encoded}
+
+    return others
 
 
 def _unknown(lacks: str) -> UserError:

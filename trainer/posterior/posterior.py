@@ -30,7 +30,7 @@ from trainer.inference.step import Inference
 from trainer.posterior.draws import counted_draws, draw, dtype_of, latent_draws, parameters_of, predicts_by
 from trainer.posterior.fractions import refusing_fractions
 from trainer.posterior.latents import DRAWS as LATENT_DRAWS
-from trainer.posterior.latents import GivenRows, Latents, RowLatents, are_given, marginal_of
+from trainer.posterior.latents import Latents, RowLatents, are_given, drawn_latents, follow_from_rows
 from trainer.posterior.new_rows import NewRows, Progress, new_rows
 from trainer.posterior.predictive import (
     ASKED,
@@ -138,11 +138,11 @@ class Posterior:
                 together = rows_together(self.inference, self.theta, batch, asked.num_draws, asked.seed)
             if given is None:
                 given = are_given(self.inference, self.theta, batch, asked.latents, rows.lacks)
-                if told is not None and marginal_of(self.inference) is not None:
+                if told is not None and follow_from_rows(self.inference):
                     told(f"latents of rows: {'given what is observed of each row' if given else 'from their prior'}")
             for some in torch.arange(batch.size).split(together):
                 part = batch.at(some)
-                latents = GivenRows(self.inference, self.theta, part, asked) if given else None
+                latents = drawn_latents(self.inference, self.theta, part, asked, given)
                 with refusing_fractions(self.index, part):
                     found = predicted(self.inference, self.theta, part, asked, latents)
                 for name, each in found.items():

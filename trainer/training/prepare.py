@@ -183,11 +183,17 @@ def infer(cfg: Train, folder: ShardFolder, given: Given | None = None) -> tuple[
         plate=cfg.plate,
         global_sites=cfg.global_sites,
         seed=cfg.seed,
-        rows=build.rows(cfg.guide),
+        rows=replace(build.rows(cfg.guide), facts=_codes(folder)),
         grouped=bool(folder.index.meta.get("group_by")),
     )
     refuse_mixed_numbers(folder.index, inference, theta, batch)
     return inference, theta
+
+
+def _codes(folder: ShardFolder) -> dict[str, dict[str, int]]:
+    """How many codes the categorical columns have, for an encoder of rows."""
+    found = {column.name: column.vocabulary for column in folder.index.columns}
+    return {name: {"levels": len(words)} for name, words in found.items() if words is not None}
 
 
 def guide_of(cfg: Train, given: Given | None, model: Callable[..., Any], columns: tuple[str, ...]) -> GuideFactory:

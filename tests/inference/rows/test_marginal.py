@@ -309,18 +309,10 @@ def endless(y):
         pyro.sample("y", dist.Normal(n, 1.0), obs=y)
 
 
-def wide(y):
-    mu = pyro.sample("mu", dist.Normal(0 * ONE, 1.0))
-    with pyro.plate("data", len(y)):
-        z = pyro.sample("z", dist.Normal(mu, 1.0).expand([17]).to_event(1))
-        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
-
-
 @pytest.mark.parametrize(
     ("model", "said"),
     [
         (endless, r'latent site "n" is a Poisson, which has no end of states'),
-        (wide, r'each row has 17 numbers to integrate out, "z" \(17\), and at most 16 can be: give an amortized'),
     ],
 )
 def test_what_cannot_be_integrated_is_one_sentence(model, said):

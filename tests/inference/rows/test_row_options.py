@@ -54,6 +54,8 @@ def test_nodes_and_draws_are_those_that_are_asked_for(numbers, options, nodes):
         (0, MeanField, {"rows": "integrate"}, "guide.rows is for continuous latents of rows, and the model has none"),
         (1, guide_factory(own, ("y",)), {"nodes": 5}, 'guide.nodes is for .* and yours holds "u": drop it'),
         (1, MeanField, {"row_draws": 5}, "guide.row_draws is for rows of more than two numbers, .* give guide.nodes"),
+        (1, MeanField, {"widths": [5]}, "guide.widths is for rows that an encoder holds, .* give guide.nodes"),
+        (1, MeanField, {"rows": "amortise", "nodes": 5}, "guide.nodes is for .* give guide.widths"),
         (3, MeanField, {"nodes": 5}, "guide.nodes is for rows of one or two numbers, .* give guide.row_draws"),
     ],
 )

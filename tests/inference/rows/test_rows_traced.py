@@ -4,8 +4,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from svi_problems import F64, build, chunk_of
+from svi_problems import F64, batch_of, chunk_of
 
+from trainer.inference.guides.mean_field import MeanField
+from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.optimizers import Adam
 from trainer.inference.optim.rounds import one_round
 from trainer.inference.optim.schedules import Constant
@@ -13,6 +15,8 @@ from trainer.inference.programs import fused as fused_module
 from trainer.inference.programs.fused import Fused
 from trainer.inference.programs.program import Eager
 from trainer.inference.programs.replay import Replay
+from trainer.inference.rows.options import DEFAULT, RowOptions
+from trainer.inference.setup import set_up
 
 ONE = torch.ones((), dtype=F64)
 
@@ -76,7 +80,15 @@ def chain(x, y):
             pyro.sample(f"y_{t}", dist.Normal(2.0 * state + x, 1.0), obs=y)
 
 
-MODELS = [effects, slopes, kinds, factors, mixture, indicator, chain]
+def many(x, y):
+    """So many numbers of a row that an encoder holds them."""
+    b = pyro.sample("b", dist.Normal(0 * ONE, 1.0))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, ONE).expand([17]).to_event(1))
+        pyro.sample("y", dist.Normal(b * x + u.sum(-1), 0.8), obs=y)
+
+
+MODELS = [effects, slopes, kinds, factors, mixture, indicator, chain, many]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
@@ -84,8 +96,10 @@ def test_the_traced_step_is_the_eager_one(model, monkeypatch):
     same_steps(model, chunk_of(3, 2, 9, x=(), y=()), monkeypatch)
 
 
-def same_steps(model, chunk, monkeypatch):
-    inference, theta = build(model, num_obs=100, **{name: each[0, 0] for name, each in chunk.columns.items()})
+def same_steps(model, chunk, monkeypatch, options=DEFAULT):
+    first = batch_of(**{name: each[0, 0] for name, each in chunk.columns.items()})
+    objective = ELBO("monte_carlo", antithetic=False)
+    inference, theta = set_up(model, MeanField, first, 100, objective, rows=options)
     update = one_round(Adam(lr=0.05), Constant(), 10, 5)
     state, eager, traced = update.init(theta), Eager(inference, update, 3, [0, 1]), Fused(inference, update, 3, [0, 1])
     monkeypatch.setattr(fused_module.Fused, "_made", made)
@@ -110,6 +124,10 @@ def test_the_traced_step_takes_rows_of_any_lengths(monkeypatch):
     chunk = chunk_of(3, 2, 9, x=(3,), y=(3,))
     chunk.columns["length"] = torch.arange(54).view(3, 2, 9) % 4
     same_steps(persons, chunk, monkeypatch)
+
+
+def test_the_traced_step_of_a_bound_by_row_is_the_eager_one(monkeypatch):
+    same_steps(effects, chunk_of(3, 2, 9, x=(), y=()), monkeypatch, RowOptions("mean_field", nodes=5))
 
 
 def made(self, traced, rates, state, chunk, say):

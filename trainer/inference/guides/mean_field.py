@@ -187,7 +187,7 @@ class MeanField:
                 entropy_each = 0.5 * squares[name] + log_scales[name].detach() + 0.5 * LOG_2PI
             entropy[name] = entropy_each.sum(dtype=torch.float64)
             by_itself = known and name in self.alone
-            exact = _expected_normal_log_prob(node, (locs[name], scales[name])) if by_itself else None
+            exact = expected_normal_log_prob(node, (locs[name], scales[name])) if by_itself else None
             log_prior[name] = total(node, exact) if exact is not None else latents.log_prior(node)
         return Draw(trace, entropy, log_prior, frozenset())
 
@@ -224,7 +224,7 @@ def normal_prior(site: Site) -> tuple[torch.distributions.Normal | None, int]:
     return (fn, event_dims) if isinstance(fn, torch.distributions.Normal) else (None, 0)
 
 
-def _expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | None:
+def expected_normal_log_prob(site: Site, q: tuple[Tensor, Tensor]) -> Tensor | None:
     """E_q log p(u) [batch shape] where the prior of u is Normal too (LogNormal qualifies, in log space); else None."""
     fn, event_dims = normal_prior(site)
     if fn is None:

@@ -219,6 +219,8 @@ class PlatedModel:
         self.fn, self.plate = fn, plate
         self.sites: Any = None
         """What is integrated out of each row (`trainer.inference.rows.sites.RowSites`), None where nothing is."""
+        self.encoded: tuple[Any, ...] = ()
+        """The latents of rows that an encoder holds (`trainer.inference.rows.sites.RowLatent`)."""
         self.own = arguments(like or fn, columns, what)
         self.weighted = WEIGHT in columns and WEIGHT not in self.own
         self.arguments = (*self.own, WEIGHT) if self.weighted else self.own

@@ -10,6 +10,7 @@ Shapes: B rows, d continuous numbers of a row.
 
 from collections.abc import Callable, Container, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -33,6 +34,7 @@ from trainer.inference.model.latents import (
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
 from trainer.inference.rows.entries import of_real_entries
 from trainer.inference.rows.integral import Nodes, around_the_mode, log_gaussian_integral, log_integral, nodes_of
+from trainer.inference.rows.mean_field import log_bound, nodes_of_mean
 from trainer.inference.rows.options import DEFAULT, DRAWS, NODES, RowOptions
 from trainer.inference.rows.quadratic import is_quadratic
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
@@ -40,7 +42,7 @@ from trainer.inference.rows.sums import NONE, Enumerated, summed_out
 
 Columns = Mapping[str, Any]
 Globals = dict[str, Tensor]
-_EVALUATIONS, _OF_A_GAUSSIAN = 20, 5  # of the model, for the modes and the integrals of the rows
+_EVALUATIONS, _OF_A_GAUSSIAN, _OF_A_BOUND = 20, 5, 60  # of the model, for the modes and the integrals of the rows
 
 
 class Marginal:
@@ -52,7 +54,8 @@ class Marginal:
 
     def __init__(self, fn: Callable[..., Any], plate: str, sites: RowSites, nodes: int = NODES, draws: int = DRAWS):
         self.generative, self.plate, self.sites = fn, plate, sites
-        self.nodes = nodes_of(sites.size, nodes, draws, torch.zeros((), dtype=torch.float64))
+        of_size = nodes_of_mean if sites.bound else nodes_of
+        self.nodes = of_size(sites.size, nodes, draws, torch.zeros((), dtype=torch.float64))
         self.site = "+".join(sites.observed)
         """The site that stands for the observed ones."""
         self.gaussian = False
@@ -80,13 +83,17 @@ class Marginal:
             return log_gaussian_integral(
                 lambda u: self.joint(columns, still, u), lambda u: self.joint(columns, at, u), start
             )
-        normal = around_the_mode(lambda u: self.joint(columns, still, u), start)
         nodes = Nodes(self.nodes.at.to(start), self.nodes.log_weights.to(start))
+        if self.sites.bound:
+            return log_bound(
+                lambda u: self.joint(columns, still, u), lambda u: self.joint(columns, at, u), start, nodes
+            )
+        normal = around_the_mode(lambda u: self.joint(columns, still, u), start)
         return log_integral(lambda u: self.joint(columns, at, u), normal, nodes)
 
     def look(self, columns: Columns) -> None:
         """Finds out whether the rows' densities are Gaussian in their own numbers."""
-        if self.sites.continuous and not self.sites.discrete:
+        if self.sites.continuous and not self.sites.discrete and not self.sites.bound:
             rows = rows_of(columns)
             with AtZero(rows.dtype, rows.valid.device), poutine.block():
                 at = self.of_globals(**columns)
@@ -147,7 +154,8 @@ class MarginalModel(PlatedModel):
         super().__init__(marginal, batch.columns, model.plate, like=model.fn)
         marginal.look({name: batch.columns[name] for name in self.own if name in batch.columns})
         self.sites, self._copies = sites, 1 if marginal.gaussian else len(marginal.nodes.at)
-        self._evaluations = 1 if not sites.continuous else _OF_A_GAUSSIAN if marginal.gaussian else _EVALUATIONS
+        of_rows = _OF_A_GAUSSIAN if marginal.gaussian else _OF_A_BOUND if sites.bound else _EVALUATIONS
+        self._evaluations = of_rows if sites.continuous else 1
         self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
         self._generative = model
         self._at_first = PlatedModel(AtFirst(model.plate)(model.fn), batch.columns, model.plate)
@@ -178,17 +186,24 @@ def without_latents_of_rows(
 ) -> PlatedModel:
     """``model`` with its latents of rows integrated out, or as it is where it has none or cannot run.
 
-    ``guide_holds``: but the continuous ones, which are the guide's. Raises NotIntegrable for what cannot be, and
-    UserError for ``options`` that say nothing of the model.
+    ``guide_holds``: but the continuous ones, which are the guide's; so do those stay that an encoder is to hold. Raises
+    NotIntegrable for what cannot be, and UserError for ``options`` that say nothing of the model.
     """
     try:
-        sites = row_sites(model, batch, guide_holds)
+        sites = row_sites(model, batch)
     except NotIntegrable:
         raise
     except Exception:  # of the model, as the checks that follow say
         return model
-    options.refuse_unused(sites.kept, sites.size)
-    return MarginalModel(model, batch, sites, options) if sites and sites.observed else model
+    encoded = not guide_holds and options.encodes(sites.size)
+    options.refuse_unused([each.name for each in sites.continuous if guide_holds], sites.size)
+    if guide_holds or encoded:
+        sites = sites.left_to_the_guide()
+    sites.refuse_many()
+    sites = replace(sites, bound=options.rows == "mean_field" and bool(sites.continuous))
+    found = MarginalModel(model, batch, sites, options) if sites and sites.observed else model
+    found.encoded = sites.held if encoded else ()
+    return found
 
 
 def rows_of(columns: Columns) -> Batch:

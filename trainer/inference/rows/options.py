@@ -1,12 +1,13 @@
 """How the continuous latents of rows are held, as options say it."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from trainer.errors import UserError
+from trainer.inference.rows.sites import MOST_NUMBERS
 
-Method = Literal["auto", "integrate"]
+Method = Literal["auto", "integrate", "amortise", "mean_field"]
 NODES, DRAWS = 9, 8
 _GRID = 2  # numbers of a row, up to which there are nodes
 
@@ -20,30 +21,44 @@ class RowOptions:
     """Along each number of a row that has one or two."""
     row_draws: int | None = None
     """Of a row that has more, each with its mirror image."""
+    widths: Sequence[int] | None = None
+    """Of the layers of an encoder."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What an encoder knows of the columns (`trainer.inference.guides.encoder.Facts`), which no user gives."""
+
+    def encodes(self, numbers: int) -> bool:
+        """Whether an encoder holds so many ``numbers`` of a row."""
+        return numbers > 0 and (self.rows == "amortise" or (self.rows == "auto" and numbers > MOST_NUMBERS))
 
     def given(self) -> tuple[str, ...]:
-        """The names of those that are not at their default."""
-        return tuple(each.name for each in fields(self) if getattr(self, each.name) != each.default)
+        """The names of those that a user has given."""
+        return tuple(name for name in OPTIONS if getattr(self, name) != getattr(DEFAULT, name))
 
-    def refuse_unused(self, held: Iterable[str], numbers: int) -> None:
-        """Raises UserError where an option says nothing of a model whose rows have so many ``numbers`` to integrate,
-        and whose guide holds the latents ``held`` of rows.
+    def refuse_unused(self, held: Sequence[str], numbers: int) -> None:
+        """Raises UserError where an option says nothing of a model whose rows have so many ``numbers``, and whose guide
+        holds the latents ``held`` of rows.
         """
-        if not self.given():
+        given = self.given()
+        if not given:
             return
-        first, names = f"guide.{self.given()[0]}", ", ".join(f'"{name}"' for name in held)
+        names = ", ".join(f'"{name}"' for name in held)
         if names:
-            raise UserError(f"{first} is for latents of rows that the guide leaves, and yours holds {names}: drop it.")
+            raise UserError(
+                f"guide.{given[0]} is for latents of rows that the guide leaves, and yours holds {names}: drop it."
+            )
         if not numbers:
-            raise UserError(f"{first} is for continuous latents of rows, and the model has none: drop it.")
-        if self.nodes is not None and numbers > _GRID:
-            raise UserError(
-                f"guide.nodes is for rows of one or two numbers, and these have {numbers}: give guide.row_draws."
-            )
-        if self.row_draws is not None and numbers <= _GRID:
-            raise UserError(
-                f"guide.row_draws is for rows of more than two numbers, and these have {numbers}: give guide.nodes."
-            )
+            raise UserError(f"guide.{given[0]} is for continuous latents of rows, and the model has none: drop it.")
+        used = "widths" if self.encodes(numbers) else "nodes" if numbers <= _GRID else "row_draws"
+        for name in given:
+            if name not in ("rows", used):
+                raise UserError(f"guide.{name} is for {_FOR[name]}, and these are {_FOR[used]}: give guide.{used}.")
 
 
+OPTIONS = ("rows", "nodes", "row_draws", "widths")
+"""Those that a user may give."""
 DEFAULT = RowOptions()
+_FOR = {
+    "nodes": "rows of one or two numbers",
+    "row_draws": "rows of more than two numbers",
+    "widths": "rows that an encoder holds",
+}

@@ -4,7 +4,7 @@ Shapes: B rows, d continuous numbers of a row in unconstrained space.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from pyro import poutine
@@ -18,7 +18,7 @@ from trainer.inference.model.latents import AtZero, Site, is_deterministic, is_d
 from trainer.inference.model.plates import Batch, PlatedModel, inside
 
 _MOST_STATES = 2**16  # of a site
-_MOST_NUMBERS = 16  # of a row
+MOST_NUMBERS = 16  # of a row
 
 
 class NotIntegrable(UserError):
@@ -58,8 +58,29 @@ class RowSites:
     """The observed sites inside the data plate, which the rows' density stands for."""
     nesting: int
     """How many axes plates take, at the most."""
-    kept: tuple[str, ...] = ()
-    """Latents of rows that the guide holds."""
+    held: tuple[RowLatent, ...] = ()
+    """The continuous ones that the guide holds, which are none of `continuous`."""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The names of those that the guide holds."""
+        return tuple(each.name for each in self.held)
+
+    bound: bool = False
+    """Whether the continuous ones have a factorized Gaussian in each row, instead of being integrated out."""
+
+    def left_to_the_guide(self) -> "RowSites":
+        """With the continuous ones."""
+        return replace(self, continuous=(), held=self.continuous)
+
+    def refuse_many(self) -> None:
+        """Raises NotIntegrable for more than 16 numbers to be integrated in a row."""
+        if self.size > MOST_NUMBERS:
+            names = ", ".join(f'"{each.name}" ({each.size:,})' for each in self.continuous)
+            raise NotIntegrable(
+                f"each row has {self.size:,} numbers to integrate out, {names}, and at most {MOST_NUMBERS} can be: "
+                "leave guide.rows=auto, which gives them an encoder, or make the entries of a row rows of their own."
+            )
 
     @property
     def size(self) -> int:
@@ -71,7 +92,8 @@ class RowSites:
         said = []
         if self.continuous:
             names = ", ".join(each.name for each in self.continuous)
-            said.append(f"{names} of each row integrated out ({counted(self.size, 'number')})")
+            way = "in a factorized Gaussian of each row" if self.bound else "of each row integrated out"
+            said.append(f"{names} {way} ({counted(self.size, 'number')})")
         if self.discrete:
             some = [*self.discrete[:3], "..."] if len(self.discrete) > 4 else list(self.discrete)
             said.append(f"{', '.join(some)} of each row summed out")
@@ -97,11 +119,8 @@ class AtFirst(Messenger):
             msg["value"], msg["done"] = state.expand(fn.shape()), True
 
 
-def row_sites(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> RowSites:
-    """The latents inside the data plate of ``model``; ``guide_holds``: the continuous ones are the guide's.
-
-    Raises NotIntegrable for one that cannot be summed out, and for more than 16 numbers to be integrated in a row.
-    """
+def row_sites(model: PlatedModel, batch: Batch) -> RowSites:
+    """The latents inside the data plate of ``model``. Raises NotIntegrable for one that cannot be summed out."""
     with AtFirst(model.plate), AtZero(batch.dtype, batch.valid.device):
         trace = poutine.trace(model).get_trace(batch)
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
@@ -113,13 +132,6 @@ def row_sites(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> Ro
     for site in own:
         if not is_discrete(site["fn"]) and not is_deterministic(site):
             continuous.append(_row_latent(site, model.plate, sum(each.size for each in continuous)))
-    size = sum(each.size for each in continuous)
-    if size > _MOST_NUMBERS and not guide_holds:
-        names = ", ".join(f'"{each.name}" ({each.size:,})' for each in continuous)
-        raise NotIntegrable(
-            f"each row has {size:,} numbers to integrate out, {names}, and at most {_MOST_NUMBERS} can be: give an "
-            "amortized guide with guide._target_=module.guide, or make the entries of a row rows of their own."
-        )
     observed = [
         str(site["name"])
         for site in sites
@@ -127,11 +139,10 @@ def row_sites(model: PlatedModel, batch: Batch, guide_holds: bool = False) -> Ro
     ]
     dims = [-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim is not None]
     return RowSites(
-        () if guide_holds else tuple(continuous),
+        tuple(continuous),
         tuple(str(site["name"]) for site in discrete),
         tuple(observed),
         max(dims, default=0),
-        tuple(each.name for each in continuous) if guide_holds else (),
     )
 
 
