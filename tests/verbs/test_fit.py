@@ -218,6 +218,11 @@ def test_agreement_between_seeds_by_hand():
     [
         ({"x": np.ones((4, 3)), "y": np.ones(5)}, {}, "differ in length .x 4, y 5."),
         ({"x": np.ones((4, 3)), "y": 1.0}, {}, "'y' of the data is a single value"),
+        (
+            {"x": np.ones((4, 3)), "y": [[1.0], [2.0, 3.0]] * 2},
+            {},
+            "give each entry of a list a row of its own, beside",
+        ),
         ({}, {}, "the data have no columns"),
         ({"x": np.ones((0, 3)), "y": np.ones(0)}, {}, "the data have no rows"),
         ([1, 2], {}, "data of type list are no table"),

@@ -25,6 +25,7 @@ from trainer.inference.checks.model_checks import (
 )
 from trainer.inference.checks.observed import RowCheck, with_parameters
 from trainer.inference.checks.padding import check_padding
+from trainer.inference.checks.row_densities import check_row_densities
 from trainer.inference.guides.arrow import Arrow
 from trainer.inference.guides.auto_laplace import Laplace, LaplaceOfGlobals
 from trainer.inference.guides.block import Block
@@ -225,6 +226,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
         nonlocal plated, rows
         plated = with_entries(plated, batch)
         plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals, options=rows)
+        check_row_densities(plated, batch)
         with AtFirst(plate):
             derived.extend(check_model(plated, batch, tuple(global_sites)))
         if plated.encoded:

@@ -108,6 +108,10 @@ def test_what_cannot_be_a_column_is_left_out_where_that_may_be() -> None:
         (Field("timestamp[ns]"), "holds timestamp[ns], and neither numbers, truth values nor text: count the seconds"),
         (Field("date32[day]"), "count the seconds or days"),
         (Field("struct<a: int8>"), "cast it, or leave it out"),
+        (
+            Field("list<item: double>"),
+            "give each entry a row of its own, beside a column that says",
+        ),
         (Field(NOT_UTF8), "save the file as UTF-8"),
         (Field("numbers and text ('a' in row 1, counted from 0)"), "('a' in row 1, counted from 0): make them one"),
         (Field("twice"), "'the data' has two columns named 'x'"),

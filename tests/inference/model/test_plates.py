@@ -98,6 +98,8 @@ def refused(x, kind):
         plate = pyro.plate("data", N, subsample=torch.arange(len(x)))
     elif kind == "wrong size":
         plate = pyro.plate("data", N)
+    elif kind == "series":
+        plate = pyro.plate("data", 2)
     elif kind == "wrong subsample size":
         plate = pyro.plate("data", N, subsample_size=len(x) + 1)
     elif kind == "no size":
@@ -122,9 +124,10 @@ def refused(x, kind):
     [
         ("subsample", "drop subsample="),
         ("wrong size", 'plate\\("data"\\) takes 1000 rows where the batch has 4'),
+        ("series", r"takes 2 rows where the batch has 4.*make each of them one row \(svi shard group_by=COLUMN\)"),
         ("wrong subsample size", "draws its own rows: write"),
         ("no size", 'has no size at site "y"'),
-        ("loop", 'loop around site "y0"'),
+        ("loop", r'loop around site "y0": .*make the whole series one row \(svi shard group_by=COLUMN\)'),
         ("loop, N", "data plate's own indices"),
         ("table", "data plate's own indices"),
         ("column", "data plate's own indices"),

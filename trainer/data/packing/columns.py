@@ -230,6 +230,11 @@ def check_usable(part: str, field: Field, source: Source) -> None:
         if " and " in kind:
             raise UserError(f"column '{part}' of '{source.name}' holds {kind}: make them one, or do not use it.")
         remedy = "count the seconds or days from a day that you choose" if times else "cast it"
+        if kind.startswith(("list", "large_list")):  # a series or a group in each row
+            remedy = (
+                "give each entry a row of its own, beside a column that says whose it is, and pack with group_by= that "
+                "column"
+            )
         raise UserError(
             f"column '{part}' of '{source.name}' holds {kind}, and neither numbers, truth values nor text: "
             f"{remedy}, or leave it out of columns."

@@ -133,7 +133,13 @@ def _array(name: str, column: Any) -> np.ndarray | pa.ChunkedArray:
     try:
         array = np.asarray(column)
     except Exception as error:
-        raise UserError(f"column '{name}' of the data is no array ({first_line(error)}).") from error
+        lists = isinstance(column, Sequence) and all(isinstance(each, Sequence | np.ndarray) for each in column)
+        remedy = (
+            "; give each entry of a list a row of its own, beside a column that says whose it is, and pack with "
+            "group_by= that column"
+        )
+        told = f"column '{name}' of the data is no array ({first_line(error).rstrip('.')}){remedy if lists else ''}."
+        raise UserError(told) from error
     if not array.ndim:
         raise UserError(f"column '{name}' of the data is a single value: give one value per row.")
     if array.dtype.kind != "O" or array.ndim > 1:

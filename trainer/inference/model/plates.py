@@ -104,9 +104,10 @@ class WrongSize(UserError):
     """The data plate is declared with a ``size`` that is not the batch's."""
 
     def __init__(self, plate: str, size: int, rows: int):
+        series = "; where it takes series or groups, make each of them one row (svi shard group_by=COLUMN)"
         super().__init__(
             f'plate("{plate}") takes {size} rows where the batch has {rows}: '
-            f'write pyro.plate("{plate}", len(x)) with a column x.'
+            f'write pyro.plate("{plate}", len(x)) with a column x{series if size < rows else ""}.'
         )
         self.plate, self.size, self.rows = plate, size, rows
 
@@ -166,7 +167,8 @@ class DataPlate(Messenger):
         if frame.dim is None:
             raise UserError(
                 f'plate("{self.name}") is used as a loop around site "{msg["name"]}": '
-                f'write `with pyro.plate("{self.name}", len(x)):` and use whole columns.'
+                f'write `with pyro.plate("{self.name}", len(x)):` and use whole columns; where a row depends on those '
+                "before it, make the whole series one row (svi shard group_by=COLUMN)."
             )
         if frame.size != self.batch.size:
             raise UserError(

@@ -1,0 +1,79 @@
+"""Whether the densities of rows in their own numbers can be integrated around their modes: a pure look at a few rows.
+
+Newton steps end at a maximum of a density that falls to both sides of it. Where the curvature is not positive there,
+or where the density does not fall however far one goes, it has no Gaussian to integrate around.
+
+Shapes: B rows, d numbers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.inference.rows.integral import LogDensity, Normal, around_the_mode
+
+_AGAIN = 4  # times the Newton steps of a step, before a mode is said to be out of reach
+_REACHED = 1e-3  # of a row's own sd, to the maximum of the Gaussian there
+_FAR, _FALL = 1000.0, 1.0  # sds from the mode, by which a density has fallen so many nats at the least
+_FLAT = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the greatest curvature of a row
+
+
+class Improper(NamedTuple):
+    """By row and number, bool [B, d]."""
+
+    level: Tensor
+    """Where the density does not fall."""
+    curved: Tensor
+    """Where it falls, and its curvature is not positive at the end of the Newton steps, where its gradient is zero."""
+
+
+def improper(f: LogDensity, start: Tensor) -> Improper:
+    """What is wrong with densities exp ``f``, after Newton steps from ``start`` [B, d]; nothing where they are unknown
+    there.
+    """
+    normal = around_the_mode(f, start)
+    for _ in range(_AGAIN):
+        if bool(reached(f, normal).all()):
+            break
+        normal = around_the_mode(f, normal.mode)
+    known, there = f(normal.mode).detach().isfinite()[:, None], reached(f, normal)[:, None]
+    level = torch.stack([~_falls(f, normal, number) for number in range(start.shape[1])], 1)
+    values, vectors = torch.linalg.eigh(curvature(f, normal.mode).double().nan_to_num())
+    flat = values[:, 0] <= _FLAT[start.dtype] * values[:, -1].abs()
+    along = vectors[:, :, 0].abs().argmax(1, keepdim=True)
+    curved = torch.zeros_like(level).scatter(1, along, flat[:, None])
+    return Improper(level & known, curved & known & there & ~level.any(1, keepdim=True))
+
+
+def reached(f: LogDensity, normal: Normal) -> Tensor:
+    """Whether each row's mode is where its Gaussian has it, to a thousandth of its sd: bool [B]."""
+    gradient = _gradient(f, normal.mode)[1].detach()
+    step = torch.linalg.solve_triangular(normal.factor, gradient[:, :, None], upper=False)
+    return step[:, :, 0].norm(dim=1) < _REACHED
+
+
+def curvature(f: LogDensity, u: Tensor) -> Tensor:
+    """Minus the Hessian of each row at ``u`` [B, d]: [B, d, d]."""
+    at, gradient = _gradient(f, u)
+    if not gradient.requires_grad:
+        return u.new_zeros(*u.shape, u.shape[1])
+    with torch.enable_grad():
+        sums = gradient.sum(0).unbind()
+        return -torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in sums], 1)
+
+
+def _gradient(f: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        at = u.detach().requires_grad_()
+        return at, torch.autograd.grad(f(at).sum(), at, create_graph=True)[0]
+
+
+def _falls(f: LogDensity, normal: Normal, number: int) -> Tensor:
+    """Whether each row's density falls to both sides of a number, however far: bool [B]. What is no number there does,
+    as the density of what has overflown.
+    """
+    with torch.no_grad():
+        middle, far = f(normal.mode), torch.zeros_like(normal.mode[0])
+        far[number] = _FAR
+        return ~torch.stack([f(normal.at(point)) > middle - _FALL for point in (far, -far)]).any(0)
