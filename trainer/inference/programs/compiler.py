@@ -87,6 +87,7 @@ def compile_recipe(given: dict[str, Any], folder: Path, stages: Stages) -> None:
     import torch
     import torch._inductor.compile_fx
     import torch._inductor.config as config
+    import torch._inductor.inductor_prims  # an operation of the step's code
 
     from trainer.inference.programs.scan import Recipe
     from trainer.inference.programs.side_by_side import SideBySide

@@ -26,6 +26,7 @@ from trainer.inference.programs.compiling import Compilation
 from trainer.inference.programs.layout import Layout, with_a_second_slot
 from trainer.inference.programs.program import ChunkResult, Eager, draw_numbers
 from trainer.inference.programs.replay import Replay, Section
+from trainer.inference.programs.row_strides import stored_by_number
 from trainer.inference.programs.scan import Recipe, Scan, shapes_of
 from trainer.inference.programs.sweep import Sweep, gives_gradients
 from trainer.inference.programs.tracing import Traced, Untraceable, trace
@@ -117,6 +118,8 @@ class Fused:
                 raise Untraceable("a sum over GPUs is not captured yet")
             module = Scan(traced.graph, rates.graph, len(rates.constants))
             return lambda: Replay(module.before, torch.compile(module.step))
+        if self.inference.model.evaluations > 1:
+            stored_by_number(traced.graph, chunk.slot(0).slot(0).size)
         recipe = Recipe(
             traced.graph.code,
             rates.graph.code,
