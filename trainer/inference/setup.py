@@ -15,6 +15,7 @@ from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 
 from trainer.errors import UserError, meant
+from trainer.inference.checks.enumeration import LEAST_ROWS, refuse_large
 from trainer.inference.checks.model_checks import (
     check_exchangeable,
     check_finite,
@@ -57,6 +58,7 @@ _NOTHING = (
     "the model has neither a latent site nor a parameter: add a pyro.sample without obs=, or a pyro.param.",
     "neither guide nor model has a parameter to train: give the guide a pyro.param.",
 )
+_FEWER_STATES = "give them fewer states, or sum some of them out in the model (dist.MixtureSameFamily, DiscreteHMM)"
 _OF_ROWS_ALONE = (
     "all latents are of rows, which are integrated out, so nothing is left to learn: give what they have in common "
     '(their mean, their spread) a prior outside plate "data".'
@@ -226,6 +228,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
         nonlocal plated, rows
         plated = with_entries(plated, batch)
         plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals, options=rows)
+        refuse_large(plated, int(min(num_obs, LEAST_ROWS)), batch.dtype, _FEWER_STATES)
         check_row_densities(plated, batch)
         with AtFirst(plate):
             derived.extend(check_model(plated, batch, tuple(global_sites)))

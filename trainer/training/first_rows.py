@@ -9,6 +9,7 @@ from trainer.data.fields import concatenate
 from trainer.data.shards.folder import ShardFolder
 from trainer.data.shards.index import ROW_ID
 from trainer.errors import UserError
+from trainer.inference.checks.enumeration import LEAST_ROWS
 from trainer.inference.checks.observed import RowCheck, with_parameters
 from trainer.inference.model.plates import WEIGHT, Batch
 from trainer.inference.step import Inference
@@ -16,7 +17,6 @@ from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
 
 MOST = 65_536
-_FEWEST = 4096
 
 
 def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:
@@ -38,7 +38,7 @@ def sample_of(rows: Batch, copies: int) -> Batch:
     """The one lane group from which start and curvature are taken: ``rows``, or so many of them that what each makes
     `copies` of fits memory.
     """
-    most = max(_FEWEST, MOST // copies)
+    most = max(LEAST_ROWS, MOST // copies)
     return one_group(rows if rows.size <= most else rows.at(torch.arange(most)))
 
 

@@ -16,6 +16,7 @@ from trainer.distributed.ranks import World
 from trainer.engine.signals import StopOnSignal
 from trainer.engine.train_state import PlanChoice, Problem, TrainState
 from trainer.errors import UserError, counted
+from trainer.inference.checks.enumeration import refuse_large
 from trainer.inference.guides.mean_field import MEAN_FIELD
 from trainer.inference.guides.pyro_guides import NO_LATENT
 from trainer.inference.model.plates import Batch
@@ -100,6 +101,9 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
         *precision_lines(folder.index, inference.model.arguments, torch.get_default_dtype()),
     ):
         say(line)
+    step_rows = -(-plan.num_rows // (plan.steps_per_epoch * context.world.size))
+    remedy = "give each rank up to {fit:,} rows of a step (batch_size=)"
+    refuse_large(inference.model, step_rows, theta.dtype, remedy, context.world.local_size)
     if not inference.objective.is_elbo:
         refuse_weighted_draws(inference, theta, first_rows(folder, inference.model.arguments))
         refuse_parts(inference.objective, plan.steps_per_epoch, choice.draws)

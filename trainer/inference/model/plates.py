@@ -219,6 +219,8 @@ class PlatedModel:
     ):
         columns = tuple(columns)
         self.fn, self.plate = fn, plate
+        self.numbers = 1
+        """How many the largest tensor has for each row while states are enumerated."""
         self.sites: Any = None
         """What is integrated out of each row (`trainer.inference.rows.sites.RowSites`), None where nothing is."""
         self.encoded: tuple[Any, ...] = ()

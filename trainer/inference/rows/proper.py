@@ -50,7 +50,8 @@ def reached(f: LogDensity, normal: Normal) -> Tensor:
     """Whether each row's mode is where its Gaussian has it, to a thousandth of its sd: bool [B]."""
     gradient = _gradient(f, normal.mode)[1].detach()
     step = torch.linalg.solve_triangular(normal.factor, gradient[:, :, None], upper=False)
-    return step[:, :, 0].norm(dim=1) < _REACHED
+    near: Tensor = step[:, :, 0].norm(dim=1) < _REACHED
+    return near
 
 
 def curvature(f: LogDensity, u: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ class RowSites:
     """How many axes plates take, at the most."""
     held: tuple[RowLatent, ...] = ()
     """The continuous ones that the guide holds, which are none of `continuous`."""
+    states: float = 1.0
+    """The product of the numbers of states of the discrete sites."""
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -126,8 +128,7 @@ def row_sites(model: PlatedModel, batch: Batch) -> RowSites:
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
     own = [site for site in sites if is_latent(site) and inside(site, model.plate)]
     discrete = [site for site in own if is_discrete(site["fn"])]
-    for site in discrete:
-        every_state(str(site["name"]), site["fn"])
+    states = math.prod(float(len(every_state(str(site["name"]), site["fn"]))) for site in discrete)
     continuous: list[RowLatent] = []
     for site in own:
         if not is_discrete(site["fn"]) and not is_deterministic(site):
@@ -143,6 +144,7 @@ def row_sites(model: PlatedModel, batch: Batch) -> RowSites:
         tuple(str(site["name"]) for site in discrete),
         tuple(observed),
         max(dims, default=0),
+        states=states,
     )
 
 
