@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scripts.references import fresh
+from scripts.references import digits, fresh
 from scripts.references.__main__ import compare
 
 
@@ -38,3 +38,13 @@ def test_eight_rows_are_enough(tmp_path):
     case = next(case for case in fresh.CASES if case.name == "eight rows")
     for seed in (0, 1):
         assert compare(case, tmp_path, seed, {})["met"]
+
+
+def test_the_encoder_is_as_good_as_the_tutorials_guide_at_equal_steps():
+    """Images of 6 x 6 in which some rows are on, so that a code tells which."""
+    lines = np.random.default_rng(0).random((512, 6, 1)) < 0.3
+    x = np.repeat(lines, 6, axis=2).reshape(512, 36).astype(np.float32)
+    setting = digits.Setting(width=16, codes=4, steps=150, batch_size=128, lr=0.01)
+    stock = digits.by_pyro(x, setting, 0)
+    own = digits.by_the_trainer(x, setting, 0, program="eager")
+    assert own.elbo > stock.elbo

@@ -232,8 +232,8 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
         check_row_densities(plated, batch)
         with AtFirst(plate):
             derived.extend(check_model(plated, batch, tuple(global_sites)))
-        if plated.encoded:
-            rows = replace(rows, facts=facts_of({name: batch.columns[name] for name in plated.own}, rows.facts))
+        own = {name: batch.columns[name] for name in plated.own}
+        rows = replace(rows, facts=facts_of(own, rows.facts) if plated.encoded else {})
         made.append(Encoded(guide, plated, batch, rows) if plated.encoded else guide(plated, batch))
         return made[0].setup(plated, batch), (model, *made[0].callables)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from trainer.data.shards.index import Column as StoredColumn
 from trainer.data.shards.index import Index
+from trainer.distributed.comm import Comm
 from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import PlanChoice, TrainState
 from trainer.errors import UserError
 from trainer.inference.estimates.passes import Block
+from trainer.inference.guides.encoder import facts_of
 from trainer.inference.model.arguments import arguments
 from trainer.inference.model.plates import Batch
 from trainer.inference.optim.rounds import State, Update
@@ -91,7 +93,10 @@ def begun(
             f"the loader gives {type(first).__name__} where dicts of tensors belong, as {{'x': x, 'y': y}}: name the "
             "model's arguments in its batches (collate_fn=)."
         )
-    dtype, (inference, theta) = in_its_precision(cfg.dtype, num_obs, lambda: _problem(cfg, given, first, num_obs), say)
+    comm = context.world.comm
+    dtype, (inference, theta) = in_its_precision(
+        cfg.dtype, num_obs, lambda: _problem(cfg, given, first, num_obs, comm), say
+    )
     sample = _rows({name: first[name] for name in inference.model.arguments}, 0)
     start = start_of(inference, theta, one_group(sample), cfg.seed, say) if cfg.start == "laplace" else (theta, None)
     whitened = start[1] is not None
@@ -110,7 +115,6 @@ def begun(
     choice = PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader")
     record = TrainState(problem_of(cfg, choice, inference, update, context.world))
     state = resume.taken_over(saved, record, fresh)
-    comm = context.world.comm
     device = trainer.strategy.root_device
     state = state.each(lambda tensor: comm.from_first(tensor.to(device)))
     program = Eager(inference, update, cfg.seed, [context.world.rank], comm)
@@ -138,7 +142,7 @@ class _Steps:
         return math.ceil(epochs * self.steps_per_epoch)
 
 
-def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -> tuple[Inference, Tensor]:
+def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int, comm: Comm) -> tuple[Inference, Tensor]:
     """The inference problem, checked on the first batch, and theta [P] at its start."""
     columns = tuple(arguments(given.model, list(first)))
     if LENGTH in first and LENGTH not in columns:  # of the entries of rows, where the model has a plate of them
@@ -154,7 +158,7 @@ def _problem(cfg: Train, given: Given, first: Mapping[str, Any], num_obs: int) -
         plate=cfg.plate,
         global_sites=cfg.global_sites,
         seed=cfg.seed,
-        rows=build.rows(cfg.guide),
+        rows=replace(build.rows(cfg.guide), facts=comm.gathered(facts_of(rows.columns, {}))[0]),
     )
 
 
