@@ -188,6 +188,21 @@ def test_options_of_the_guide_hold_over_a_loader(tmp_path):
     assert np.allclose(site.sd, 0.25)
 
 
+def test_an_encoder_holds_latents_of_rows_over_a_loader(tmp_path):
+    def effects(x, y):
+        b = pyro.sample("b", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x @ b + u, 0.5), obs=y)
+
+    options = {"guide.rows": "amortise", "guide.widths": [4]}
+    made = VariationalModule(effects, num_obs=200, progress=False, options=options)
+    own = stock(tmp_path, max_epochs=1)
+    own.fit(made, DataLoader(Rows(200), 100))
+    found = made.posterior().latents({"x": Rows(20).x.numpy(), "y": Rows(20).y.numpy()}, draws=10)
+    assert found["u"].mean.shape == (20,)
+
+
 @pytest.mark.parametrize(
     ("options", "loader", "said"),
     [
