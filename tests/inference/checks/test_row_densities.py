@@ -92,3 +92,25 @@ def test_models_that_cannot_run_are_left_to_other_checks():
 
     checked(model)
     checked(lambda y: None)
+
+
+def test_globals_stand_at_zero_whatever_their_priors():
+    """Drawn from so wide a prior, the sd of a row's response would be 0, and an improper one cannot be drawn from."""
+
+    def wide(y):
+        log_sd = pyro.sample("log_sd", dist.Normal(0 * ONE, 1e4))
+        with pyro.plate("data", len(y)):
+            u = pyro.sample("u", dist.Normal(0 * ONE, 1.0))
+            pyro.sample("y", dist.Normal(u, log_sd.exp()), obs=y)
+
+    def flat(y):
+        b = pyro.sample("b", FLAT)
+        with pyro.plate("data", len(y)):
+            u = pyro.sample("u", FLAT)
+            pyro.sample("y", dist.Bernoulli(logits=b + u), obs=y)
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        checked(wide)
+    with pytest.raises(UserError, match='latent site "u" cannot be integrated out of'):
+        checked(flat)

@@ -38,7 +38,7 @@ def check_row_densities(model: PlatedModel, batch: Batch) -> None:
     rows = batch.at(torch.arange(min(int(batch.valid), _MOST)))
 
     def look(**columns: Any) -> Improper:
-        with AtZero(rows.dtype, rows.valid.device), poutine.block(), pyro.validation_enabled(False):
+        with poutine.block(), AtZero(rows.dtype, rows.valid.device), pyro.validation_enabled(False):
             at = marginal.of_globals(**columns)
             start = torch.zeros(rows_of(columns).size, marginal.sites.size, dtype=rows.dtype, device=rows.valid.device)
             return improper(lambda u: marginal.joint(columns, at, u), start)

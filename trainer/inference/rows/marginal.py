@@ -97,7 +97,7 @@ class Marginal:
         """Finds out whether the rows' densities are Gaussian in their own numbers."""
         if self.sites.continuous and not self.sites.discrete and not self.sites.bound:
             rows = rows_of(columns)
-            with AtZero(rows.dtype, rows.valid.device), poutine.block():
+            with poutine.block(), AtZero(rows.dtype, rows.valid.device):
                 at = self.of_globals(**columns)
                 self.gaussian = is_quadratic(lambda u: self.joint(columns, at, u), self._zeros(rows))
 
