@@ -47,6 +47,7 @@ from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Objective
 from trainer.inference.rows.entries import OfEntries, as_given, with_entries
+from trainer.inference.rows.lists import with_lists
 from trainer.inference.rows.marginal import without_latents_of_rows
 from trainer.inference.rows.options import DEFAULT, RowOptions
 from trainer.inference.rows.sites import AtFirst
@@ -156,7 +157,7 @@ class OfCallable:
             return _of_autoguide(made, made.model, self.columns, self.plate)
         fn = made if callable(made) else self.guide
         if isinstance(plated.generative.fn, OfEntries):
-            fn = OfEntries(fn, self.plate)
+            fn = type(plated.generative.fn)(fn, self.plate)
         return PyroGuide(PlatedModel(fn, self.columns, self.plate, what="guide"), self.plate)
 
     def of_globals(self, model: Any) -> bool:
@@ -226,7 +227,7 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
 
     def run() -> tuple[dict[str, Tensor], tuple[Any, ...]]:
         nonlocal plated, rows
-        plated = with_entries(plated, batch)
+        plated = with_lists(with_entries(plated, batch), batch)
         plated = without_latents_of_rows(plated, batch, guide_holds=not of_globals, options=rows)
         refuse_large(plated, int(min(num_obs, LEAST_ROWS)), batch.dtype, _FEWER_STATES)
         check_row_densities(plated, batch)
