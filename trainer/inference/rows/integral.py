@@ -80,16 +80,13 @@ class Normal(NamedTuple):
 
 
 def around_the_mode(f: LogDensity, start: Tensor) -> Normal:
-    """Newton steps from ``start`` [B, d], none longer than 3 in a number; no derivative follows the result.
-
-    The curvature is that before the last step, which is as good a measure for nodes as any near the mode.
-    """
-    u, factor = start.detach(), start
+    """Newton steps from ``start`` [B, d], none longer than 3 in a number; no derivative follows the result."""
+    u = start.detach()
     for _ in range(_STEPS):
         gradient, hessian = _derivatives(f, u)
         factor = _factor(hessian)
         u = u + _backward(factor, _forward(factor, gradient)).clamp(-_LONGEST, _LONGEST)
-    return Normal(u, factor)
+    return Normal(u, _factor(_derivatives(f, u)[1]))
 
 
 def log_integral(f: LogDensity, normal: Normal, nodes: Nodes) -> Tensor:
