@@ -15,6 +15,7 @@ from pyro.poutine.block_messenger import BlockMessenger
 from torch import Tensor
 
 from trainer.errors import UserError, meant
+from trainer.inference.checks.coupled import check_states
 from trainer.inference.checks.enumeration import LEAST_ROWS, refuse_large
 from trainer.inference.checks.model_checks import (
     check_exchangeable,
@@ -263,6 +264,8 @@ def set_up(  # noqa: PLR0913  all that a problem is, most of it by name
                 check_exchangeable(evaluate, batch)
                 if grouped:
                     check_padding(evaluate, batch)
+                if plated.sites is not None and plated.sites.discrete:
+                    parameters.call(parameters.unflatten(theta), lambda _: check_states(plated.generative, batch))
         wide = batch.dtype == torch.float64 or _computes_wide(evaluate, batch)
     kinds = tuple(term.kind for term in first.values())
     facts = tuple(first), kinds, wide, tuple(derived), rows
