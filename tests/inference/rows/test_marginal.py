@@ -377,3 +377,22 @@ def test_gaussian_rows_of_many_numbers_are_exact():
     covariance = loadings.T @ loadings + 0.25 * torch.eye(4, dtype=F64)
     want = dist.MultivariateNormal(torch.zeros(4, dtype=F64), covariance).log_prob(Y).sum()
     assert float(found.detach()) == pytest.approx(float(want), abs=1e-9)
+
+
+def test_a_long_chain_counts_as_several_rows_where_memory_is_shared_out():
+    """What the derivatives of a chain keep grows with its length, although each of its tensors is small."""
+
+    def copies(length):
+        def model(y):
+            share = pyro.sample("share", dist.Beta(ONE, ONE))
+            with pyro.plate("data", len(y)):
+                state = torch.zeros(len(y), dtype=F64)
+                for t in pyro.markov(range(length)):
+                    state = pyro.sample(f"z_{t}", dist.Bernoulli(0.5 * share + 0.3 * state))
+                    pyro.sample(f"y_{t}", dist.Normal(state, 1.0), obs=y[:, 0])
+
+        return without_latents_of_rows(PlatedModel(model, ("y",)), Batch.whole({"y": Y})).copies
+
+    short, long = copies(5), copies(60)
+    assert short == 1
+    assert long >= 3

@@ -35,7 +35,7 @@ from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
 from trainer.inference.rows.entries import of_real_entries
 from trainer.inference.rows.integral import Nodes, around_the_mode, log_gaussian_integral, log_integral, nodes_of
 from trainer.inference.rows.mean_field import log_bound, nodes_of_mean
-from trainer.inference.rows.memory import largest
+from trainer.inference.rows.memory import Numbers, numbers
 from trainer.inference.rows.options import DEFAULT, DRAWS, NODES, RowOptions
 from trainer.inference.rows.quadratic import is_quadratic
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
@@ -43,7 +43,8 @@ from trainer.inference.rows.sums import NONE, Enumerated, summed_out
 
 Columns = Mapping[str, Any]
 Globals = dict[str, Tensor]
-_FEW_STATES, _USUAL = 2**12, 2**10  # joint states of a row, and numbers of a tensor, for which memory need not care
+_FEW_STATES = 2**12  # joint states of a row, for which memory need not care
+_USUAL = Numbers(2**10, 2**11)  # of a row, in like manner
 _EVALUATIONS, _OF_A_GAUSSIAN, _OF_A_BOUND = 20, 5, 60  # of the model, for the modes and the integrals of the rows
 
 
@@ -101,17 +102,18 @@ class Marginal:
                 at = self.of_globals(**columns)
                 self.gaussian = is_quadratic(lambda u: self.joint(columns, at, u), self._zeros(rows))
 
-    def numbers(self, columns: Columns) -> int:
-        """How many the largest tensor has for a row while states are enumerated; 1 where a row has few."""
+    def numbers(self, columns: Columns) -> Numbers:
+        """How many the tensors have for a row while states are enumerated; 1 where a row has few."""
         if self.sites.states <= _FEW_STATES:
-            return 1
+            return Numbers(1, 1)
         some = rows_of(columns)
         some = some.at(torch.arange(2) % some.size)
-        with AtZero(some.dtype, some.valid.device), poutine.block():
+        with poutine.block(), AtZero(some.dtype, some.valid.device):
             at = self.of_globals(**some.columns)
             with AtFirst(self.plate):  # what distributions keep of themselves is made of values
                 poutine.trace(self.generative).get_trace(**some.columns).compute_log_prob()
-        return largest(lambda: self.joint(some.columns, at, self._zeros(some))) // some.size
+        found = numbers(lambda: self.joint(some.columns, at, self._zeros(some)))
+        return Numbers(found.largest // some.size, found.total // some.size)
 
     def _zeros(self, rows: Batch) -> Tensor:
         return torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
@@ -168,9 +170,11 @@ class MarginalModel(PlatedModel):
         super().__init__(marginal, batch.columns, model.plate, like=model.fn)
         marginal.look({name: batch.columns[name] for name in self.own if name in batch.columns})
         self.sites, copies = sites, 1 if marginal.gaussian else len(marginal.nodes.at)
+        of_row = Numbers(1, 1)
         with suppress(Exception):  # of the model, as the checks that follow say
-            self.numbers = max(1, marginal.numbers({n: batch.columns[n] for n in self.own if n in batch.columns}))
-        self._copies = copies * max(1, self.numbers // _USUAL)
+            of_row = marginal.numbers({n: batch.columns[n] for n in self.own if n in batch.columns})
+        self.numbers = max(1, of_row.largest)
+        self._copies = copies * max(1, *(each // usual for each, usual in zip(of_row, _USUAL, strict=True)))
         of_rows = _OF_A_GAUSSIAN if marginal.gaussian else _OF_A_BOUND if sites.bound else _EVALUATIONS
         self._evaluations = of_rows if sites.continuous else 1
         self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
