@@ -76,6 +76,8 @@ class TrainState:
     """Why training has ended before its budget."""
     evidence: dict[str, Any] | None = None
     """The evidence that the last round was judged by."""
+    fineness: list[int] | None = None
+    """Of the integrals over latents of rows; None: there are none, or a version that did not say."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, as a checkpoint holds them."""
@@ -93,7 +95,7 @@ class TrainState:
 
     def resumed(self, old: "TrainState") -> None:
         """Takes over what continues from ``old``; not the means of segments that now would end elsewhere."""
-        for name in ("seconds", "passes", "no_newton_at", "ending", "stopped", "evidence"):
+        for name in ("seconds", "passes", "no_newton_at", "ending", "stopped", "evidence", "fineness"):
             setattr(self, name, getattr(old, name))
         before, now = old.problem, self.problem
         same_rounds = before.rounds is None or before.rounds == now.rounds

@@ -81,6 +81,11 @@ class Inference:
         """The guide as a Gaussian, if it is one."""
         return self.guide.gaussian(self.parameters.places)
 
+    @property
+    def float_type(self) -> torch.dtype:
+        """Of exact arithmetic: float64 wherever the model can."""
+        return torch.float64 if self.wide else torch.float32
+
     def rates(self, round_: Round, step: Tensor) -> Tensor:
         """All that depends on ``step`` (int64 []) alone, float64: `Round.rates` [m], then the weight of the KL terms
         where the objective has a warm-up.

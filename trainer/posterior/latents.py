@@ -17,10 +17,10 @@ from torch import Tensor
 
 from trainer.data.shards.index import Index
 from trainer.errors import UserError
-from trainer.inference.estimates.many_draws import Written
 from trainer.inference.model.noise import row_noise
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.promotion import Promoting
+from trainer.inference.model.written import Written
 from trainer.inference.rows.marginal import Marginal
 from trainer.inference.rows.posterior import Moments, RowPosterior, weighted
 from trainer.inference.rows.sites import value_by_row

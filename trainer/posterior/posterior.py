@@ -215,6 +215,7 @@ class Posterior:
             "objective": {"kl": inference.objective.kl},
             "rows": asdict(inference.rows),
             "sites": inference.sites,
+            "fineness": inference.model.fineness,
             "shapes": {name: list(shape) for name, shape in inference.parameters.shapes.items()},
             "metrics": self.metrics,
             "columns": [asdict(column) for column in self.index.columns],
@@ -281,6 +282,7 @@ class Posterior:
                 global_sites=facts["sites"],
                 rows=RowOptions(**facts.get("rows", {})),
             )
+        inference.model.refine(facts.get("fineness"))
         shapes = {name: list(shape) for name, shape in inference.parameters.shapes.items()}
         if shapes != facts["shapes"]:
             raise UserError(

@@ -17,6 +17,7 @@ from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
 
 MOST = 65_536
+_TOGETHER = 2**20  # rows of a sample that fit memory, where none has latents of its own
 
 
 def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:
@@ -35,17 +36,11 @@ def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:
 
 
 def sample_of(rows: Batch, copies: int) -> Batch:
-    """The one lane group from which start and curvature are taken: ``rows``, or so many of them that what each makes
-    `copies` of fits memory.
+    """The one lane group from which start and curvature are taken: ``rows``, or so many of them, of which each takes
+    as much as ``copies`` others, as fit memory.
     """
-    most = max(LEAST_ROWS, MOST // copies)
-    return one_group(rows if rows.size <= most else rows.at(torch.arange(most)))
-
-
-def one_group(rows: Batch) -> Batch:
-    """``rows`` as the one lane group of a step."""
-    columns = {name: column[None] for name, column in rows.columns.items()}
-    return Batch(columns, rows.valid[None], rows.valid, None)
+    most = max(LEAST_ROWS, _TOGETHER // copies)
+    return (rows if rows.size <= most else rows.at(torch.arange(most))).as_group()
 
 
 def first_pass(

@@ -32,10 +32,10 @@ from trainer.posterior.posterior import Posterior
 from trainer.posterior.tensors import as_type
 from trainer.training import resume
 from trainer.training.budget import optimizer_of, refuse_long_warmup, update_of
-from trainer.training.first_rows import one_group
 from trainer.training.objectives import title
 from trainer.training.precision import in_its_precision
 from trainer.training.prepare import Context, Given, guide_of, problem_of
+from trainer.training.refining import refine_at_start
 
 _FEW_ROWS = 64
 
@@ -98,7 +98,9 @@ def begun(
         cfg.dtype, num_obs, lambda: _problem(cfg, given, first, num_obs, comm), say
     )
     sample = _rows({name: first[name] for name in inference.model.arguments}, 0)
-    start = start_of(inference, theta, one_group(sample), cfg.seed, say) if cfg.start == "laplace" else (theta, None)
+    start = start_of(inference, theta, sample.as_group(), cfg.seed, say) if cfg.start == "laplace" else (theta, None)
+    known = resume.fineness(saved)
+    fineness = refine_at_start(inference, start, sample.as_group(), known, context.world, say)
     whitened = start[1] is not None
     cfg = replace(cfg, dtype=dtype, optimizer=optimizer_of(cfg, whitened))
     batches = trainer.num_training_batches
@@ -113,7 +115,7 @@ def begun(
     fresh = update.init(*start)
     size = context.world.size
     choice = PlanChoice(size, sample.size, cfg.seed, 0, 0, 0, size, "a loader")
-    record = TrainState(problem_of(cfg, choice, inference, update, context.world))
+    record = TrainState(problem_of(cfg, choice, inference, update, context.world), fineness=fineness)
     state = resume.taken_over(saved, record, fresh)
     device = trainer.strategy.root_device
     state = state.each(lambda tensor: comm.from_first(tensor.to(device)))

@@ -35,6 +35,7 @@ from trainer.training.columns import precision_lines, refuse_mixed_numbers, refu
 from trainer.training.first_rows import first_pass, first_rows, sample_of
 from trainer.training.objectives import refuse_parts, refuse_weighted_draws
 from trainer.training.precision import in_its_precision
+from trainer.training.refining import refine_at_start
 
 _CHECK_ROWS = 1024
 
@@ -113,6 +114,7 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
     doubts: list[str] = []
     at_mode = cfg.start == "laplace"
     start = start_of(inference, theta, sample, cfg.seed, doubts.append) if at_mode else (theta, None)
+    fineness = refine_at_start(inference, start, sample, resume.fineness(saved), context.world, say)
     whitened = start[1] is not None
     for sentence in doubts:
         say(sentence)
@@ -122,7 +124,8 @@ def prepare(cfg: Train, context: Context, splits: Splits, given: Given | None, s
     if update.anchored and cfg.objective.pairs is None:  # the rows' noise is gone, so that of the draws counts
         inference = replace(inference, objective=build.objective(cfg.objective, 2))
     fresh = update.init(*start)
-    record = TrainState(problem_of(cfg, choice, inference, update, context.world), time.monotonic() - began)
+    problem = problem_of(cfg, choice, inference, update, context.world)
+    record = TrainState(problem, time.monotonic() - began, fineness=fineness)
     state = resume.taken_over(saved, record, fresh)
     if saved is not None:
         say(f"continuing from step {int(state.step):,}{resume.changes(saved[1].problem.plan, choice)}")

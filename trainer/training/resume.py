@@ -81,6 +81,11 @@ def begun(old: Saved | None) -> Begun | None:
     return None if old is None or old[1].problem.rounds is None else Begun(int(old[0].step), old[1].problem.rounds)
 
 
+def fineness(old: Saved | None) -> list[int] | None:
+    """That of the saved run's integrals over rows; None where it does not say."""
+    return None if old is None else old[1].fineness
+
+
 def changes(was: PlanChoice, now: PlanChoice) -> str:
     """What of the plan is other than it was, in words."""
     words = {"batch_size": "batch_size", "lanes": "data.lanes", "draws": "draws"}

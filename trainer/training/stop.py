@@ -26,6 +26,7 @@ from trainer.inference.recipe.convergence import (
 )
 from trainer.inference.recipe.exact_fit import met_exactly
 from trainer.training.newton_steps import EndRound
+from trainer.training.refining import refine_at_end
 
 EXACT = "no_maximum"
 """Why a run ends whose observations are met exactly: there is no optimum, whatever the other measures say."""
@@ -93,6 +94,7 @@ class Stop(Callback):
             module.state = module.state._replace(theta=module.theta.clone())
             return
         ends = segment_ends(here, self.epoch, module.program.sync_every)
+        refine_at_end(module, self.end_round.sample, self.record)
         moved, left = self.end_round(module)
         exact = met_exactly(module.inference, module.theta.cpu(), self.end_round.sample)
         if exact is not None and (self.rule is not None or module.step == module.update.horizon):

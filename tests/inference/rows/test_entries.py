@@ -10,6 +10,7 @@ from torch.distributions import MultivariateNormal
 from trainer.errors import UserError
 from trainer.inference.model.plates import Batch, PlatedModel
 from trainer.inference.rows.entries import entries_by_row, with_entries
+from trainer.inference.rows.integral import Fineness
 from trainer.inference.rows.marginal import Marginal
 from trainer.inference.rows.posterior import RowPosterior
 from trainer.inference.rows.sites import row_sites
@@ -46,7 +47,8 @@ counts = rows_of(lambda mean: dist.Poisson(mean.exp()))
 
 def marginal_of(model, columns):
     masked = with_entries(PlatedModel(model, columns), Batch.whole(columns))
-    made = Marginal(masked.fn, "data", row_sites(masked, Batch.whole(columns)))
+    sites = row_sites(masked, Batch.whole(columns))
+    made = Marginal(masked.fn, "data", sites, Fineness(sites.size, 9, 12))
     made.look(columns)
     return made
 

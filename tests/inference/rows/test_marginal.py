@@ -15,6 +15,7 @@ from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.guides.pyro_guides import PyroGuide
 from trainer.inference.model.latents import FromUnconstrained
 from trainer.inference.model.plates import Batch, PlatedModel
+from trainer.inference.rows.integral import Fineness
 from trainer.inference.rows.marginal import Marginal, without_latents_of_rows
 from trainer.inference.rows.sites import row_sites
 from trainer.posterior.draws import latent_draws
@@ -26,10 +27,11 @@ Y = torch.randn(N, 4, dtype=F64, generator=GENERATOR)
 ONE = torch.ones((), dtype=F64)
 
 
-def densities(model, at, nodes=9, draws=8, **columns):
+def densities(model, at, nodes=None, draws=None, **columns):
     """log p(row | at) [B]."""
     sites = row_sites(PlatedModel(model, columns), Batch.whole(columns))
-    return Marginal(model, "data", sites, nodes, draws).log_density(columns, at)
+    fineness = Fineness.at_first(sites.size, nodes, draws)._replace(steps=12)
+    return Marginal(model, "data", sites, fineness).log_density(columns, at)
 
 
 def mixture(y):
@@ -362,10 +364,10 @@ SEEN = {
 
 
 @pytest.mark.parametrize(("model", "y", "gaussian"), SEEN.values(), ids=SEEN)
-def test_gaussian_rows_are_found_and_take_no_copies(model, y, gaussian):
+def test_gaussian_rows_are_found_and_take_no_nodes(model, y, gaussian):
     found = without_latents_of_rows(PlatedModel(model, ("y",)), Batch.whole({"y": y}))
     assert found.fn.gaussian is gaussian
-    assert found.copies == (1 if gaussian else 9)
+    assert (found.fineness is None) is gaussian
 
 
 def test_gaussian_rows_of_many_numbers_are_exact():
@@ -394,5 +396,11 @@ def test_a_long_chain_counts_as_several_rows_where_memory_is_shared_out():
         return without_latents_of_rows(PlatedModel(model, ("y",)), Batch.whole({"y": Y})).copies
 
     short, long = copies(5), copies(60)
-    assert short == 1
-    assert long >= 3
+    assert long > 5 * short
+
+
+def test_a_row_takes_as_much_as_its_nodes_write():
+    found = without_latents_of_rows(PlatedModel(SEEN["counts"][0], ("y",)), Batch.whole({"y": SEEN["counts"][1]}))
+    few = found.copies
+    found.refine(Fineness(1, 90))
+    assert found.copies == pytest.approx(10 * few, rel=0.2)

@@ -70,7 +70,7 @@ def test_a_mode_is_reached_to_a_thousandth_of_its_sd():
     def density(u):
         return -torch.log1p(((u[:, 0] - AT) / scale) ** 2)
 
-    normal = around_the_mode(density, AT[:, None])
+    normal = around_the_mode(density, AT[:, None], 4)
     assert reached(density, normal).all()
     moved = normal._replace(mode=normal.mode + 0.01 * scale[:, None])
     assert not reached(density, moved).any()

@@ -40,11 +40,11 @@ def problem(numbers, guide=MeanField, **options):
 
 @pytest.mark.parametrize(
     ("numbers", "options", "nodes"),
-    [(1, {}, 9), (1, {"nodes": 5}, 5), (2, {"nodes": 4}, 16), (3, {}, 16), (3, {"row_draws": 5}, 10)],
+    [(1, {}, 9), (1, {"nodes": 5}, 5), (2, {}, 25), (2, {"nodes": 4}, 16), (3, {}, 16), (3, {"row_draws": 5}, 10)],
 )
 def test_nodes_and_draws_are_those_that_are_asked_for(numbers, options, nodes):
     inference = problem(numbers, **options)
-    assert len(inference.model.fn.nodes.at) == inference.model.copies == nodes
+    assert len(inference.model.fn.nodes.at) == inference.model.fineness.copies == nodes
     assert inference.rows == RowOptions(**options)
 
 

@@ -6,7 +6,7 @@ from trainer.distributed.launch import memory_share
 from trainer.errors import UserError, shortened
 from trainer.inference.model.plates import PlatedModel
 
-LEAST_ROWS = 4096
+LEAST_ROWS = 512
 """That are evaluated together at a start."""
 
 

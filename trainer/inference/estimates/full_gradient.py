@@ -78,7 +78,7 @@ def full_gradient(
         assert sweep is not None
         return sweep(theta, part.columns, part.row_id, elements, preconditioner).gradient
 
-    made = _Derivative(derivative, len(theta), preconditioner and by_chance, sweep and swept)
+    made = _Derivative(derivative, len(theta), preconditioner and by_chance, None if sweep is None else swept)
     return _over_parts(together, theta, rows, draws, made)
 
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.inference.guides.mean_field import KL, Noise
 from trainer.inference.model.noise import chunk_noise, mixed_seed
 from trainer.inference.model.plates import Batch
 from trainer.inference.model.ragged import maker, parts
 from trainer.inference.model.vmapped import silent_vmap
+from trainer.inference.model.written import Written
 from trainer.inference.objectives.elbo import elbo_terms
 from trainer.inference.objectives.objective import Terms
 from trainer.inference.programs.sweep import Sweep
@@ -242,18 +242,3 @@ def normals_of(
 def _sum(terms: Terms, scaled: bool, batch: Batch) -> Tensor:
     zero = torch.zeros((), dtype=torch.float64, device=batch.valid.device)
     return sum((term.value for term in terms.values() if term.scaled == scaled), zero)
-
-
-class Written(TorchDispatchMode):
-    """Counts the bytes that operations write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if not getattr(func, "is_view", False):
-            tensors = made if isinstance(made, tuple | list) else (made,)
-            self.bytes += sum(each.nbytes for each in tensors if isinstance(each, Tensor))
-        return made

@@ -8,7 +8,7 @@ Shapes: K steps of a chunk; A lane groups of this rank; B rows of a group (paddi
 which count.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -87,6 +87,11 @@ class Batch(NamedTuple):
         """The rows ``index`` of a group, all of which count, at scale 1."""
         columns = {name: column[index] for name, column in self.columns.items()}
         return Batch.whole(columns, None if self.row_id is None else self.row_id[index])
+
+    def as_group(self) -> "Batch":
+        """The one lane group of a step."""
+        columns = {name: column[None] for name, column in self.columns.items()}
+        return Batch(columns, self.valid[None], self.valid, None)
 
     def floats_as(self, dtype: torch.dtype) -> "Batch":
         """With its floating columns in ``dtype``."""
@@ -237,8 +242,18 @@ class PlatedModel:
 
     @property
     def copies(self) -> int:
-        """How many copies of a row are evaluated together, and so fill memory."""
+        """How many rows without latents of their own take as much memory as one does."""
         return 1
+
+    @property
+    def fineness(self) -> Any:
+        """How finely rows are integrated (`trainer.inference.rows.integral.Fineness`); None where nothing is, or in
+        closed form.
+        """
+        return None
+
+    def refine(self, fineness: Sequence[int] | None) -> None:
+        """Integrates rows so finely from now on, where they are integrated; None: as before."""
 
     @property
     def generative(self) -> "PlatedModel":

@@ -188,7 +188,7 @@ def _of_draws(inference: Inference, rows: Batch, loc: Tensor, scale: Tensor) -> 
 
 def _minus_terms(inference: Inference, kl: KL, rows: Batch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
     """Minus the ELBO's terms [S] (nats) at one draw, in float64."""
-    dtype = _dtype(inference)
+    dtype = inference.float_type
     problem = replace(inference, objective=ELBO(kl, antithetic=False))
     view = inference.gaussian
     assert view is not None
@@ -263,9 +263,5 @@ def _tell_of_scales(rows: Batch, say: Callable[[str], None]) -> None:
 @contextmanager
 def _exact(inference: Inference) -> Iterator[None]:
     """The arithmetic of the start: float64 wherever the model can."""
-    with in_dtype(_dtype(inference)), torch.enable_grad():
+    with in_dtype(inference.float_type), torch.enable_grad():
         yield
-
-
-def _dtype(inference: Inference) -> torch.dtype:
-    return torch.float64 if inference.wide else torch.float32

@@ -119,7 +119,7 @@ class Sampled:
         return self._loss(eps, ELBO("monte_carlo", False), likelihood)
 
     def _loss(self, eps: Tensor, objective: ELBO, likelihood: bool) -> Loss:
-        problem, dtype = replace(self.inference, objective=objective), float_type(self.inference)
+        problem, dtype = replace(self.inference, objective=objective), self.inference.float_type
         rows = self.rows.floats_as(dtype)
         noise = StepNoise(eps[None].to(dtype), None, ((0,) * len(eps),))
         counted = [n for n, kind in enumerate(self.inference.kinds) if kind == "likelihood" or not likelihood]
@@ -144,7 +144,7 @@ def off_saddle(inference: Inference, theta: Tensor, rows: Batch, seed: int, say:
     problem = sampled(inference, theta, rows)
     if problem is None:
         return theta
-    with in_dtype(float_type(inference)), torch.enable_grad():
+    with in_dtype(inference.float_type), torch.enable_grad():
         joint, likelihood, at = problem.center(), problem.center(likelihood=True), problem.at
         still = saddle.unmoved(joint, at)
         still &= saddle.matters(likelihood, at, seed, still)
@@ -179,7 +179,7 @@ def falls_at(inference: Inference, theta: Tensor, rows: Batch, seed: int) -> Ten
 
 
 def _confirmed(problem: Sampled, seed: int) -> Tensor:
-    with in_dtype(float_type(problem.inference)), torch.enable_grad():
+    with in_dtype(problem.inference.float_type), torch.enable_grad():
         at, scale = problem.at, problem.scale
         loss = problem.elbo(seed, problem.pairs(8))
         if problem.takes_a_matrix:
@@ -205,7 +205,7 @@ def left(inference: Inference, theta: Tensor, rows: Batch, directions: Tensor, s
     """``theta`` [P] moved off a saddle along ``directions`` [m, F], to where the best of several pushes leads."""
     problem = sampled(inference, theta, rows)
     assert problem is not None
-    with in_dtype(float_type(inference)), torch.enable_grad():
+    with in_dtype(inference.float_type), torch.enable_grad():
         loss, none = problem.elbo(seed, problem.pairs(_FEW)), torch.zeros_like(problem.at, dtype=torch.bool)
         best = _best(problem, loss, (problem.at, problem.at), (directions, none), seed)
     return (theta, None) if best is None else (problem.with_free(best.at).to(theta), best)
@@ -239,8 +239,3 @@ def _falling(loss: Loss, at: Tensor, scale: Tensor, seed: int, least: float = 1e
     )
     found: Tensor = scale * vectors[values < -least]
     return found
-
-
-def float_type(inference: Inference) -> torch.dtype:
-    """Of exact arithmetic: float64 wherever the model can."""
-    return torch.float64 if inference.wide else torch.float32

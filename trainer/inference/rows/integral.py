@@ -24,9 +24,12 @@ from trainer.inference.model.vmapped import CANNOT_BE_BATCHED, silent_vmap
 LogDensity = Callable[[Tensor], Tensor]
 """Of u [B, d], that of each row [B], up to its integral; of [S B, d], which are these rows S times over, [S B]."""
 _LOG_2PI = math.log(2 * math.pi)
-_STEPS = 8
-_LONGEST = 3.0  # a Newton step, in each number
-_LEAST, _NONE = 1e-3, 1e-6  # curvature that is taken for none, and what is taken for it
+_FIRST_NODES, _FIRST_DRAWS = (1, 9, 5), 8  # of 0, 1 and 2 numbers; of more
+_MOST_NODES, _MOST_COPIES, _MOST_STEPS = 64, 2**11, 64
+_LONGEST = 3.0  # the first Newton step, in each number
+_SOME, _MUCH = 2.0, 16.0  # by which a bound of steps grows
+_ENOUGH = 0.1  # of the rise that the slope promises
+_LEAST = 1e-3  # of a curvature, what a pivot is at least; and what stands for none at all
 _GRID = 2  # numbers for which nodes are a grid
 
 
@@ -39,18 +42,59 @@ class Nodes(NamedTuple):
     """[S]."""
 
 
-def nodes_of(size: int, nodes: int, draws: int, like: Tensor) -> Nodes:
-    """``nodes`` along each of ``size`` <= 2 numbers, or ``draws`` even points and their mirror images for more."""
+class Fineness(NamedTuple):
+    """How finely ``size`` numbers of a row are integrated."""
+
+    size: int
+    """d."""
+    points: int
+    """Nodes along each of up to two numbers; for more numbers even points, each with its mirror image."""
+    steps: int = 4
+    """Newton steps to the mode."""
+
+    @classmethod
+    def at_first(cls, size: int, nodes: int | None = None, draws: int | None = None) -> "Fineness":
+        """As it is chosen before anything is measured, unless ``nodes`` or ``draws`` say it."""
+        return cls(size, (nodes or _FIRST_NODES[size]) if size <= _GRID else draws or _FIRST_DRAWS)
+
+    @property
+    def copies(self) -> int:
+        """S: how many times each row is evaluated for its integral."""
+        return self.points**self.size if self.size <= _GRID else 2 * self.points
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether it is in bounds that any machine can bear."""
+        along = self.points <= _MOST_NODES or self.size > _GRID
+        return along and self.copies <= _MOST_COPIES and self.steps <= _MOST_STEPS
+
+    def with_more_points(self) -> "Fineness":
+        """Twice as many; along an axis of a grid a quarter more, and an odd number if it was odd."""
+        more = 2 * -(-self.points // 8) if self.size <= _GRID else self.points
+        return self._replace(points=self.points + more)
+
+    def with_twice_the_points(self) -> "Fineness":
+        """By which the error of this one is measured."""
+        return self._replace(points=2 * self.points)
+
+    def with_more_steps(self) -> "Fineness":
+        """Twice as many."""
+        return self._replace(steps=2 * self.steps)
+
+
+def nodes_of(fineness: Fineness, like: Tensor) -> Nodes:
+    """On a grid of up to two numbers; for more, even points and their mirror images."""
+    size, points = fineness.size, fineness.points
     if size == 0:
         return Nodes(like.new_zeros(1, 0), like.new_zeros(1))
     if size <= _GRID:
-        x, w = np.polynomial.hermite_e.hermegauss(nodes)
+        x, w = np.polynomial.hermite_e.hermegauss(points)
         grid = np.stack(np.meshgrid(*[x] * size, indexing="ij"), -1).reshape(-1, size)
         weights = np.log(reduce(np.multiply.outer, [w / w.sum()] * size)).reshape(-1)
         return Nodes(like.new_tensor(grid), like.new_tensor(weights))
-    normal = even_normals(draws, size)
-    points = torch.cat([normal, -normal]).to(like)
-    return Nodes(points, like.new_full((len(points),), -math.log(len(points))))
+    normal = even_normals(points, size)
+    both = torch.cat([normal, -normal]).to(like)
+    return Nodes(both, like.new_full((len(both),), -math.log(len(both))))
 
 
 def even_normals(count: int, size: int) -> Tensor:
@@ -79,14 +123,30 @@ class Normal(NamedTuple):
         return 0.5 * self.mode.shape[1] * _LOG_2PI - logs.sum(1)
 
 
-def around_the_mode(f: LogDensity, start: Tensor) -> Normal:
-    """Newton steps from ``start`` [B, d], none longer than 3 in a number; no derivative follows the result."""
-    u = start.detach()
-    for _ in range(_STEPS):
-        gradient, hessian = _derivatives(f, u)
-        factor = _factor(hessian)
-        u = u + _backward(factor, _forward(factor, gradient)).clamp(-_LONGEST, _LONGEST)
-    return Normal(u, _factor(_derivatives(f, u)[1]))
+def around_the_mode(f: LogDensity, start: Tensor, steps: int) -> Normal:
+    """Newton steps from ``start`` [B, d], which f never falls by; no derivative follows the result.
+
+    The first is at most 3 long in each number. A bound doubles where a step reached it, or grows sixteenfold where the
+    curvature has stayed, since then f is nearly a parabola whatever its unit; a step that f falls by is not taken, and
+    the bound becomes a quarter of it.
+    """
+    u, longest = start.detach(), start.new_full((len(start), 1), _LONGEST)
+    here, rounding = _derivatives(f, u), 16 * torch.finfo(u.dtype).eps
+    for _ in range(steps):
+        step = _newton(here)
+        length = step.abs().amax(1, keepdim=True)
+        step = step * (longest / length.clamp(min=1e-30)).clamp(max=1)
+        there = _derivatives(f, u + step)
+        expected = _ENOUGH * (here.gradient * step).sum(1) - rounding * (1 + here.value.abs())
+        rose = (there.value >= here.value + expected)[:, None]
+        alike = (there.curvatures - here.curvatures).abs() <= 0.5 * here.curvatures.abs()
+        grown = torch.where(alike.all(1, keepdim=True), _MUCH, _SOME) * longest
+        longest = torch.where(
+            rose, torch.where(length > longest, grown, longest), 0.25 * torch.minimum(length, longest)
+        )
+        u = torch.where(rose, there.at, u)
+        here = _Derivatives(u, *(_where(rose, new, old) for new, old in zip(there[1:], here[1:])))
+    return Normal(u, _factor(here.curvature))
 
 
 def log_integral(f: LogDensity, normal: Normal, nodes: Nodes) -> Tensor:
@@ -110,28 +170,56 @@ def log_gaussian_integral(still: LogDensity, f: LogDensity, start: Tensor) -> Te
     From the value, gradient and Hessian at a point, which is held fixed: the mode of ``still``, which is f without what
     it depends on, so that nothing cancels.
     """
-    gradient, hessian = _derivatives(still, start)
-    factor = _factor(hessian, least=None)
-    u = start + _backward(factor, _forward(factor, gradient))
+    u = start + _newton(_derivatives(still, start), exact=True)
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
         at = u.detach().requires_grad_()
         value = f(at)
         (gradient,) = torch.autograd.grad(value.sum(), at, create_graph=True)
         hessian = -_by_number(gradient, at, differentiated).movedim(0, 1)
-        normal = Normal(at, _factor(hessian, least=None))
+        normal = Normal(at, _factor(hessian, exact=True))
         found = value + 0.5 * (_forward(normal.factor, gradient) ** 2).sum(1) + normal.log_volume
     return found if differentiated else found.detach()
 
 
-def _derivatives(f: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient [B, d] and minus the Hessian [B, d, d]. Rows do not meet: a sum over them gives each one's."""
+class _Derivatives(NamedTuple):
+    """Of f, at a point of each row."""
+
+    at: Tensor
+    """[B, d]."""
+    value: Tensor
+    """[B]."""
+    gradient: Tensor
+    """[B, d]."""
+    curvature: Tensor
+    """Minus the Hessian [B, d, d]."""
+
+    @property
+    def curvatures(self) -> Tensor:
+        """[B, d]: of each number alone."""
+        return self.curvature.diagonal(dim1=1, dim2=2)
+
+
+def _derivatives(f: LogDensity, u: Tensor) -> _Derivatives:
+    """Rows do not meet: the derivatives of a sum over them are each one's."""
     size = u.shape[1]
     with torch.enable_grad():
         at = u.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(f(at).sum(), at, create_graph=True)
+        value = f(at)
+        (gradient,) = torch.autograd.grad(value.sum(), at, create_graph=True)
         hessian = _by_number(gradient, at) if gradient.requires_grad else u.new_zeros(size, *u.shape)
-    return gradient.detach(), -hessian.detach().movedim(0, 1)
+    return _Derivatives(at.detach(), value.detach(), gradient.detach(), -hessian.detach().movedim(0, 1))
+
+
+def _newton(here: _Derivatives, exact: bool = False) -> Tensor:
+    """The Newton step [B, d]."""
+    factor = _factor(here.curvature, exact)
+    return _backward(factor, _forward(factor, here.gradient))
+
+
+def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` in the ``rows`` [B, 1] bool, else ``old``."""
+    return torch.where(rows.view(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
 def _by_number(gradient: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
@@ -148,9 +236,9 @@ def _by_number(gradient: Tensor, at: Tensor, create_graph: bool = False) -> Tens
     return torch.stack([torch.autograd.grad(gradient, at, each, **options)[0] for each in unit])
 
 
-def _factor(matrix: Tensor, least: float | None = _LEAST) -> Tensor:
-    """The lower Cholesky factor [B, d, d]; a pivot that is not positive becomes ``least`` (None: not a number)."""
-    size = matrix.shape[1]
+def _factor(matrix: Tensor, exact: bool = False) -> Tensor:
+    """The lower Cholesky factor [B, d, d]; a pivot that is not positive changes its sign, unless ``exact``."""
+    size, rounding = matrix.shape[1], 16 * torch.finfo(matrix.dtype).eps
     columns: list[Tensor] = []
     for j in range(size):
         column = 0.5 * (matrix[:, j:, j] + matrix[:, j, j:])
@@ -158,7 +246,11 @@ def _factor(matrix: Tensor, least: float | None = _LEAST) -> Tensor:
             known = torch.stack(columns, 2)
             column = column - (known[:, j:] * known[:, j, None]).sum(2)
         pivot = column[:, :1]
-        pivot = (pivot if least is None else torch.where(pivot > _NONE, pivot, least)).sqrt()
+        if not exact:
+            whole = matrix[:, j, j, None].abs()
+            other = torch.maximum(pivot.abs(), _LEAST * whole)
+            pivot = torch.where(pivot > rounding * whole, pivot, torch.where(other > 0, other, _LEAST))
+        pivot = pivot.sqrt()
         columns.append(pad(torch.cat([pivot, column[:, 1:] / pivot], 1), (j, 0)))
     return torch.stack(columns, 2)
 

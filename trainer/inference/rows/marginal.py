@@ -8,7 +8,7 @@ row, so the number of rows costs no memory, and the rest of the program sees a m
 Shapes: B rows, d continuous numbers of a row.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -32,11 +32,19 @@ from trainer.inference.model.latents import (
     masked,
 )
 from trainer.inference.model.plates import Batch, DataPlate, PlatedModel, inside
+from trainer.inference.model.written import Written
 from trainer.inference.rows.entries import of_real_entries
-from trainer.inference.rows.integral import Nodes, around_the_mode, log_gaussian_integral, log_integral, nodes_of
+from trainer.inference.rows.integral import (
+    Fineness,
+    Nodes,
+    around_the_mode,
+    log_gaussian_integral,
+    log_integral,
+    nodes_of,
+)
 from trainer.inference.rows.mean_field import log_bound, nodes_of_mean
-from trainer.inference.rows.memory import Numbers, numbers
-from trainer.inference.rows.options import DEFAULT, DRAWS, NODES, RowOptions
+from trainer.inference.rows.memory import largest
+from trainer.inference.rows.options import DEFAULT, RowOptions
 from trainer.inference.rows.quadratic import is_quadratic
 from trainer.inference.rows.sites import AtFirst, NotIntegrable, RowSites, row_sites
 from trainer.inference.rows.sums import NONE, Enumerated, summed_out
@@ -44,25 +52,30 @@ from trainer.inference.rows.sums import NONE, Enumerated, summed_out
 Columns = Mapping[str, Any]
 Globals = dict[str, Tensor]
 _FEW_STATES = 2**12  # joint states of a row, for which memory need not care
-_USUAL = Numbers(2**10, 2**11)  # of a row, in like manner
+_FEW, _BYTES_OF_A_ROW = 16, 1024  # rows that are measured; what one without latents writes
+_MANY, _OF_A_NUMBER = 2**14, 64  # numbers of a row for which memory is not tried, and bytes for each
 _EVALUATIONS, _OF_A_GAUSSIAN, _OF_A_BOUND = 20, 5, 60  # of the model, for the modes and the integrals of the rows
 
 
 class Marginal:
     """The model ``fn`` as a callable of its columns, its latents of rows integrated out.
 
-    ``nodes``: of the quadrature, along each of up to two numbers; ``draws``: of the importance draws for more, each
-    with its mirror image.
+    ``fineness``: None: as before anything is measured.
     """
 
-    def __init__(self, fn: Callable[..., Any], plate: str, sites: RowSites, nodes: int = NODES, draws: int = DRAWS):
+    def __init__(self, fn: Callable[..., Any], plate: str, sites: RowSites, fineness: Fineness | None = None):
         self.generative, self.plate, self.sites = fn, plate, sites
-        of_size = nodes_of_mean if sites.bound else nodes_of
-        self.nodes = of_size(sites.size, nodes, draws, torch.zeros((), dtype=torch.float64))
+        self.refine(fineness or Fineness.at_first(sites.size))
         self.site = "+".join(sites.observed)
         """The site that stands for the observed ones."""
         self.gaussian = False
         """Whether the integral is known in closed form."""
+
+    def refine(self, fineness: Fineness) -> None:
+        """Integrates so finely from now on."""
+        self.fineness = fineness
+        of_fineness = nodes_of_mean if self.sites.bound else nodes_of
+        self.nodes = of_fineness(fineness, torch.zeros((), dtype=torch.float64))
 
     def __call__(self, **columns: Any) -> None:
         density = self.log_density(columns, self.of_globals(**columns))
@@ -87,11 +100,11 @@ class Marginal:
                 lambda u: self.joint(columns, still, u), lambda u: self.joint(columns, at, u), start
             )
         nodes = Nodes(self.nodes.at.to(start), self.nodes.log_weights.to(start))
+        normal = around_the_mode(lambda u: self.joint(columns, still, u), start, self.fineness.steps)
         if self.sites.bound:
             return log_bound(
-                lambda u: self.joint(columns, still, u), lambda u: self.joint(columns, at, u), start, nodes
+                lambda u: self.joint(columns, still, u), lambda u: self.joint(columns, at, u), normal, nodes
             )
-        normal = around_the_mode(lambda u: self.joint(columns, still, u), start)
         return log_integral(lambda u: self.joint(columns, at, u), normal, nodes)
 
     def look(self, columns: Columns) -> None:
@@ -102,18 +115,25 @@ class Marginal:
                 at = self.of_globals(**columns)
                 self.gaussian = is_quadratic(lambda u: self.joint(columns, at, u), self._zeros(rows))
 
-    def numbers(self, columns: Columns) -> Numbers:
+    def written(self, columns: Columns) -> int:
+        """Bytes that the density of a row writes."""
+        rows = rows_of(columns)
+        with poutine.block(), AtZero(rows.dtype, rows.valid.device), Written() as made, torch.no_grad():
+            self.log_density(columns, self.of_globals(**columns))
+        written: int = made.bytes // rows.size
+        return written
+
+    def numbers(self, columns: Columns) -> int:
         """How many the tensors have for a row while states are enumerated; 1 where a row has few."""
         if self.sites.states <= _FEW_STATES:
-            return Numbers(1, 1)
+            return 1
         some = rows_of(columns)
         some = some.at(torch.arange(2) % some.size)
         with poutine.block(), AtZero(some.dtype, some.valid.device):
             at = self.of_globals(**some.columns)
             with AtFirst(self.plate):  # what distributions keep of themselves is made of values
                 poutine.trace(self.generative).get_trace(**some.columns).compute_log_prob()
-        found = numbers(lambda: self.joint(some.columns, at, self._zeros(some)))
-        return Numbers(found.largest // some.size, found.total // some.size)
+        return largest(lambda: self.joint(some.columns, at, self._zeros(some))) // some.size
 
     def _zeros(self, rows: Batch) -> Tensor:
         return torch.zeros(rows.size, self.sites.size, dtype=rows.dtype, device=rows.valid.device)
@@ -165,16 +185,18 @@ class MarginalModel(PlatedModel):
     """A model without its latents of rows."""
 
     def __init__(self, model: PlatedModel, batch: Batch, sites: RowSites, options: RowOptions):
-        nodes, draws = options.nodes or NODES, options.row_draws or DRAWS
-        marginal = Marginal(model.fn, model.plate, sites, nodes, draws)
+        first = Fineness.at_first(sites.size, options.nodes, options.row_draws)
+        self._marginal = marginal = Marginal(model.fn, model.plate, sites, first)
         super().__init__(marginal, batch.columns, model.plate, like=model.fn)
         marginal.look({name: batch.columns[name] for name in self.own if name in batch.columns})
-        self.sites, copies = sites, 1 if marginal.gaussian else len(marginal.nodes.at)
-        of_row = Numbers(1, 1)
+        self.sites = sites
+        self._written, self._nodes = 0, len(marginal.nodes.at)
         with suppress(Exception):  # of the model, as the checks that follow say
-            of_row = marginal.numbers({n: batch.columns[n] for n in self.own if n in batch.columns})
-        self.numbers = max(1, of_row.largest)
-        self._copies = copies * max(1, *(each // usual for each, usual in zip(of_row, _USUAL, strict=True)))
+            self.numbers = max(1, marginal.numbers({n: batch.columns[n] for n in self.own if n in batch.columns}))
+            self._written = self.numbers * _OF_A_NUMBER
+            if self.numbers < _MANY:
+                few = batch.at(torch.arange(min(batch.size, _FEW)))
+                self._written = marginal.written({name: few.columns[name] for name in self.own if name in few.columns})
         of_rows = _OF_A_GAUSSIAN if marginal.gaussian else _OF_A_BOUND if sites.bound else _EVALUATIONS
         self._evaluations = of_rows if sites.continuous else 1
         self._of_globals = PlatedModel(marginal.of_globals, batch.columns, model.plate, like=model.fn)
@@ -187,7 +209,15 @@ class MarginalModel(PlatedModel):
 
     @property
     def copies(self) -> int:
-        return self._copies
+        return max(1, self._written * len(self._marginal.nodes.at) // self._nodes // _BYTES_OF_A_ROW)
+
+    @property
+    def fineness(self) -> Fineness | None:
+        return self._marginal.fineness if self.sites.continuous and not self._marginal.gaussian else None
+
+    def refine(self, fineness: Sequence[int] | None) -> None:
+        if fineness is not None:
+            self._marginal.refine(Fineness(*fineness))
 
     @property
     def generative(self) -> PlatedModel:

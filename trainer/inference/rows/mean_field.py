@@ -19,12 +19,13 @@ from torch import Tensor
 
 from trainer.inference.model.vmapped import CANNOT_BE_BATCHED, silent_vmap
 from trainer.inference.rows.integral import (
+    Fineness,
     LogDensity,
     Nodes,
+    Normal,
     _backward,
     _factor,
     _forward,
-    around_the_mode,
     even_normals,
     nodes_of,
 )
@@ -34,20 +35,21 @@ _STEPS = 6  # from the row's own Gaussian
 _LONGEST = 3.0  # a Newton step, in each number
 
 
-def nodes_of_mean(size: int, nodes: int, draws: int, like: Tensor) -> Nodes:
+def nodes_of_mean(fineness: Fineness, like: Tensor) -> Nodes:
     """As `nodes_of`; those of more than two numbers have covariance 1, so that a quadratic has its expectation."""
+    size = fineness.size
     if size <= _GRID:
-        return nodes_of(size, nodes, draws, like)
-    points = even_normals(max(draws, size), size)
+        return nodes_of(fineness, like)
+    points = even_normals(max(fineness.points, size), size)
     factor = torch.linalg.cholesky(points.mT @ points / len(points))
     points = torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
     points = torch.cat([points, -points]).to(like)
     return Nodes(points, like.new_full((len(points),), -math.log(len(points))))
 
 
-def log_bound(still: LogDensity, f: LogDensity, start: Tensor, nodes: Nodes) -> Tensor:
-    """The largest F of each row [B]; ``still``: f without what it depends on."""
-    at, factor = _optimum(still, start, nodes)
+def log_bound(still: LogDensity, f: LogDensity, around: Normal, nodes: Nodes) -> Tensor:
+    """The largest F of each row [B]; ``still``: f without what it depends on; ``around``: its Gaussian at its mode."""
+    at, factor = _optimum(still, around, nodes)
     if not torch.is_grad_enabled():
         return _value(_at_nodes(f, _points(at, nodes)), at, nodes)
     with torch.enable_grad():
@@ -57,9 +59,8 @@ def log_bound(still: LogDensity, f: LogDensity, start: Tensor, nodes: Nodes) -> 
         return value + 0.5 * (_forward(factor, gradient) ** 2).sum(1)
 
 
-def _optimum(f: LogDensity, start: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor]:
+def _optimum(f: LogDensity, around: Normal, nodes: Nodes) -> tuple[Tensor, Tensor]:
     """(m, log s) [B, 2d] of the largest F, and the factor of minus its Hessian there."""
-    around = around_the_mode(f, start)
     curvature = (around.factor**2).sum(2)  # the diagonal of C C'
     at = torch.cat([around.mode, -0.5 * curvature.log()], 1)
     for _ in range(_STEPS):

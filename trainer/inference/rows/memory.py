@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -11,22 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Numbers(NamedTuple):
-    """Of the tensors that some work makes."""
-
-    largest: int
-    """Of the largest one."""
-    total: int
-    """Of all of them, which derivatives keep."""
-
-
-def numbers(work: Callable[[], Any]) -> Numbers:
-    """Of what ``work()`` would make, as far as it runs without values."""
+def largest(work: Callable[[], Any]) -> int:
+    """The numbers of the largest tensor that ``work()`` would make, as far as it runs without values."""
     made = _Made()
     unmade, plain = FakeTensorMode(allow_non_fake_inputs=True), pyro.validation_enabled(False)
     with suppress(Exception), torch.no_grad(), plain, unmade, made:  # of what needs values
         work()
-    return Numbers(made.largest, made.total)
+    return made.largest
 
 
 class _Made(TorchDispatchMode):
@@ -34,12 +25,11 @@ class _Made(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.total = 0, 0
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for each in made if isinstance(made, tuple | list) else (made,):
             if isinstance(each, Tensor):
                 self.largest = max(self.largest, each.numel())
-                self.total += each.numel()
         return made

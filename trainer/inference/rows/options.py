@@ -8,7 +8,6 @@ from trainer.errors import UserError
 from trainer.inference.rows.sites import MOST_NUMBERS
 
 Method = Literal["auto", "integrate", "amortise", "mean_field"]
-NODES, DRAWS = 9, 8
 _GRID = 2  # numbers of a row, up to which there are nodes
 
 

@@ -132,7 +132,8 @@ class RowPosterior:
         start = self._start()
         shape = start.shape
         with torch.no_grad():
-            normal = around_the_mode(lambda u: self._joint(u.view(shape), {})[0].flatten(), start.flatten(0, 1))
+            steps = 2 * self.marginal.fineness.steps  # of rows that training has not seen
+            normal = around_the_mode(lambda u: self._joint(u.view(shape), {})[0].flatten(), start.flatten(0, 1), steps)
             if shape[2] == 1:
                 mode = normal.mode.view(shape)[..., 0]
                 scale = normal.at(start.new_ones(1)).view(shape)[..., 0] - mode

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.inference.rows.integral import LogDensity, Normal, around_the_mode
 
-_AGAIN = 4  # times the Newton steps of a step, before a mode is said to be out of reach
+_STEPS, _AGAIN = 8, 4  # Newton steps, and times that many, before a mode is said to be out of reach
 _REACHED = 1e-3  # of a row's own sd, to the maximum of the Gaussian there
 _FAR, _FALL = 1000.0, 1.0  # sds from the mode, by which a density has fallen so many nats at the least
 _FLAT = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the greatest curvature of a row
@@ -32,11 +32,11 @@ def improper(f: LogDensity, start: Tensor) -> Improper:
     """What is wrong with densities exp ``f``, after Newton steps from ``start`` [B, d]; nothing where they are unknown
     there.
     """
-    normal = around_the_mode(f, start)
+    normal = around_the_mode(f, start, _STEPS)
     for _ in range(_AGAIN):
         if bool(reached(f, normal).all()):
             break
-        normal = around_the_mode(f, normal.mode)
+        normal = around_the_mode(f, normal.mode, _STEPS)
     known, there = f(normal.mode).detach().isfinite()[:, None], reached(f, normal)[:, None]
     level = torch.stack([~_falls(f, normal, number) for number in range(start.shape[1])], 1)
     values, vectors = torch.linalg.eigh(curvature(f, normal.mode).double().nan_to_num())
@@ -67,7 +67,8 @@ def curvature(f: LogDensity, u: Tensor) -> Tensor:
 def _gradient(f: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         at = u.detach().requires_grad_()
-        return at, torch.autograd.grad(f(at).sum(), at, create_graph=True)[0]
+        (gradient,) = torch.autograd.grad(f(at).sum(), at, create_graph=True)
+        return at, gradient
 
 
 def _falls(f: LogDensity, normal: Normal, number: int) -> Tensor:

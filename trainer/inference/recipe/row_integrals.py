@@ -1,0 +1,119 @@
+"""Whether latents of rows are integrated finely enough, by how far finer integrals would move the answer.
+
+The error of a row's integral is much the same in every row, so beside a posterior sd it grows with the root of their
+number, and no number of nodes is enough for all. What it adds to the gradient over all rows is the gradient by our
+integrals less that by finer ones, and the Newton step by this is how far the answer is off.
+
+Shapes: P parameters, R draws.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.inference.guides.gaussian import GaussianView
+from trainer.inference.model.noise import element_noise, mixed_seed
+from trainer.inference.model.plates import Batch
+from trainer.inference.objectives.elbo import ELBO
+from trainer.inference.optim.variance_reduction import Preconditioner
+from trainer.inference.recipe.convergence import axis_step, newton_step, step_to_go
+from trainer.inference.rows.integral import Fineness
+from trainer.inference.step import Inference, StepNoise, in_dtype
+
+LIMIT = 0.05  # scales that the answer may be off
+_TOGETHER, _FEWEST = 2**20, 256  # rows without latents of their own whose memory a measurement takes, and rows of it
+_PAIRS, _DRAWS, _SEED = 2, 16, 0xF19E
+
+
+class Refined(NamedTuple):
+    """What a measurement has come to."""
+
+    fineness: Fineness
+    """Of integrals that are fine enough, or as fine as they can be."""
+    moved: float
+    """Scales that the answer moves to it from what it was."""
+    off: float
+    """Scales that even finer ones would move it."""
+
+
+def refined(inference: Inference, theta: Tensor, rows: Batch, preconditioner: Preconditioner | None) -> Refined | None:
+    """How finely rows have to be integrated at ``theta`` [P], at least as they are, to be off by at most 0.05 scales.
+
+    ``rows``: one lane group of a sample. None where nothing is integrated, or in closed form. Leaves the model as it
+    is.
+    """
+    before = inference.model.fineness
+    if before is None:
+        return None
+    move = _move_of(inference, theta.detach().cpu(), rows, preconditioner)
+    fine, off = before, 0.0
+    try:
+        while move(fine, fine.with_more_steps()) > LIMIT and fine.with_more_steps().is_possible:
+            fine = fine.with_more_steps()
+        while (off := move(fine, fine.with_twice_the_points())) > LIMIT and fine.with_more_points().is_possible:
+            fine = fine.with_more_points()
+        moved = 0.0 if fine == before else move(before, fine)
+    finally:
+        inference.model.refine(before)
+    return Refined(fine, moved, off)
+
+
+def _move_of(
+    inference: Inference, theta: Tensor, rows: Batch, preconditioner: Preconditioner | None
+) -> Callable[[Fineness, Fineness], float]:
+    """By how many scales the answer moves from one to another."""
+    view, group = inference.gaussian, rows.slot(0)
+
+    @cache
+    def effect(fineness: Fineness, among: int) -> Tensor:
+        inference.model.refine(fineness)
+        some = group.at(torch.arange(among)).as_group()
+        return _values(inference, theta, some) if view is None else _gradient(inference, theta, some)
+
+    def fitting(fineness: Fineness) -> int:
+        inference.model.refine(fineness)
+        return min(group.size, max(_FEWEST, _TOGETHER // inference.model.copies))
+
+    def move(one: Fineness, other: Fineness) -> float:
+        among = min(fitting(one), fitting(other))
+        change = effect(other, among) - effect(one, among)
+        return float(change.std()) if view is None else _in_scales(view, theta, change, preconditioner)
+
+    return move
+
+
+def _in_scales(view: GaussianView, theta: Tensor, gradient: Tensor, preconditioner: Preconditioner | None) -> float:
+    if preconditioner is None:
+        return step_to_go(view, theta, axis_step(view, theta, gradient))
+    return step_to_go(view, theta, newton_step(view, theta, gradient, preconditioner.each(lambda part: part.cpu())))
+
+
+def _gradient(inference: Inference, theta: Tensor, rows: Batch) -> Tensor:
+    """[P] of minus the ELBO (nats), at fixed draws."""
+    problem = replace(inference, objective=ELBO("analytic", True, _PAIRS))
+    with in_dtype(inference.float_type), torch.enable_grad():
+        at = theta.to(inference.float_type).clone().requires_grad_()
+        (found,) = torch.autograd.grad(-problem.terms(at, *_draws(inference, range(_PAIRS), rows), 1.0).sum(), at)
+    return found
+
+
+def _values(inference: Inference, theta: Tensor, rows: Batch) -> Tensor:
+    """[R] of the ELBO (nats) at single draws of the guide: a difference that is linear in the latents varies over them
+    by as many nats as the posterior sds by which it moves the answer.
+    """
+    problem = replace(inference, objective=ELBO("monte_carlo", False, 1))
+    with in_dtype(inference.float_type), torch.no_grad():
+        at = theta.to(inference.float_type)
+        draws = (_draws(inference, range(n, n + 1), rows) for n in range(_DRAWS))
+        return torch.stack([problem.terms(at, *draw, 1.0).sum() for draw in draws])
+
+
+def _draws(inference: Inference, numbers: range, rows: Batch) -> tuple[StepNoise, Batch]:
+    dtype, when = inference.float_type, torch.zeros((), dtype=torch.int64)
+    elements = element_noise(_SEED, when, torch.tensor(numbers), inference.guide.noise_size[0], torch.float64)
+    seeds = tuple(mixed_seed(_SEED, 0, n) for n in numbers)
+    return StepNoise(elements[None].to(dtype), None, (seeds,)), rows.floats_as(dtype)
