@@ -1,5 +1,6 @@
 """The Lightning module: what ranks decide together."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,21 @@ def on_rank(rank: int, folder: str) -> None:
 def test_a_step_that_one_rank_cannot_compile_runs_eagerly_on_both(tmp_path: Path) -> None:
     multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=2)
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["['eager', True, 1]"] * 2
+
+
+def test_a_model_that_computes_otherwise_is_prepared_anew() -> None:
+    """What another process compiles meanwhile is of the model as it was."""
+    done: list[str] = []
+    module = SimpleNamespace(
+        data=SimpleNamespace(trial_chunk=lambda steps: f"{steps} steps"),
+        program=SimpleNamespace(abandon=lambda: done.append("abandon")),
+        interruptible=nullcontext,
+        device=torch.device("cpu"),
+        transfer_batch_to_device=lambda chunk, *_: chunk,
+        _get_ready=done.append,
+    )
+    ChunkModule.renew(module)  # type: ignore[arg-type]
+    assert done == ["abandon", "4 steps"]
 
 
 def test_the_module_stops_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def fitted(**options):
 
 
 def test_a_fit_raises_what_is_too_coarse_and_keeps_it(tmp_path):
-    posterior = fitted()
+    posterior = fitted(max_steps=20)
     fineness = posterior.inference.model.fineness
     assert fineness.points > 1
     posterior.save(tmp_path / "posterior.pt")

@@ -45,7 +45,7 @@ class ChunkModule(pl.LightningModule):
         self.last: dict[str, float] = {}
         self.interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
         """In this a signal ends the run at once: for what takes long and changes no state."""
-        self._chunks, self._is_ready = 0, True
+        self._chunks = 0
 
     def begin(
         self,
@@ -111,16 +111,18 @@ class ChunkModule(pl.LightningModule):
 
     def _get_ready(self, chunk: Batch) -> None:
         """Prepares the program for what comes, and chooses the size of chunks by its speed."""
-        self._ready_at, self._is_ready = self.step, True
+        self._ready_at = self.step
         self._prepare(chunk)
         slots = self._chosen or self._slots(chunk.part(0, min(_TRIAL_SLOTS, len(chunk.batch_rows))))
         assert self.data is not None
         self.data.slots = min(self._most, slots)
 
     def renew(self) -> None:
-        """Has the program prepared anew before the next chunk, since the model computes otherwise than before."""
+        """Prepares the program anew, since the model computes otherwise than before."""
+        assert self.data is not None
         self.program.abandon()
-        self._is_ready = False
+        with self.interruptible():
+            self._get_ready(self.transfer_batch_to_device(self.data.trial_chunk(_TRIAL_SLOTS), self.device, 0))
 
     def _prepare(self, chunk: Batch) -> None:
         """Prepares the program, or falls back on the eager one, on all ranks alike."""
@@ -154,7 +156,7 @@ class ChunkModule(pl.LightningModule):
     def training_step(self, chunk: Batch | UserError, batch_idx: int) -> None:
         self.comm.raise_together(chunk if isinstance(chunk, UserError) else self._checked(chunk), self.device)
         assert isinstance(chunk, Batch)
-        if not self._is_ready or (self.step in self.program.stages and self.step != self._ready_at):
+        if self.step in self.program.stages and self.step != self._ready_at:
             with self.interruptible():
                 self._get_ready(chunk)
         steps = len(chunk.batch_rows)

@@ -51,6 +51,11 @@ def problem(model=effects, **objective):
 @pytest.fixture(scope="module")
 def prepared():
     """(program, a theta, a preconditioner): the traced step, which Python calls."""
+    return ready()
+
+
+def ready(again=None):
+    """With integrals as fine as ``again`` says, after the program was prepared before."""
     inference, theta = problem()
     preconditioner = Preconditioner(0.3 * torch.eye(2, dtype=F64), 2.0 + torch.eye(2, dtype=F64))
     update = one_round(Adam(lr=0.05), Constant(), 10, 5, whitened=True)
@@ -58,6 +63,9 @@ def prepared():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_module.Fused, "_made", made)
         program.prepare(update.init(theta, preconditioner), chunk, lambda said: None)
+        if again is not None:
+            inference.model.refine(again)
+            program.prepare(update.init(theta, preconditioner), chunk, lambda said: None)
     return program, theta + 0.2, preconditioner
 
 
@@ -81,6 +89,19 @@ def test_a_pass_gives_the_gradient_of_the_eager_one(prepared, monkeypatch):
         torch.testing.assert_close(full_gradient(*given, program.sweep()), full_gradient(*given), rtol=1e-10, atol=1e-9)
 
 
+def test_finer_integrals_leave_nothing_behind():
+    program, theta, preconditioner = ready(again=(1, 3, 8))
+    together = terms_together(program.inference)
+    found = []
+    for fineness in ((1, 5, 8), (1, 3, 8)):
+        program.inference.model.refine(fineness)
+        given = theta, rows(), preconditioner, Draws(5, 8)
+        found.append(full_gradient(together, *given))
+        assert torch.equal(found[-1], full_gradient(terms_together(program.inference), *given))
+    assert not torch.allclose(*found, rtol=1e-6)
+    torch.testing.assert_close(full_gradient(together, *given, program.sweep()), found[-1], rtol=1e-10, atol=1e-9)
+
+
 def test_the_elbo_of_all_rows_is_that_of_the_eager_pass(prepared):
     program, theta, preconditioner = prepared
     want = full_elbo(program.inference, theta, rows(), preconditioner)
@@ -97,7 +118,15 @@ def test_no_state_of_the_program_is_changed(prepared):
     assert all(torch.equal(a, b) for a, b in zip(before.named().values(), sweep.state.named().values()))
 
 
-@pytest.mark.parametrize("given", [{"model": plain}, {"pairs": 2}, {"kl_weight": 0.5}, {"antithetic": False}], ids=str)
+OTHERS = {
+    "plain": {"model": plain},
+    "pairs": {"pairs": 2},
+    "weight": {"kl_weight": 0.5},
+    "single": {"antithetic": False},
+}
+
+
+@pytest.mark.parametrize("given", OTHERS.values(), ids=OTHERS)
 def test_there_is_none_of_a_model_without_latents_of_rows_or_of_another_objective(given):
     assert gives_gradients(problem()[0], ALONE)
     assert not gives_gradients(problem(**given)[0], ALONE)

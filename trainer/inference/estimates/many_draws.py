@@ -98,7 +98,7 @@ class Together:
         self.inference, self.evaluate, self.fewest = inference, evaluate, fewest
         self.way: Callable[[Tensor, Batch, Normals], Tensor] | None = None
         """(theta [P], rows, S draws) -> [S, n], what ``evaluate`` makes of each; None: not known yet."""
-        self._written: dict[int, int] = {}
+        self._written: dict[Any, int] = {}
         self._graphs: dict[Any, Callable[..., Tensor]] = {}
 
     def __call__(
@@ -132,12 +132,13 @@ class Together:
 
     def fitting(self, theta: Tensor, batch: Batch, normals: Normals) -> int:
         """How many draws fit a slice; ``normals``: any."""
-        if batch.size not in self._written:
+        asked = batch.size, self.inference.model.fineness
+        if asked not in self._written:
             with torch.no_grad(), Written() as written:
                 self.one_by_one(theta, batch, normals.part(0, 1))
             elements, per_row = self.inference.guide.noise_size
-            self._written[batch.size] = written.bytes + _OF_NOISE * (elements + batch.size * per_row)
-        return max(1, _BYTES // self._written[batch.size])
+            self._written[asked] = written.bytes + _OF_NOISE * (elements + batch.size * per_row)
+        return max(1, _BYTES // self._written[asked])
 
     def one_by_one(self, theta: Tensor, batch: Batch, normals: Normals) -> Tensor:
         """The reference."""
@@ -171,7 +172,7 @@ class Together:
             rows = Batch(columns, valid, batch_rows, ids[0] if ids else None, num_obs)
             return (self._made(theta, noise, rows),)
 
-        shapes = tuple((each.shape, each.dtype) for each in (theta, *given))
+        shapes = self.inference.model.fineness, *((each.shape, each.dtype) for each in (theta, *given))
         if shapes not in self._graphs:
             with torch.no_grad():
                 graph, constants = trace(at, *([theta.detach(), *(each[s] for each in drawn), *given] for s in (0, 1)))
