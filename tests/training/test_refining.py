@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 
 from trainer import Posterior, fit
@@ -26,20 +27,20 @@ def counts(y):
         pyro.sample("y", dist.Poisson((a + u).exp()), obs=y)
 
 
-def fitted(**options):
-    return fit(counts, {"y": COUNTS}, options={"guide.nodes": 1, "program": "eager", **options}, progress=False)
+@pytest.fixture(scope="module")
+def posterior():
+    options = {"guide.nodes": 1, "program": "eager"}
+    return fit(counts, {"y": COUNTS}, max_steps=20, options=options, progress=False)
 
 
-def test_a_fit_raises_what_is_too_coarse_and_keeps_it(tmp_path):
-    posterior = fitted(max_steps=20)
+def test_a_fit_raises_what_is_too_coarse_and_keeps_it(posterior, tmp_path):
     fineness = posterior.inference.model.fineness
     assert fineness.points > 1
     posterior.save(tmp_path / "posterior.pt")
     assert Posterior.load(tmp_path / "posterior.pt", counts).inference.model.fineness == fineness
 
 
-def test_the_end_of_a_round_raises_what_has_become_too_coarse():
-    posterior = fitted(max_steps=20)
+def test_the_end_of_a_round_raises_what_has_become_too_coarse(posterior):
     inference, heard, renewed = posterior.inference, [], []
     inference.model.refine(Fineness(1, 1))
     module = SimpleNamespace(

@@ -175,7 +175,7 @@ def test_slices_and_their_size_change_nothing(monkeypatch):
     together = terms_together(inference)
     at = Antithetic(together, theta, 3)
     assert len(list(at.pairs(batch, 7, 0, PAIRS))) == 1
-    monkeypatch.setattr(together_module, "_BYTES", 4 * 2 * together._written[ROWS])
+    monkeypatch.setattr(together_module, "_BYTES", 4 * 2 * together._written[ROWS, None])
     assert [len(each.inside) for each in at.pairs(batch, 7, 0, PAIRS)] == [4, 4, 1]
     sliced, _, way = both(inference, theta, batch)
     assert way == "_traced"
