@@ -11,7 +11,7 @@ import torch
 from trainer import Posterior, fit
 from trainer.distributed.comm import ALONE
 from trainer.engine.train_state import TrainState
-from trainer.inference.recipe.row_integrals import LIMIT
+from trainer.inference.recipe.row_integrals import LIMIT, Move
 from trainer.inference.rows.integral import Fineness
 from trainer.training import refining
 
@@ -59,8 +59,10 @@ def test_the_end_of_a_round_raises_what_has_become_too_coarse(posterior):
 
 
 def test_what_cannot_be_fine_enough_is_said():
-    found = refining.Refined(Fineness(5, 1024), 3.0, 2 * LIMIT)
+    found = refining.Refined(Fineness(5, 1024), Move(3.0, 40.0), Move(2 * LIMIT, 1.0))
     assert refining._changed(Fineness(5, 8), found) == (
-        "2,048 nodes and 4 Newton steps in place of 16 nodes and 4 Newton steps, which moves the answer by 3 sd; "
+        "2,048 nodes and 4 Newton steps in place of 16 nodes and 4 Newton steps, "
+        "which moves the answer by 3 sd and the ELBO by 40 nats; "
         "twice as many would move the answer by 0.1 sd more, so trust it no further"
     )
+    assert refining._still(found._replace(off=Move(0.0, 0.3))) == "the ELBO is off by about 0.3 nats"

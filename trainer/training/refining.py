@@ -10,7 +10,7 @@ from trainer.engine.module import ChunkModule
 from trainer.engine.train_state import TrainState
 from trainer.inference.model.plates import Batch
 from trainer.inference.optim.variance_reduction import Preconditioner
-from trainer.inference.recipe.row_integrals import LIMIT, Refined, refined
+from trainer.inference.recipe.row_integrals import LIMIT, NATS, Refined, refined
 from trainer.inference.rows.integral import Fineness
 from trainer.inference.step import Inference
 
@@ -54,18 +54,24 @@ def refine_at_end(module: ChunkModule, sample: Batch, record: TrainState) -> Non
         inference.model.refine(fineness)
         module.renew()
         module.say(f"step {module.step:,}: latents of rows: {_changed(before, found)}")
-    elif found.off > LIMIT:
-        module.say(f"step {module.step:,}: latents of rows: {_words(before)}, {_still(found)}")
+    elif still := _still(found):
+        module.say(f"step {module.step:,}: latents of rows: {_words(before)}; {still}")
     record.fineness = list(fineness)
 
 
 def _changed(before: Fineness, found: Refined) -> str:
-    words = f"{_words(found.fineness)} in place of {_words(before)}, which moves the answer by {found.moved:.2g} sd"
-    return words if found.off <= LIMIT else f"{words}; {_still(found)}"
+    moved, still = found.moved, _still(found)
+    far = f"the answer by {moved.scales:.2g} sd and the ELBO by {moved.nats:.2g} nats"
+    words = f"{_words(found.fineness)} in place of {_words(before)}, which moves {far}"
+    return f"{words}; {still}" if still else words
 
 
 def _still(found: Refined) -> str:
-    return f"twice as many would move the answer by {found.off:.2g} sd more, so trust it no further"
+    """What even finer integrals would change, if that is much."""
+    off = found.off
+    if off.scales > LIMIT:
+        return f"twice as many would move the answer by {off.scales:.2g} sd more, so trust it no further"
+    return f"the ELBO is off by about {off.nats:.2g} nats" if off.nats > NATS else ""
 
 
 def _words(fineness: Fineness) -> str:

@@ -13,7 +13,7 @@ from svi_problems import F64, batch_of
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.recipe.laplace import laplace_start
-from trainer.inference.recipe.row_integrals import LIMIT, _move_of, refined
+from trainer.inference.recipe.row_integrals import LIMIT, NATS, Move, _move_of, refined
 from trainer.inference.rows.integral import Fineness
 from trainer.inference.rows.options import RowOptions
 from trainer.inference.setup import guide_factory, set_up
@@ -51,23 +51,25 @@ def moved(inference, start, rows):
 def test_few_rows_are_content_with_few_nodes():
     result = found(*problem())
     assert result.fineness == Fineness(1, 9)
-    assert result.moved == 0
-    assert result.off <= LIMIT
+    assert result.moved == Move(0, 0)
+    assert not result.off.matters(1)
 
 
 def test_what_moves_the_answer_is_by_the_root_of_the_number_of_rows():
     some, more = (_move_of(*moved(*problem(rows)))(Fineness(1, 3), Fineness(1, 6)) for rows in (10**4, 10**6))
-    assert more == pytest.approx(10 * some, rel=0.05)
+    assert more.scales == pytest.approx(10 * some.scales, rel=0.05)
+    assert more.nats == pytest.approx(100 * some.nats, rel=0.05)
 
 
 def test_nodes_are_raised_until_the_answer_stays():
     inference, start, rows = problem(10**8, nodes=3)
     result = found(inference, start, rows)
-    assert result.moved > LIMIT >= result.off
+    assert result.moved.scales > LIMIT >= result.off.scales
+    assert result.moved.nats > NATS >= result.off.nats
     assert inference.model.fineness == Fineness(1, 3)
     inference.model.refine(result.fineness)
     again = found(inference, start, rows)
-    assert (again.fineness, again.moved) == (result.fineness, 0)
+    assert (again.fineness, again.moved) == (result.fineness, Move(0, 0))
 
 
 def test_the_move_is_that_of_the_optimum():
@@ -90,8 +92,8 @@ def test_the_move_is_that_of_the_optimum():
     a = loc.clone().requires_grad_()
     slope = torch.autograd.grad(evidence(a, 80) - evidence(a, 5), a)[0]
     move = _move_of(*moved(inference, start, rows))(Fineness(1, 5), Fineness(1, 80))
-    assert move == pytest.approx(abs(float(slope * sd)), rel=0.01)
-    assert move > LIMIT
+    assert move.scales == pytest.approx(abs(float(slope * sd)), rel=0.01)
+    assert move.scales > LIMIT
 
 
 def test_a_mode_out_of_reach_gets_more_steps():
@@ -104,9 +106,9 @@ def test_a_mode_out_of_reach_gets_more_steps():
 def test_a_guide_of_pyros_is_judged_by_its_draws():
     guide = guide_factory(partial(AutoMultivariateNormal, init_scale=1e-3), ("y",))
     few, many = (found(*problem(rows, guide, nodes=3)) for rows in (ROWS, 10**9))
-    assert few.moved == 0
+    assert few.moved.scales <= LIMIT
     assert many.fineness.points > 3
-    assert math.isfinite(many.off)
+    assert math.isfinite(many.off.scales)
 
 
 def test_what_is_known_in_closed_form_is_not_looked_at():

@@ -24,9 +24,23 @@ from trainer.inference.recipe.convergence import axis_step, newton_step, step_to
 from trainer.inference.rows.integral import Fineness
 from trainer.inference.step import Inference, StepNoise, in_dtype
 
-LIMIT = 0.05  # scales that the answer may be off
+LIMIT, NATS = 0.05, 0.1  # scales that the answer may be off, and nats that the ELBO may be
+_GRID = 2  # numbers of a row, up to which more nodes soon make the ELBO exact; of more it stays off by some nats
 _TOGETHER, _FEWEST = 2**20, 256  # rows without latents of their own whose memory a measurement takes, and rows of it
 _PAIRS, _DRAWS, _SEED = 2, 16, 0xF19E
+
+
+class Move(NamedTuple):
+    """What other integrals change."""
+
+    scales: float
+    """How far the answer moves, in scales."""
+    nats: float
+    """By how much the ELBO changes."""
+
+    def matters(self, numbers: int) -> bool:
+        """Whether that is too much, of rows of so many ``numbers``."""
+        return self.scales > LIMIT or (numbers <= _GRID and self.nats > NATS)
 
 
 class Refined(NamedTuple):
@@ -34,10 +48,19 @@ class Refined(NamedTuple):
 
     fineness: Fineness
     """Of integrals that are fine enough, or as fine as they can be."""
-    moved: float
-    """Scales that the answer moves to it from what it was."""
-    off: float
-    """Scales that even finer ones would move it."""
+    moved: Move
+    """From what they were to these."""
+    off: Move
+    """From these to even finer ones."""
+
+
+class _Effect(NamedTuple):
+    """Of integrals of some fineness."""
+
+    elbo: Tensor
+    """[R] nats."""
+    gradient: Tensor | None
+    """[P] of minus the ELBO (nats), for a guide that is Gaussian."""
 
 
 def refined(inference: Inference, theta: Tensor, rows: Batch, preconditioner: Preconditioner | None) -> Refined | None:
@@ -50,13 +73,13 @@ def refined(inference: Inference, theta: Tensor, rows: Batch, preconditioner: Pr
     if before is None:
         return None
     move = _move_of(inference, theta.detach().cpu(), rows, preconditioner)
-    fine, off = before, 0.0
+    fine, size = before, before.size
     try:
-        while move(fine, fine.with_more_steps()) > LIMIT and fine.with_more_steps().is_possible:
+        while move(fine, fine.with_more_steps()).matters(size) and fine.with_more_steps().is_possible:
             fine = fine.with_more_steps()
-        while (off := move(fine, fine.with_twice_the_points())) > LIMIT and fine.with_more_points().is_possible:
+        while move(fine, fine.with_twice_the_points()).matters(size) and fine.with_more_points().is_possible:
             fine = fine.with_more_points()
-        moved = 0.0 if fine == before else move(before, fine)
+        moved, off = move(before, fine), move(fine, fine.with_twice_the_points())
     finally:
         inference.model.refine(before)
     return Refined(fine, moved, off)
@@ -64,12 +87,12 @@ def refined(inference: Inference, theta: Tensor, rows: Batch, preconditioner: Pr
 
 def _move_of(
     inference: Inference, theta: Tensor, rows: Batch, preconditioner: Preconditioner | None
-) -> Callable[[Fineness, Fineness], float]:
-    """By how many scales the answer moves from one to another."""
+) -> Callable[[Fineness, Fineness], Move]:
+    """What changes from one to another."""
     view, group = inference.gaussian, rows.slot(0)
 
     @cache
-    def effect(fineness: Fineness, among: int) -> Tensor:
+    def effect(fineness: Fineness, among: int) -> _Effect:
         inference.model.refine(fineness)
         some = group.at(torch.arange(among)).as_group()
         return _values(inference, theta, some) if view is None else _gradient(inference, theta, some)
@@ -78,10 +101,16 @@ def _move_of(
         inference.model.refine(fineness)
         return min(group.size, max(_FEWEST, _TOGETHER // inference.model.copies))
 
-    def move(one: Fineness, other: Fineness) -> float:
+    def move(one: Fineness, other: Fineness) -> Move:
+        if one == other:
+            return Move(0.0, 0.0)
         among = min(fitting(one), fitting(other))
-        change = effect(other, among) - effect(one, among)
-        return float(change.std()) if view is None else _in_scales(view, theta, change, preconditioner)
+        after, before = effect(other, among), effect(one, among)
+        elbo = after.elbo - before.elbo
+        if view is None or after.gradient is None or before.gradient is None:
+            return Move(float(elbo.std()), abs(float(elbo.mean())))
+        scales = _in_scales(view, theta, after.gradient - before.gradient, preconditioner)
+        return Move(scales, abs(float(elbo.mean())))
 
     return move
 
@@ -92,24 +121,25 @@ def _in_scales(view: GaussianView, theta: Tensor, gradient: Tensor, precondition
     return step_to_go(view, theta, newton_step(view, theta, gradient, preconditioner.each(lambda part: part.cpu())))
 
 
-def _gradient(inference: Inference, theta: Tensor, rows: Batch) -> Tensor:
-    """[P] of minus the ELBO (nats), at fixed draws."""
+def _gradient(inference: Inference, theta: Tensor, rows: Batch) -> _Effect:
+    """At the mean of a few fixed draws."""
     problem = replace(inference, objective=ELBO("analytic", True, _PAIRS))
     with in_dtype(inference.float_type), torch.enable_grad():
         at = theta.to(inference.float_type).clone().requires_grad_()
-        (found,) = torch.autograd.grad(-problem.terms(at, *_draws(inference, range(_PAIRS), rows), 1.0).sum(), at)
-    return found
+        elbo = problem.terms(at, *_draws(inference, range(_PAIRS), rows), 1.0).sum()
+        (gradient,) = torch.autograd.grad(-elbo, at)
+    return _Effect(elbo.detach()[None], gradient)
 
 
-def _values(inference: Inference, theta: Tensor, rows: Batch) -> Tensor:
-    """[R] of the ELBO (nats) at single draws of the guide: a difference that is linear in the latents varies over them
-    by as many nats as the posterior sds by which it moves the answer.
+def _values(inference: Inference, theta: Tensor, rows: Batch) -> _Effect:
+    """At single draws of the guide: a difference that is linear in the latents varies over them by as many nats as the
+    posterior sds by which it moves the answer.
     """
     problem = replace(inference, objective=ELBO("monte_carlo", False, 1))
     with in_dtype(inference.float_type), torch.no_grad():
         at = theta.to(inference.float_type)
         draws = (_draws(inference, range(n, n + 1), rows) for n in range(_DRAWS))
-        return torch.stack([problem.terms(at, *draw, 1.0).sum() for draw in draws])
+        return _Effect(torch.stack([problem.terms(at, *draw, 1.0).sum() for draw in draws]), None)
 
 
 def _draws(inference: Inference, numbers: range, rows: Batch) -> tuple[StepNoise, Batch]:
