@@ -12,6 +12,7 @@ from svi_problems import F64, batch_of
 
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.objectives.elbo import ELBO
+from trainer.inference.recipe import row_integrals as module
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.recipe.row_integrals import LIMIT, NATS, Move, _move_of, refined
 from trainer.inference.rows.integral import Fineness
@@ -70,6 +71,14 @@ def test_nodes_are_raised_until_the_answer_stays():
     inference.model.refine(result.fineness)
     again = found(inference, start, rows)
     assert (again.fineness, again.moved) == (result.fineness, Move(0, 0))
+
+
+def test_no_row_takes_more_memory_than_a_step_has(monkeypatch):
+    inference, start, rows = problem(10**8, nodes=3)
+    monkeypatch.setattr(module, "_MOST", inference.model.copies)
+    result = found(inference, start, rows)
+    assert result.fineness.points == 3
+    assert result.off.scales > LIMIT
 
 
 def test_the_move_is_that_of_the_optimum():

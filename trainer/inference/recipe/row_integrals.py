@@ -27,6 +27,7 @@ from trainer.inference.step import Inference, StepNoise, in_dtype
 LIMIT, NATS = 0.05, 0.1  # scales that the answer may be off, and nats that the ELBO may be
 _GRID = 2  # numbers of a row, up to which more nodes soon make the ELBO exact; of more it stays off by some nats
 _TOGETHER, _FEWEST = 2**20, 256  # rows without latents of their own whose memory a measurement takes, and rows of it
+_MOST = 512  # rows without latents of their own whose memory a row may take: 4,096 pairs of such rows take 4 GiB
 _PAIRS, _DRAWS, _SEED = 2, 16, 0xF19E
 
 
@@ -75,14 +76,22 @@ def refined(inference: Inference, theta: Tensor, rows: Batch, preconditioner: Pr
     move = _move_of(inference, theta.detach().cpu(), rows, preconditioner)
     fine, size = before, before.size
     try:
-        while move(fine, fine.with_more_steps()).matters(size) and fine.with_more_steps().is_possible:
+        while move(fine, fine.with_more_steps()).matters(size) and _is_possible(inference, fine.with_more_steps()):
             fine = fine.with_more_steps()
-        while move(fine, fine.with_twice_the_points()).matters(size) and fine.with_more_points().is_possible:
+        while move(fine, fine.with_twice_the_points()).matters(size) and _is_possible(
+            inference, fine.with_more_points()
+        ):
             fine = fine.with_more_points()
         moved, off = move(before, fine), move(fine, fine.with_twice_the_points())
     finally:
         inference.model.refine(before)
     return Refined(fine, moved, off)
+
+
+def _is_possible(inference: Inference, fineness: Fineness) -> bool:
+    """Whether a step of some thousand rows fits memory."""
+    inference.model.refine(fineness)
+    return fineness.is_possible and inference.model.copies <= _MOST
 
 
 def _move_of(
