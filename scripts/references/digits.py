@@ -79,6 +79,7 @@ def by_pyro(x: np.ndarray, setting: Setting, seed: int) -> Result:
                     break
         seconds = time.perf_counter() - began
         elbo = -float(np.mean([svi.evaluate_loss(rows) for _ in range(_DRAWS)])) / len(x)
+    pyro.clear_param_store()
     return Result(elbo, setting.steps / seconds)
 
 

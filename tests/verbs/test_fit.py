@@ -374,7 +374,7 @@ def test_training_ends_where_draws_can_tell_no_more(pupils, capsys, monkeypatch)
 def test_training_goes_on_where_four_times_the_draws_leave_something_to_go(table, monkeypatch):
     asked = []
 
-    def gradient(inference, theta, rows, preconditioner=None, draws=FEW):
+    def gradient(inference, theta, rows, preconditioner=None, draws=FEW, sweep=None):
         asked.append(draws.pairs)
         return torch.full_like(theta, asked.count(4 * MANY.pairs) == 1 and draws.pairs > MANY.pairs, dtype=torch.double)
 

@@ -79,8 +79,11 @@ def test_any_guide_of_the_others_says_how_rows_are_integrated(guide, tmp_path):
     data, options = {"x": X, "y": COUNTS}, {**QUICK, "guide.rows": "integrate", "guide.nodes": 3}
     fitted = fit(counts, data, guide, progress=False, max_steps=1, options=options)
     fitted.save(tmp_path / "a.pt")
-    for posterior in (fitted, Posterior.load(tmp_path / "a.pt", counts, guide)):
-        assert len(posterior.inference.model.fn.nodes.at) == 3
+    loaded = Posterior.load(tmp_path / "a.pt", counts, guide)
+    assert loaded.inference.rows == fitted.inference.rows
+    assert fitted.inference.rows.given() == ("rows", "nodes")
+    assert loaded.inference.model.fineness == fitted.inference.model.fineness
+    assert fitted.inference.model.fineness.points >= 3
 
 
 def test_classes_of_rows_are_summed_out_and_said(capsys):

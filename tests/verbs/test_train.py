@@ -197,6 +197,7 @@ def test_every_group_composes_and_its_targets_take_their_arguments():
     from omegaconf import DictConfig, OmegaConf
 
     from trainer.cli import config_folder
+    from trainer.inference.rows.options import OPTIONS
 
     options = [(path.parent.name, path.stem) for path in sorted(config_folder().glob("*/*.yaml"))]
     assert len(options) > 15
@@ -209,7 +210,8 @@ def test_every_group_composes_and_its_targets_take_their_arguments():
             if isinstance(spec, dict) and spec.get("_target_"):
                 parameters = inspect.signature(get_object(spec["_target_"])).parameters
                 free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-                unknown = set(spec) - {"_target_"} - set(parameters)
+                beside = set(OPTIONS) if group == "guide" else set()  # those of latents of rows
+                unknown = set(spec) - {"_target_"} - beside - set(parameters)
                 assert free or not unknown, f"{group}/{name}: {unknown}"
 
 

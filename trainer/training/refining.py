@@ -25,7 +25,7 @@ def refine_at_start(
     world: World,
     say: Callable[[str], None],
 ) -> list[int] | None:
-    """Integrates rows as finely as is ``known`` from a checkpoint, or as the ``start`` asks for: as
+    """Integrates rows as finely as is ``known`` from a checkpoint, or as a ``start`` at a mode asks for: as
     `TrainState.fineness` holds it.
 
     ``start``: theta [P], and its coordinates; ``sample``: one lane group.
@@ -33,10 +33,11 @@ def refine_at_start(
     if known is not None:
         inference.model.refine(known)
         return known
-    found = refined(inference, start[0], sample, start[1])
+    before, at_mode = inference.model.fineness, start[1] is not None and bool(start[1].curvature.any())
+    found = refined(inference, start[0], sample, start[1]) if at_mode else None
     if found is None:
-        return None
-    before, fineness = inference.model.fineness, Fineness(*map(max, zip(*of_all(list(found.fineness), world))))
+        return None if before is None else list(before)
+    fineness = Fineness(*map(max, zip(*of_all(list(found.fineness), world))))
     if fineness != before:
         inference.model.refine(fineness)
         say(f"latents of rows: {_changed(before, found)}")
