@@ -17,7 +17,7 @@ from trainer.posterior.first_pass import FirstPass
 from trainer.posterior.tensors import to_tensor
 
 MOST = 65_536
-_TOGETHER = 2**20  # rows of a sample that fit memory, where none has latents of its own
+_TOGETHER = 2**18  # rows of a sample that fit memory, where none has latents of its own
 
 
 def first_rows(folder: ShardFolder, names: Sequence[str]) -> Batch:

@@ -26,7 +26,7 @@ from trainer.inference.step import Inference, StepNoise, in_dtype
 
 LIMIT, NATS = 0.05, 0.1  # scales that the answer may be off, and nats that the ELBO may be
 _GRID = 2  # numbers of a row, up to which more nodes soon make the ELBO exact; of more it stays off by some nats
-_TOGETHER, _FEWEST = 2**20, 256  # rows without latents of their own whose memory a measurement takes, and rows of it
+_TOGETHER, _FEWEST = 2**18, 256  # rows without latents of their own whose memory a measurement takes, and rows of it
 _MOST = 512  # rows without latents of their own whose memory a row may take: 4,096 pairs of such rows take 4 GiB
 _PAIRS, _DRAWS, _SEED = 2, 16, 0xF19E
 
