@@ -103,3 +103,13 @@ def regression_data(rows: int = 12, width: int = 3, orthogonal: bool = True) -> 
         "x": x,
         "y": x @ torch.linspace(-1, 1, width, dtype=F64) + torch.randn(rows, dtype=F64, generator=generator),
     }
+
+
+def effects(x, y):
+    """An effect of each row, whose integral has no closed form."""
+    one = torch.ones((), dtype=F64)
+    b = pyro.sample("b", dist.Normal(0 * one, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(one))
+    with pyro.plate("data", len(x)):
+        u = pyro.sample("u", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.StudentT(4.0, b * x + u, 0.8), obs=y)

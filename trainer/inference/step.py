@@ -7,9 +7,9 @@ rank holds, at scale N / (rows of the global batch). Robbins and Monro (1951); H
 Shapes: P parameters, S sites, A lane groups of this rank, R = pairs draws per group, B rows of a group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pyro
@@ -121,6 +121,16 @@ class Inference:
 
         with pyro.validation_enabled(False):  # the first batch was checked with it on
             return self.parameters.call(self.parameters.unflatten(theta), all_groups)
+
+    def of_sample(
+        self, objective: Objective, theta: Tensor, normals: Tensor, rows: Batch, seeds: Sequence[int] = ()
+    ) -> Tensor:
+        """The terms [S] (nats) of another ``objective`` at ``theta`` [P], of one lane group ``rows`` at the scale of
+        all rows, by fixed ``normals`` [R, E] and ``seeds`` [R], in exact arithmetic.
+        """
+        dtype = self.float_type
+        noise = StepNoise(normals[None].to(dtype), None, (tuple(seeds) or (0,) * len(normals),))
+        return replace(self, objective=objective).terms(theta.to(dtype), noise, rows.floats_as(dtype), share=1.0)
 
 
 def step(

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from svi_problems import F64, build, chunk_of
+from svi_problems import F64, build, chunk_of, effects
 
 from trainer.distributed.comm import ALONE
 from trainer.inference.estimates.full_elbo import full_elbo
@@ -27,14 +27,6 @@ from trainer.inference.programs.sweep import gives_gradients
 
 ONE, N = torch.ones((), dtype=F64), 40
 COLUMNS = {name: column[0, 0] for name, column in chunk_of(1, 1, N, x=(), y=()).columns.items()}
-
-
-def effects(x, y):
-    b = pyro.sample("b", dist.Normal(0 * ONE, 1.0))
-    tau = pyro.sample("tau", dist.HalfNormal(ONE))
-    with pyro.plate("data", len(x)):
-        u = pyro.sample("u", dist.Normal(0.0, tau))
-        pyro.sample("y", dist.StudentT(4.0, b * x + u, 0.8), obs=y)
 
 
 def plain(x, y):

@@ -26,12 +26,17 @@ LABELS = (X + Y > 0).double()
 AT = {"b": torch.tensor([0.3, -0.7], dtype=F64), "spread": 1.2 * ONE}
 
 
+def shared():
+    """What all rows share: coefficients [2], and the sd of their intercepts."""
+    b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=F64), 2.0).to_event(1))
+    return b, pyro.sample("spread", dist.HalfNormal(2 * ONE))
+
+
 def rows_of(likelihood):
     """Rows with an intercept of their own and entries of ``likelihood``(mean)."""
 
     def model(x, y=None):
-        b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=F64), 2.0).to_event(1))
-        spread = pyro.sample("spread", dist.HalfNormal(2 * ONE))
+        b, spread = shared()
         with pyro.plate("data", len(x), dim=-2):
             u = pyro.sample("u", dist.Normal(0 * ONE, spread))
             with pyro.plate("entries", x.shape[1], dim=-1):
@@ -107,8 +112,7 @@ def test_gradients_are_numbers_where_what_fills_rows_up_has_no_density():
 
 def test_the_plates_stand_in_either_order():
     def transposed(x, y=None):
-        b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=F64), 2.0).to_event(1))
-        spread = pyro.sample("spread", dist.HalfNormal(2 * ONE))
+        b, spread = shared()
         with pyro.plate("data", len(x)):
             u = pyro.sample("u", dist.Normal(0 * ONE, spread))
             with pyro.plate("entries", x.shape[1]):
@@ -120,8 +124,7 @@ def test_the_plates_stand_in_either_order():
 
 def test_entries_may_be_a_loop():
     def looped(x, y=None):
-        b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=F64), 2.0).to_event(1))
-        spread = pyro.sample("spread", dist.HalfNormal(2 * ONE))
+        b, spread = shared()
         with pyro.plate("data", len(x)):
             u = pyro.sample("u", dist.Normal(0 * ONE, spread))
             for t in pyro.plate("entries", x.shape[1]):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from svi_problems import F64
 
-from trainer.inference.rows.integral import Fineness, around_the_mode, log_integral, nodes_of
+from trainer.inference.rows.integral import Fineness, around_the_mode, derivatives, log_integral, nodes_of
 
 ROWS, STEPS = 7, 12
 ONE = torch.ones((), dtype=F64)
@@ -162,3 +162,10 @@ def test_more_points_are_a_quarter_more_along_an_axis():
     assert seen == [9, 13, 17, 23]
     assert Fineness(2, 5).with_more_points().copies == 49
     assert Fineness(4, 8).with_more_points().copies == 32
+
+
+def test_the_curvature_is_minus_the_hessian():
+    matrix = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64)
+    found = derivatives(lambda u: -0.5 * (u @ matrix * u).sum(1), torch.ones(3, 2, dtype=F64)).curvature
+    torch.testing.assert_close(found, matrix.expand(3, 2, 2))
+    assert not derivatives(lambda u: u.sum(1), torch.ones(3, 2, dtype=F64)).curvature.any()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.inference.rows.integral import around_the_mode
-from trainer.inference.rows.proper import curvature, improper, reached
+from trainer.inference.rows.proper import improper, reached
 
 F64 = torch.float64
 AT = torch.tensor([-2.0, 0.0, 3.0], dtype=F64)
@@ -74,10 +74,3 @@ def test_a_mode_is_reached_to_a_thousandth_of_its_sd():
     assert reached(density, normal).all()
     moved = normal._replace(mode=normal.mode + 0.01 * scale[:, None])
     assert not reached(density, moved).any()
-
-
-def test_the_curvature_is_minus_the_hessian():
-    matrix = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64)
-    found = curvature(lambda u: -0.5 * (u @ matrix * u).sum(1), torch.ones(3, 2, dtype=F64))
-    torch.testing.assert_close(found, matrix.expand(3, 2, 2))
-    assert not curvature(lambda u: u.sum(1), torch.ones(3, 2, dtype=F64)).any()

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from svi_problems import F64, batch_of, chunk_of
+from svi_problems import F64, batch_of, chunk_of, effects
 
 from trainer.inference.guides.mean_field import MeanField
 from trainer.inference.objectives.elbo import ELBO
@@ -19,14 +19,6 @@ from trainer.inference.rows.options import DEFAULT, RowOptions
 from trainer.inference.setup import set_up
 
 ONE = torch.ones((), dtype=F64)
-
-
-def effects(x, y):
-    b = pyro.sample("b", dist.Normal(0 * ONE, 1.0))
-    tau = pyro.sample("tau", dist.HalfNormal(ONE))
-    with pyro.plate("data", len(x)):
-        u = pyro.sample("u", dist.Normal(0.0, tau))
-        pyro.sample("y", dist.StudentT(4.0, b * x + u, 0.8), obs=y)
 
 
 def slopes(x, y):

@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.inference.checks.dependence import FAILURES
 from trainer.inference.model.latents import AtZero
 from trainer.inference.model.plates import Batch, PlatedModel
-from trainer.inference.rows.marginal import Marginal, rows_of
+from trainer.inference.rows.marginal import rows_of
 from trainer.inference.rows.proper import Improper, improper
 from trainer.inference.rows.sites import RowSites
 
@@ -32,9 +32,9 @@ _CURVED = (
 
 def check_row_densities(model: PlatedModel, batch: Batch) -> None:
     """Raises UserError, with the site and the number of rows, where more than 1 % of the first ones have no maximum."""
-    marginal = model.fn
-    if not isinstance(marginal, Marginal) or not marginal.sites.continuous:
+    if model.sites is None or not model.sites.continuous:
         return
+    marginal: Any = model.fn
     rows = batch.at(torch.arange(min(int(batch.valid), _MOST)))
 
     def look(**columns: Any) -> Improper:

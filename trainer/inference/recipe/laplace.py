@@ -11,7 +11,6 @@ Shapes: P parameters, D latents.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,7 +25,7 @@ from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.exact_fit import refuse_exact
 from trainer.inference.recipe.mode import Mode, lowest_place, mode_of, off_saddle
-from trainer.inference.step import Inference, StepNoise, in_dtype
+from trainer.inference.step import Inference, in_dtype
 
 PLAIN = 0.25  # of a coordinate, so that the rates of whitened steps are those of plain ones
 _FACTOR = 0.1, 100.0  # by which the precision of a guide may change at once
@@ -188,14 +187,11 @@ def _of_draws(inference: Inference, rows: Batch, loc: Tensor, scale: Tensor) -> 
 
 def _minus_terms(inference: Inference, kl: KL, rows: Batch, loc: Tensor, log_scale: Tensor, eps: Tensor) -> Tensor:
     """Minus the ELBO's terms [S] (nats) at one draw, in float64."""
-    dtype = inference.float_type
-    problem = replace(inference, objective=ELBO(kl, antithetic=False))
-    view = inference.gaussian
+    dtype, view = inference.float_type, inference.gaussian
     assert view is not None
     theta = view.theta(loc.to(dtype), log_scale.to(dtype))
     padded = torch.nn.functional.pad(eps, (0, view.covariance.normals - len(eps)))  # those of factors are of no use
-    noise = StepNoise(padded[None, None].to(dtype), None, ((0,),))
-    return -problem.terms(theta, noise, rows.floats_as(dtype), share=1.0)
+    return -inference.of_sample(ELBO(kl, antithetic=False), theta, padded[None], rows)
 
 
 def _factor(hessian: Tensor, scale: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ free: all but the covariance of the guide; D latents, m directions, R pairs of d
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe import saddle
 from trainer.inference.recipe.laplace import laplace_start
 from trainer.inference.recipe.saddle import AT_START, Best, Loss, Search
-from trainer.inference.step import Inference, StepNoise, in_dtype
+from trainer.inference.step import Inference, in_dtype
 
 Say = Callable[[str], None]
 _FEW, _MANY = 2, 16  # pairs of a descent, and of what judges it
@@ -119,13 +119,11 @@ class Sampled:
         return self._loss(eps, ELBO("monte_carlo", False), likelihood)
 
     def _loss(self, eps: Tensor, objective: ELBO, likelihood: bool) -> Loss:
-        problem, dtype = replace(self.inference, objective=objective), self.inference.float_type
-        rows = self.rows.floats_as(dtype)
-        noise = StepNoise(eps[None].to(dtype), None, ((0,) * len(eps),))
+        rows = self.rows.floats_as(self.inference.float_type)
         counted = [n for n, kind in enumerate(self.inference.kinds) if kind == "likelihood" or not likelihood]
 
         def loss(at: Tensor) -> Tensor:
-            return -problem.terms(self.with_free(at).to(dtype), noise, rows, share=1.0)[counted].sum()
+            return -self.inference.of_sample(objective, self.with_free(at), eps, rows)[counted].sum()
 
         return loss
 

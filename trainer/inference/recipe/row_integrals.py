@@ -8,7 +8,6 @@ Shapes: P parameters, R draws.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -21,11 +20,10 @@ from trainer.inference.model.plates import Batch
 from trainer.inference.objectives.elbo import ELBO
 from trainer.inference.optim.variance_reduction import Preconditioner
 from trainer.inference.recipe.convergence import axis_step, newton_step, step_to_go
-from trainer.inference.rows.integral import Fineness
-from trainer.inference.step import Inference, StepNoise, in_dtype
+from trainer.inference.rows.integral import GRID, Fineness
+from trainer.inference.step import Inference, in_dtype
 
 LIMIT, NATS = 0.05, 0.1  # scales that the answer may be off, and nats that the ELBO may be
-_GRID = 2  # numbers of a row, up to which more nodes soon make the ELBO exact; of more it stays off by some nats
 _TOGETHER, _FEWEST = 2**18, 256  # rows without latents of their own whose memory a measurement takes, and rows of it
 _MOST = 512  # rows without latents of their own whose memory a row may take: 4,096 pairs of such rows take 4 GiB
 _PAIRS, _DRAWS, _SEED = 2, 16, 0xF19E
@@ -40,8 +38,8 @@ class Move(NamedTuple):
     """By how much the ELBO changes."""
 
     def matters(self, numbers: int) -> bool:
-        """Whether that is too much, of rows of so many ``numbers``."""
-        return self.scales > LIMIT or (numbers <= _GRID and self.nats > NATS)
+        """Whether that is too much, of rows of so many ``numbers``: on a grid a few more nodes make the ELBO exact."""
+        return self.scales > LIMIT or (numbers <= GRID and self.nats > NATS)
 
 
 class Refined(NamedTuple):
@@ -132,10 +130,9 @@ def _in_scales(view: GaussianView, theta: Tensor, gradient: Tensor, precondition
 
 def _gradient(inference: Inference, theta: Tensor, rows: Batch) -> _Effect:
     """At the mean of a few fixed draws."""
-    problem = replace(inference, objective=ELBO("analytic", True, _PAIRS))
     with in_dtype(inference.float_type), torch.enable_grad():
         at = theta.to(inference.float_type).clone().requires_grad_()
-        elbo = problem.terms(at, *_draws(inference, range(_PAIRS), rows), 1.0).sum()
+        elbo = _elbo(inference, ELBO("analytic", True, _PAIRS), at, range(_PAIRS), rows)
         (gradient,) = torch.autograd.grad(-elbo, at)
     return _Effect(elbo.detach()[None], gradient)
 
@@ -144,15 +141,15 @@ def _values(inference: Inference, theta: Tensor, rows: Batch) -> _Effect:
     """At single draws of the guide: a difference that is linear in the latents varies over them by as many nats as the
     posterior sds by which it moves the answer.
     """
-    problem = replace(inference, objective=ELBO("monte_carlo", False, 1))
+    single = ELBO("monte_carlo", False, 1)
     with in_dtype(inference.float_type), torch.no_grad():
-        at = theta.to(inference.float_type)
-        draws = (_draws(inference, range(n, n + 1), rows) for n in range(_DRAWS))
-        return _Effect(torch.stack([problem.terms(at, *draw, 1.0).sum() for draw in draws]), None)
+        elbos = [_elbo(inference, single, theta, range(n, n + 1), rows) for n in range(_DRAWS)]
+    return _Effect(torch.stack(elbos), None)
 
 
-def _draws(inference: Inference, numbers: range, rows: Batch) -> tuple[StepNoise, Batch]:
-    dtype, when = inference.float_type, torch.zeros((), dtype=torch.int64)
-    elements = element_noise(_SEED, when, torch.tensor(numbers), inference.guide.noise_size[0], torch.float64)
-    seeds = tuple(mixed_seed(_SEED, 0, n) for n in numbers)
-    return StepNoise(elements[None].to(dtype), None, (seeds,)), rows.floats_as(dtype)
+def _elbo(inference: Inference, objective: ELBO, theta: Tensor, numbers: range, rows: Batch) -> Tensor:
+    """[] nats, by the draws ``numbers``."""
+    when, size = torch.zeros((), dtype=torch.int64), inference.guide.noise_size[0]
+    normals = element_noise(_SEED, when, torch.tensor(numbers), size, torch.float64)
+    seeds = [mixed_seed(_SEED, 0, n) for n in numbers]
+    return inference.of_sample(objective, theta, normals, rows, seeds).sum()

@@ -30,7 +30,7 @@ _LONGEST = 3.0  # the first Newton step, in each number
 _SOME, _MUCH = 2.0, 16.0  # by which a bound of steps grows
 _ENOUGH = 0.1  # of the rise that the slope promises
 _LEAST = 1e-3  # of a curvature, what a pivot is at least; and what stands for none at all
-_GRID = 2  # numbers for which nodes are a grid
+GRID = 2  # numbers for which nodes are a grid
 
 
 class Nodes(NamedTuple):
@@ -55,22 +55,22 @@ class Fineness(NamedTuple):
     @classmethod
     def at_first(cls, size: int, nodes: int | None = None, draws: int | None = None) -> "Fineness":
         """As it is chosen before anything is measured, unless ``nodes`` or ``draws`` say it."""
-        return cls(size, (nodes or _FIRST_NODES[size]) if size <= _GRID else draws or _FIRST_DRAWS)
+        return cls(size, (nodes or _FIRST_NODES[size]) if size <= GRID else draws or _FIRST_DRAWS)
 
     @property
     def copies(self) -> int:
         """S: how many times each row is evaluated for its integral."""
-        return self.points**self.size if self.size <= _GRID else 2 * self.points
+        return self.points**self.size if self.size <= GRID else 2 * self.points
 
     @property
     def is_possible(self) -> bool:
         """Whether it is in bounds that any machine can bear."""
-        along = self.points <= _MOST_NODES or self.size > _GRID
+        along = self.points <= _MOST_NODES or self.size > GRID
         return along and self.copies <= _MOST_COPIES and self.steps <= _MOST_STEPS
 
     def with_more_points(self) -> "Fineness":
         """Twice as many; along an axis of a grid a quarter more, and an odd number if it was odd."""
-        more = 2 * -(-self.points // 8) if self.size <= _GRID else self.points
+        more = 2 * -(-self.points // 8) if self.size <= GRID else self.points
         return self._replace(points=self.points + more)
 
     def with_twice_the_points(self) -> "Fineness":
@@ -87,7 +87,7 @@ def nodes_of(fineness: Fineness, like: Tensor) -> Nodes:
     size, points = fineness.size, fineness.points
     if size == 0:
         return Nodes(like.new_zeros(1, 0), like.new_zeros(1))
-    if size <= _GRID:
+    if size <= GRID:
         x, w = np.polynomial.hermite_e.hermegauss(points)
         grid = np.stack(np.meshgrid(*[x] * size, indexing="ij"), -1).reshape(-1, size)
         weights = np.log(reduce(np.multiply.outer, [w / w.sum()] * size)).reshape(-1)
@@ -114,7 +114,7 @@ class Normal(NamedTuple):
 
     def at(self, point: Tensor) -> Tensor:
         """u [B, d] at e [d] or [B, d]: m + C'^-1 e."""
-        return self.mode + _backward(self.factor, point.expand_as(self.mode))
+        return self.mode + solved_backward(self.factor, point.expand_as(self.mode))
 
     @property
     def log_volume(self) -> Tensor:
@@ -131,12 +131,12 @@ def around_the_mode(f: LogDensity, start: Tensor, steps: int) -> Normal:
     the bound becomes a quarter of it.
     """
     u, longest = start.detach(), start.new_full((len(start), 1), _LONGEST)
-    here, rounding = _derivatives(f, u), 16 * torch.finfo(u.dtype).eps
+    here, rounding = derivatives(f, u), 16 * torch.finfo(u.dtype).eps
     for _ in range(steps):
         step = _newton(here)
         length = step.abs().amax(1, keepdim=True)
         step = step * (longest / length.clamp(min=1e-30)).clamp(max=1)
-        there = _derivatives(f, u + step)
+        there = derivatives(f, u + step)
         expected = _ENOUGH * (here.gradient * step).sum(1) - rounding * (1 + here.value.abs())
         rose = (there.value >= here.value + expected)[:, None]
         alike = (there.curvatures - here.curvatures).abs() <= 0.5 * here.curvatures.abs()
@@ -145,23 +145,25 @@ def around_the_mode(f: LogDensity, start: Tensor, steps: int) -> Normal:
             rose, torch.where(length > longest, grown, longest), 0.25 * torch.minimum(length, longest)
         )
         u = torch.where(rose, there.at, u)
-        here = _Derivatives(u, *(_where(rose, new, old) for new, old in zip(there[1:], here[1:])))
-    return Normal(u, _factor(here.curvature))
+        here = Derivatives(u, *(_where(rose, new, old) for new, old in zip(there[1:], here[1:])))
+    return Normal(u, factor_of(here.curvature))
 
 
 def log_integral(f: LogDensity, normal: Normal, nodes: Nodes) -> Tensor:
     """log of the integral of exp f over u, [B]."""
-
-    def at(e: Tensor) -> Tensor:
-        return f(normal.at(e))
-
-    try:
-        with silent_vmap():
-            values: Tensor = torch.vmap(at)(nodes.at)
-    except CANNOT_BE_BATCHED:
-        values = f(torch.cat([normal.at(e) for e in nodes.at])).view(len(nodes.at), -1)
+    values = at_nodes(f, torch.stack([normal.at(e) for e in nodes.at]))
     weights = nodes.log_weights + 0.5 * (nodes.at**2).sum(1)
     return torch.logsumexp(values + weights[:, None], 0) + normal.log_volume
+
+
+def at_nodes(f: LogDensity, u: Tensor) -> Tensor:
+    """f [S, B] at ``u`` [S, B, d]: batched over the nodes, or with the rows S times over where that is not possible."""
+    try:
+        with silent_vmap():
+            values: Tensor = torch.vmap(f)(u)
+            return values
+    except CANNOT_BE_BATCHED:
+        return f(u.flatten(0, 1)).view(u.shape[:2])
 
 
 def log_gaussian_integral(still: LogDensity, f: LogDensity, start: Tensor) -> Tensor:
@@ -170,19 +172,19 @@ def log_gaussian_integral(still: LogDensity, f: LogDensity, start: Tensor) -> Te
     From the value, gradient and Hessian at a point, which is held fixed: the mode of ``still``, which is f without what
     it depends on, so that nothing cancels.
     """
-    u = start + _newton(_derivatives(still, start), exact=True)
+    u = start + _newton(derivatives(still, start), exact=True)
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
         at = u.detach().requires_grad_()
         value = f(at)
         (gradient,) = torch.autograd.grad(value.sum(), at, create_graph=True)
         hessian = -_by_number(gradient, at, differentiated).movedim(0, 1)
-        normal = Normal(at, _factor(hessian, exact=True))
-        found = value + 0.5 * (_forward(normal.factor, gradient) ** 2).sum(1) + normal.log_volume
+        normal = Normal(at, factor_of(hessian, exact=True))
+        found = value + 0.5 * (solved_forward(normal.factor, gradient) ** 2).sum(1) + normal.log_volume
     return found if differentiated else found.detach()
 
 
-class _Derivatives(NamedTuple):
+class Derivatives(NamedTuple):
     """Of f, at a point of each row."""
 
     at: Tensor
@@ -200,7 +202,7 @@ class _Derivatives(NamedTuple):
         return self.curvature.diagonal(dim1=1, dim2=2)
 
 
-def _derivatives(f: LogDensity, u: Tensor) -> _Derivatives:
+def derivatives(f: LogDensity, u: Tensor) -> Derivatives:
     """Rows do not meet: the derivatives of a sum over them are each one's."""
     size = u.shape[1]
     with torch.enable_grad():
@@ -208,13 +210,13 @@ def _derivatives(f: LogDensity, u: Tensor) -> _Derivatives:
         value = f(at)
         (gradient,) = torch.autograd.grad(value.sum(), at, create_graph=True)
         hessian = _by_number(gradient, at) if gradient.requires_grad else u.new_zeros(size, *u.shape)
-    return _Derivatives(at.detach(), value.detach(), gradient.detach(), -hessian.detach().movedim(0, 1))
+    return Derivatives(at.detach(), value.detach(), gradient.detach(), -hessian.detach().movedim(0, 1))
 
 
-def _newton(here: _Derivatives, exact: bool = False) -> Tensor:
+def _newton(here: Derivatives, exact: bool = False) -> Tensor:
     """The Newton step [B, d]."""
-    factor = _factor(here.curvature, exact)
-    return _backward(factor, _forward(factor, here.gradient))
+    factor = factor_of(here.curvature, exact)
+    return solved_backward(factor, solved_forward(factor, here.gradient))
 
 
 def _where(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def _by_number(gradient: Tensor, at: Tensor, create_graph: bool = False) -> Tens
     return torch.stack([torch.autograd.grad(gradient, at, each, **options)[0] for each in unit])
 
 
-def _factor(matrix: Tensor, exact: bool = False) -> Tensor:
+def factor_of(matrix: Tensor, exact: bool = False) -> Tensor:
     """The lower Cholesky factor [B, d, d]; a pivot that is not positive changes its sign, unless ``exact``."""
     size, rounding = matrix.shape[1], 16 * torch.finfo(matrix.dtype).eps
     columns: list[Tensor] = []
@@ -255,7 +257,7 @@ def _factor(matrix: Tensor, exact: bool = False) -> Tensor:
     return torch.stack(columns, 2)
 
 
-def _forward(factor: Tensor, right: Tensor) -> Tensor:
+def solved_forward(factor: Tensor, right: Tensor) -> Tensor:
     """C^-1 times ``right`` [B, d]."""
     found: list[Tensor] = []
     for i in range(right.shape[1]):
@@ -264,7 +266,7 @@ def _forward(factor: Tensor, right: Tensor) -> Tensor:
     return torch.stack(found, 1)
 
 
-def _backward(factor: Tensor, right: Tensor) -> Tensor:
+def solved_backward(factor: Tensor, right: Tensor) -> Tensor:
     """C'^-1 times ``right`` [B, d]."""
     found: list[Tensor] = []
     for i in reversed(range(right.shape[1])):

@@ -17,20 +17,20 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.inference.model.vmapped import CANNOT_BE_BATCHED, silent_vmap
 from trainer.inference.rows.integral import (
+    GRID,
     Fineness,
     LogDensity,
     Nodes,
     Normal,
-    _backward,
-    _factor,
-    _forward,
+    at_nodes,
     even_normals,
+    factor_of,
     nodes_of,
+    solved_backward,
+    solved_forward,
 )
 
-_GRID = 2  # numbers for which nodes are a grid
 _STEPS = 6  # from the row's own Gaussian
 _LONGEST = 3.0  # a Newton step, in each number
 
@@ -38,7 +38,7 @@ _LONGEST = 3.0  # a Newton step, in each number
 def nodes_of_mean(fineness: Fineness, like: Tensor) -> Nodes:
     """As `nodes_of`; those of more than two numbers have covariance 1, so that a quadratic has its expectation."""
     size = fineness.size
-    if size <= _GRID:
+    if size <= GRID:
         return nodes_of(fineness, like)
     points = even_normals(max(fineness.points, size), size)
     factor = torch.linalg.cholesky(points.mT @ points / len(points))
@@ -51,12 +51,12 @@ def log_bound(still: LogDensity, f: LogDensity, around: Normal, nodes: Nodes) ->
     """The largest F of each row [B]; ``still``: f without what it depends on; ``around``: its Gaussian at its mode."""
     at, factor = _optimum(still, around, nodes)
     if not torch.is_grad_enabled():
-        return _value(_at_nodes(f, _points(at, nodes)), at, nodes)
+        return _value(at_nodes(f, _points(at, nodes)), at, nodes)
     with torch.enable_grad():
         at = at.requires_grad_()
-        value = _value(_at_nodes(f, _points(at, nodes)), at, nodes)
+        value = _value(at_nodes(f, _points(at, nodes)), at, nodes)
         (gradient,) = torch.autograd.grad(value.sum(), at, create_graph=True)
-        return value + 0.5 * (_forward(factor, gradient) ** 2).sum(1)
+        return value + 0.5 * (solved_forward(factor, gradient) ** 2).sum(1)
 
 
 def _optimum(f: LogDensity, around: Normal, nodes: Nodes) -> tuple[Tensor, Tensor]:
@@ -65,16 +65,16 @@ def _optimum(f: LogDensity, around: Normal, nodes: Nodes) -> tuple[Tensor, Tenso
     at = torch.cat([around.mode, -0.5 * curvature.log()], 1)
     for _ in range(_STEPS):
         gradient, hessian = _derivatives(f, at, nodes)
-        factor = _factor(hessian)
-        at = at + _backward(factor, _forward(factor, gradient)).clamp(-_LONGEST, _LONGEST)
-    return at, _factor(_derivatives(f, at, nodes)[1])
+        factor = factor_of(hessian)
+        at = at + solved_backward(factor, solved_forward(factor, gradient)).clamp(-_LONGEST, _LONGEST)
+    return at, factor_of(_derivatives(f, at, nodes)[1])
 
 
 def _derivatives(f: LogDensity, at: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor]:
     """The gradient [B, 2d] of F at (m, log s), and minus its Hessian [B, 2d, 2d], by those of f at the nodes."""
     with torch.enable_grad():
         u = _points(at, nodes).detach().requires_grad_()
-        (slope,) = torch.autograd.grad(_at_nodes(f, u).sum(), u, create_graph=True)
+        (slope,) = torch.autograd.grad(at_nodes(f, u).sum(), u, create_graph=True)
         each = slope.unbind(-1)
         curved = slope.requires_grad
         rows = [torch.autograd.grad(one.sum(), u, retain_graph=True)[0] if curved else 0 * u for one in each]
@@ -93,16 +93,6 @@ def _points(at: Tensor, nodes: Nodes) -> Tensor:
     """u [S, B, d] at ``at`` = (m, log s) [B, 2d]."""
     mean, log_sd = at.chunk(2, dim=1)
     return mean + log_sd.exp() * nodes.at[:, None]
-
-
-def _at_nodes(f: LogDensity, u: Tensor) -> Tensor:
-    """f [S, B] at ``u`` [S, B, d]."""
-    try:
-        with silent_vmap():
-            values: Tensor = torch.vmap(f)(u)
-            return values
-    except CANNOT_BE_BATCHED:
-        return f(u.flatten(0, 1)).view(u.shape[:2])
 
 
 def _value(values: Tensor, at: Tensor, nodes: Nodes) -> Tensor:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.errors import UserError
+from trainer.inference.rows.integral import GRID
 from trainer.inference.rows.sites import MOST_NUMBERS
 
 Method = Literal["auto", "integrate", "amortise", "mean_field"]
-_GRID = 2  # numbers of a row, up to which there are nodes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RowOptions:
             )
         if not numbers:
             raise UserError(f"guide.{given[0]} is for continuous latents of rows, and the model has none: drop it.")
-        used = "widths" if self.encodes(numbers) else "nodes" if numbers <= _GRID else "row_draws"
+        used = "widths" if self.encodes(numbers) else "nodes" if numbers <= GRID else "row_draws"
         for name in given:
             if name not in ("rows", used):
                 raise UserError(f"guide.{name} is for {_FOR[name]}, and these are {_FOR[used]}: give guide.{used}.")

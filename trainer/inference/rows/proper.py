@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.inference.rows.integral import LogDensity, Normal, around_the_mode
+from trainer.inference.rows.integral import LogDensity, Normal, around_the_mode, derivatives, solved_forward
 
 _STEPS, _AGAIN = 8, 4  # Newton steps, and times that many, before a mode is said to be out of reach
 _REACHED = 1e-3  # of a row's own sd, to the maximum of the Gaussian there
@@ -39,7 +39,7 @@ def improper(f: LogDensity, start: Tensor) -> Improper:
         normal = around_the_mode(f, normal.mode, _STEPS)
     known, there = f(normal.mode).detach().isfinite()[:, None], reached(f, normal)[:, None]
     level = torch.stack([~_falls(f, normal, number) for number in range(start.shape[1])], 1)
-    values, vectors = torch.linalg.eigh(curvature(f, normal.mode).double().nan_to_num())
+    values, vectors = torch.linalg.eigh(derivatives(f, normal.mode).curvature.double().nan_to_num())
     flat = values[:, 0] <= _FLAT[start.dtype] * values[:, -1].abs()
     along = vectors[:, :, 0].abs().argmax(1, keepdim=True)
     curved = torch.zeros_like(level).scatter(1, along, flat[:, None])
@@ -48,27 +48,8 @@ def improper(f: LogDensity, start: Tensor) -> Improper:
 
 def reached(f: LogDensity, normal: Normal) -> Tensor:
     """Whether each row's mode is where its Gaussian has it, to a thousandth of its sd: bool [B]."""
-    gradient = _gradient(f, normal.mode)[1].detach()
-    step = torch.linalg.solve_triangular(normal.factor, gradient[:, :, None], upper=False)
-    near: Tensor = step[:, :, 0].norm(dim=1) < _REACHED
-    return near
-
-
-def curvature(f: LogDensity, u: Tensor) -> Tensor:
-    """Minus the Hessian of each row at ``u`` [B, d]: [B, d, d]."""
-    at, gradient = _gradient(f, u)
-    if not gradient.requires_grad:
-        return u.new_zeros(*u.shape, u.shape[1])
-    with torch.enable_grad():
-        sums = gradient.sum(0).unbind()
-        return -torch.stack([torch.autograd.grad(each, at, retain_graph=True)[0] for each in sums], 1)
-
-
-def _gradient(f: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        at = u.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(f(at).sum(), at, create_graph=True)
-        return at, gradient
+    left: Tensor = solved_forward(normal.factor, derivatives(f, normal.mode).gradient).norm(dim=1)
+    return left < _REACHED
 
 
 def _falls(f: LogDensity, normal: Normal, number: int) -> Tensor:
